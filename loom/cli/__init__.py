@@ -1,0 +1,37 @@
+"""The `loom` command. Each module here is one command of that name, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import click
+
+import loom
+from loom.config import ConfigError, mask
+from loom.embedded import ServerError
+from loom.errors import Error, SchemaError
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return getattr(importlib.import_module(f"loom.cli.{cmd_name}"), cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what a user can mend is told in one line, with exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, Error, SchemaError, ServerError) as exc:
+            raise click.ClickException(mask(" ".join(str(exc).split()))) from None
+
+
+@click.group(cls=_Commands)
+@click.version_option(loom.__version__, prog_name="loom")
+def main() -> None:
+    """Locks, instances and shared state for many AI agents, on nothing but PostgreSQL."""

@@ -1,0 +1,17 @@
+"""`loom migrate`: the schema, ahead of the first start or of an upgrade."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loom import config, db, embedded
+
+
+@click.command()
+def migrate() -> None:
+    """Apply schema.sql to the configured database; changes nothing where it is applied already."""
+    database = config.load().database
+    version = db.migrate(database.dsn or embedded.use(Path(database.folder)))
+    click.echo(f"schema version {version}")

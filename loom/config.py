@@ -1,0 +1,276 @@
+"""Settings: a YAML file, overridden by the environment. Nothing else in Loom reads either of them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from loom.dsn import mask, parse, take_pool
+
+Text = Annotated[str, Meta(min_length=1, description="text")]
+Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
+
+
+@dataclass(frozen=True)
+class DatabaseConfig:
+    """`dsn` is what libpq takes, without `pool_*`, and "" when embedded; `timeout` is in seconds."""
+
+    type: Annotated[Literal["postgres", "embedded"], Meta(description="postgres or embedded")] = "embedded"
+    dsn: Annotated[str, Meta(min_length=1, description="a libpq connection string or URI")] = field(
+        default="", repr=False
+    )
+    pool_min: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 2
+    pool_max: Count = 10
+    timeout: Annotated[float, Meta(ge=1, le=60, description="seconds from 1 to 60")] = 5.0
+    folder: Text = "var/postgres"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where an instance listens; `drain_seconds` is how long it still accepts after SIGTERM."""
+
+    host: Text = "127.0.0.1"
+    http_port: Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")] = 8080
+    enable_http: Annotated[bool, Meta(description="true")] = True
+    threads: Count = 32
+    workers: Count = 1
+    drain_seconds: Annotated[float, Meta(ge=0, le=300, description="seconds from 0 to 300")] = 0.0
+
+
+@dataclass(frozen=True)
+class AgentsConfig:
+    """`max_concurrent` bounds the beads in progress per agent."""
+
+    max_concurrent: Count = 20
+
+
+@dataclass(frozen=True)
+class LocksConfig:
+    """How many days the history of grants is kept."""
+
+    history_days: Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")] = 7
+
+
+@dataclass(frozen=True)
+class SyslogConfig:
+    """A syslog server that takes UDP."""
+
+    enabled: Annotated[bool, Meta(description="true or false")] = False
+    address: Annotated[str, Meta(pattern=r"^(\[[0-9a-fA-F:.%]+\]|[^\s:]+):[0-9]{1,5}$", description="host:port")] = (
+        "localhost:514"
+    )
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """`output` is stdout, stderr or the path of a file."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning or error")
+    ] = "info"
+    format: Annotated[Literal["json", "text"], Meta(description="json or text")] = "json"
+    output: Text = "stdout"
+    syslog: SyslogConfig = SyslogConfig()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set; `sources` tells by dotted key where each value came from."""
+
+    database: DatabaseConfig = DatabaseConfig()
+    server: ServerConfig = ServerConfig()
+    agents: AgentsConfig = AgentsConfig()
+    locks: LocksConfig = LocksConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+class ConfigError(Exception):
+    """One line that names the file or variable, the key, and what would be right."""
+
+
+class _Setting(NamedTuple):
+    value: Any
+    source: str
+    textual: bool = False  # from the environment, where numbers are text too
+
+
+def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each dotted key with its annotated type, and each section with its dataclass."""
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        yield prefix + name, hint
+        if is_dataclass(hint):
+            yield from _walk(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+_KEYS = dict(_walk(Config))
+_POOL = {"pool_max_conns": "database.pool_max", "pool_min_conns": "database.pool_min"}
+_IN_FILE = sorted(_KEYS.keys() - {"sources", *_POOL.values()})
+_VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
+
+
+def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Read the file (`path`, else LOOM_CONFIG, else ./config.yaml if it is there) and the environment.
+
+    An empty variable counts as unset. Raises ConfigError.
+    """
+    environ = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
+    path = path or environ.get("LOOM_CONFIG") or ("config.yaml" if Path("config.yaml").exists() else None)
+    given = _read(path, environ) if path else {}
+    for variable, key in _VARIABLES.items():
+        if variable in environ:
+            given[key] = _Setting(environ[variable], f"environment {variable}", textual=True)
+    values = {key: _convert(key, setting) for key, setting in given.items()}
+    sources = {key: setting.source for key, setting in given.items()}
+    if not values.get("server.enable_http", True):
+        raise ConfigError(f"{sources['server.enable_http']}: server.enable_http: expected true, HTTP is all there is")
+    _choose_database(values, sources)
+    leaves = (key for key, kind in _KEYS.items() if not is_dataclass(kind) and key != "sources")
+    tree: dict[str, Any] = {"sources": {key: sources.get(key, "default") for key in leaves}}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[name] = value
+    return msgspec.convert(tree, Config)
+
+
+def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
+    """Return what the file sets, by dotted key, each with its `path:line`."""
+    given: dict[str, _Setting] = {}
+
+    def read_section(node: yaml.Node | None, section: str) -> None:
+        if node is None or node.tag == "tag:yaml.org,2002:null":
+            return
+        where = f"{path}:{node.start_mark.line + 1}: {section or 'top level'}"
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{where}: expected keys with values")
+        seen = set()
+        for key_node, value_node in node.value:
+            word = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+            key = f"{section}.{word}" if section else word
+            source = f"{path}:{key_node.start_mark.line + 1}"
+            if key not in _IN_FILE:
+                near = _nearest(key, _IN_FILE)
+                raise ConfigError(f"{source}: {_shown(key)}: unknown key, the nearest valid one is {near}")
+            if key in seen:
+                raise ConfigError(f"{source}: {key}: given twice")
+            seen.add(key)
+            if is_dataclass(_KEYS[key]):
+                read_section(value_node, key)
+            else:
+                value = loader.construct_object(value_node, deep=True)
+                expanded = _expand(value, f"{source}: {key}", environ) if isinstance(value, str) else value
+                given[key] = _Setting(expanded, source, textual=expanded != value)
+
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        read_section(loader.get_single_node(), "")
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from None
+    except yaml.MarkedYAMLError as exc:
+        # What PyYAML quotes (and the excerpt in its str()) can be a piece of a password.
+        problem = re.sub(r"'[^<].*'", "...", str(exc.problem), flags=re.DOTALL)
+        line = f":{exc.problem_mark.line + 1}" if exc.problem_mark else ""
+        raise ConfigError(f"{path}{line}: broken YAML: {problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{path}: not YAML in UTF-8") from None
+    return given
+
+
+def _expand(text: str, where: str, environ: Mapping[str, str]) -> str:
+    """Replace `${NAME}`; after YAML was parsed, so that no value can bring keys of its own."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError(f"{where}: between ${{ and }} stands the name of a variable and nothing else")
+        if name not in environ:
+            raise ConfigError(f"{where}: environment variable {name} is not set")
+        return environ[name]
+
+    return re.sub(r"\$\{([^}]*)\}", value, text)
+
+
+def _nearest(key: str, valid: Iterable[str]) -> str:
+    """Return the valid key most like `key`, as a whole and in its last word."""
+
+    def likeness(candidate: str) -> float:
+        pairs = (key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2])
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(valid, key=likeness)
+
+
+def _convert(key: str, setting: _Setting) -> Any:
+    try:
+        return msgspec.convert(setting.value, _KEYS[key], strict=not setting.textual)
+    except msgspec.ValidationError:
+        expected = _KEYS[key].__metadata__[0].description
+        got = type(setting.value).__name__ if key == "database.dsn" else _shown(repr(setting.value))
+        raise ConfigError(f"{setting.source}: {key}: expected {expected}, got {got}") from None
+
+
+def _shown(text: str) -> str:
+    return mask(text)[:60]
+
+
+def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Settle type, DSN and pool: a DSN alone means postgres; the environment outdoes the file on either."""
+    kind, by_hand = values.get("database.type"), sources.get("database.type", "")
+    if "database.dsn" in values and kind == "embedded":
+        if by_hand.startswith("environment") == sources["database.dsn"].startswith("environment"):
+            raise ConfigError(f"{by_hand}: database.type: embedded, yet database.dsn is given too")
+        if by_hand.startswith("environment"):
+            del values["database.dsn"], sources["database.dsn"]
+    if "database.dsn" not in values:
+        if kind == "postgres":
+            raise ConfigError(f"{by_hand}: database.type: postgres, but database.dsn (or DATABASE_DSN) is not given")
+        return
+    source = sources["database.dsn"]
+    if kind != "postgres":
+        values["database.type"], sources["database.type"] = "postgres", source
+    dsn, pool = take_pool(values["database.dsn"])
+    for name, size in pool.items():
+        if name not in _POOL:
+            near = _nearest(name, _POOL)
+            raise ConfigError(f"{source}: database.dsn: unknown parameter {name}, the nearest valid one is {near}")
+        key = _POOL[name]
+        sources[key] = f"{source}, {name}"
+        values[key] = _convert(key, _Setting(size, f"{source}: database.dsn: {name}", textual=True))
+    most = values.get("database.pool_max", DatabaseConfig.pool_max)
+    if values.setdefault("database.pool_min", min(DatabaseConfig.pool_min, most)) > most:
+        raise ConfigError(f"{source}: database.dsn: pool_min_conns: expected at most {most}, which is pool_max_conns")
+    try:
+        parse(dsn)
+    except ValueError as exc:
+        raise ConfigError(f"{source}: database.dsn: {exc}") from None
+    values["database.dsn"] = dsn
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment with changes, for a process that it starts."""
+    return {**os.environ, **changes}
+
+
+def resource(name: str) -> Path:
+    """Find a file that ships beside the package: in the checkout, or where an installation puts it.
+
+    Raises ConfigError when it is in neither.
+    """
+    folders = Path(__file__).resolve().parent.parent, Path(sys.prefix, "share", "loom")
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    raise ConfigError(f"{name}: in neither {folders[0]} nor {folders[1]}; install Loom again")
