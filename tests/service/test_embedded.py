@@ -1,0 +1,330 @@
+"""The embedded PostgreSQL: it is up exactly as long as somebody uses it, and whatever is killed, the data stays."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from loom import embedded
+
+# Uses the folder, says so, and lives until its standard input closes (so it ends with the tests, too).
+USER = "import sys, pathlib; from loom import embedded; print(embedded.use(pathlib.Path(sys.argv[1])), flush=True); "
+LIVE = "sys.stdin.read()"
+FORK = "import os; child = os.fork(); child or sys.stdin.read(); print(child, flush=True); sys.stdin.read()"
+DIAL = """
+import psycopg2, sys, pathlib
+from loom import embedded
+folder = pathlib.Path(sys.argv[1])
+dsn = embedded.use(folder)
+print(dsn, flush=True)
+while True:
+    try:
+        psycopg2.connect(dsn).cursor().execute("SELECT pg_sleep(60)")
+    except psycopg2.Error:
+        embedded.revive(folder)
+"""
+
+
+class Users:
+    """Processes that use one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, code: str = USER + LIVE, **options: Any) -> subprocess.Popen[str]:
+        process: subprocess.Popen[str] = subprocess.Popen(
+            [options.get("executable", sys.executable), "-c", code, str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        self.processes.append(process)
+        return process
+
+    def ready(self, **options: Any) -> str:
+        """Start one more and return its DSN."""
+        return dsn_of(self.start(**options))
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        self.processes.clear()
+
+    def launcher(self) -> int:
+        wanted = b"loom.embedded\0" + os.fsencode(self.folder) + b"\0"
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if wanted in entry.read_bytes():
+                    return int(entry.parent.name)
+            except OSError:
+                continue
+        return pytest.fail("no launcher runs")
+
+    def postmaster(self) -> int:
+        """Return the server's process number, 0 when there is none."""
+        file = self.folder / "data" / "postmaster.pid"
+        return int(file.read_text().split()[0]) if file.exists() else 0
+
+    def lock_is_free(self, name: str, kind: int) -> bool:
+        with (self.folder / name).open("r+") as file:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def stopped_cleanly(self) -> bool:
+        return self.postmaster() == 0 and self.lock_is_free("launcher", fcntl.LOCK_EX)
+
+
+def dsn_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    assert process.stderr
+    line = process.stdout.readline().strip()
+    return line or pytest.fail(process.stderr.read())
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+def query(dsn: str, statement: str) -> list[tuple[object, ...]]:
+    conn = psycopg2.connect(dsn)
+    try:
+        conn.autocommit = True
+        with conn.cursor() as cursor:
+            cursor.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        conn.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="loom-test-", dir="/tmp"))  # pytest's are too long for a socket
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def users(folder: Path) -> Iterator[Users]:
+    users = Users(folder / "pg")
+    yield users
+    users.kill()
+    if (users.folder / "launcher").exists():
+        wait_until(lambda: users.lock_is_free("launcher", fcntl.LOCK_EX))
+
+
+def test_the_server_ends_with_its_last_user_however_that_died(users: Users) -> None:
+    first, second = users.start(), users.start()
+    assert dsn_of(first) == dsn_of(second)
+    first.kill()
+    first.wait()
+    assert query(dsn_of(users.start()), "SELECT 1") == [(1,)]
+    users.kill()
+    wait_until(users.stopped_cleanly)
+
+
+def test_a_worker_keeps_the_server_when_its_master_is_killed(users: Users) -> None:
+    master = users.start(USER + FORK)
+    dsn = dsn_of(master)
+    worker = int(dsn_of(master))
+    master.kill()
+    master.wait()
+    server = users.postmaster()
+    dsn_of(other := users.start())  # comes and goes: the launcher looked meanwhile
+    other.kill()
+    other.wait()
+    query(dsn, "SELECT pg_sleep(0.5)")  # more than two looks of the launcher
+    assert users.postmaster() == server
+    os.kill(worker, signal.SIGKILL)
+    wait_until(users.stopped_cleanly)
+
+
+def test_data_survives_restarts_and_settings_keep_it_safe(users: Users) -> None:
+    query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
+    users.kill()
+    wait_until(users.stopped_cleanly)
+    dsn = users.ready()
+    assert query(dsn, "SELECT answer FROM kept") == [(42,)]
+    names = "'fsync','synchronous_commit','data_checksums','server_encoding','listen_addresses'"
+    rows = query(dsn, f"SELECT setting FROM pg_settings WHERE name IN ({names}) ORDER BY name")
+    assert rows == [("on",), ("on",), ("",), ("UTF8",), ("on",)]
+    assert users.folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_killed_launcher_takes_the_server_along_and_the_next_user_starts_both(users: Users) -> None:
+    query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
+    os.kill(users.launcher(), signal.SIGKILL)
+    wait_until(users.stopped_cleanly)
+    assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]
+
+
+def test_a_running_user_gets_its_server_back(users: Users) -> None:
+    process = users.start(DIAL)
+    dsn = dsn_of(process)
+    for victim in (users.launcher, users.postmaster, users.launcher):
+        before = users.postmaster()
+        os.kill(victim(), signal.SIGKILL)
+        wait_until(partial(another_answers, users, before, dsn))
+    assert process.poll() is None
+
+
+def another_answers(users: Users, former: int, dsn: str) -> bool:
+    try:
+        return query(dsn, "SELECT 1") == [(1,)] and users.postmaster() not in (0, former)
+    except psycopg2.Error:
+        return False
+
+
+def test_ten_simultaneous_users_of_an_empty_folder_start_one_server(users: Users) -> None:
+    processes = [users.start() for _ in range(10)]
+    assert len({dsn_of(process) for process in processes}) == 1
+    log = (users.folder / "postgres.log").read_text()
+    assert log.count("starting PostgreSQL") == 1
+    assert log.count("running bootstrap script") == 1
+
+
+def test_a_newcomer_during_the_stop_ends_with_a_running_server(users: Users) -> None:
+    users.ready()
+    server = users.postmaster()
+    os.kill(server, signal.SIGSTOP)
+    users.kill()
+    wait_until(lambda: not users.lock_is_free("users", fcntl.LOCK_SH))  # the launcher has begun to stop it
+    newcomer = users.start()
+    os.kill(server, signal.SIGCONT)
+    assert query(dsn_of(newcomer), "SELECT 1") == [(1,)]
+    assert users.postmaster() != server
+
+
+def test_a_cut_off_initdb_is_made_good(users: Users) -> None:
+    process = users.start()
+    wait_until(lambda: (users.folder / "data.new" / "PG_VERSION").exists())
+    os.kill(users.launcher(), signal.SIGKILL)
+    assert query(dsn_of(process), "SELECT 1") == [(1,)]
+    assert not (users.folder / "data.new").exists()
+
+
+def test_everything_killed_at_once_is_no_obstacle(users: Users) -> None:
+    query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
+    launcher, server = users.launcher(), users.postmaster()
+    os.kill(launcher, signal.SIGSTOP)  # so that it cannot tidy up
+    os.kill(server, signal.SIGKILL)
+    os.kill(launcher, signal.SIGKILL)
+    users.kill()
+    wait_until(lambda: users.lock_is_free("launcher", fcntl.LOCK_EX))
+    pid_file = users.folder / "data" / "postmaster.pid"
+    stale = pid_file.read_text().replace(str(server), str(os.getpid()), 1)  # after a reboot the number is another's
+    pid_file.write_text(stale)
+    assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]
+
+
+@pytest.mark.parametrize("name", ["x" * 120, "a,b"])
+def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: str) -> None:
+    users = Users(folder / name)
+    try:
+        query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
+        short = (users.folder / "socket").resolve()
+        assert short.stat().st_mode & 0o077 == 0
+        users.kill()
+        wait_until(lambda: users.stopped_cleanly() and not short.exists())
+        assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]
+    finally:
+        users.kill()
+        wait_until(users.stopped_cleanly)
+
+
+def test_an_ordinary_user_needs_nothing_more(users: Users) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("this run is one")
+    os.chown(users.folder.parent, 65534, 65534)
+    ordinary = as_nobody()
+    query(users.ready(**ordinary), "CREATE TABLE kept AS SELECT 42 AS answer")
+    assert (users.folder / "data").stat().st_uid == 65534
+    users.kill()
+    wait_until(users.stopped_cleanly)
+    assert query(users.ready(), "SELECT answer FROM kept") == [(42,)], "root may use it, too"
+    users.kill()
+    wait_until(users.stopped_cleanly)
+    assert query(users.ready(**ordinary), "SELECT answer FROM kept") == [(42,)], "and leaves it usable"
+
+
+def as_nobody() -> dict[str, Any]:
+    """Return Popen's options; with the system's Python of our version when ours is in a closed home folder."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        options: dict[str, Any] = {
+            "executable": python,
+            "user": 65534,
+            "group": 65534,
+            "extra_groups": [],
+            "env": environ,
+        }
+        with suppress(OSError):
+            if subprocess.run([python, "-c", "import loom.embedded"], check=False, **options).returncode == 0:
+                return options
+    return pytest.skip("this environment is closed to other users")
+
+
+def without(program: str, folder: Path) -> None:
+    stub = folder / "bin" / program
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused by PostgreSQL")
+def test_root_needs_no_user_namespace(users: Users, folder: Path) -> None:
+    query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
+    users.kill()
+    wait_until(users.stopped_cleanly)
+    without("unshare", folder)
+    environ = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    assert query(users.ready(env=environ), "SELECT answer FROM kept") == [(42,)]
+    assert (users.folder / "data").stat().st_uid != 0
+    os.kill(users.launcher(), signal.SIGKILL)
+    wait_until(users.stopped_cleanly)
+    without("setpriv", folder)
+    other = Users(folder / "other").start(env=environ)
+    _, error = other.communicate(timeout=20)
+    assert "run Loom as an ordinary user, or set DATABASE_DSN" in error
+
+
+def test_a_server_that_cannot_start_says_why(users: Users) -> None:
+    users.ready()
+    users.kill()
+    wait_until(users.stopped_cleanly)
+    (users.folder / "data" / "PG_VERSION").write_text("12\n")
+    with pytest.raises(embedded.ServerError, match="initialized by PostgreSQL version 12"):
+        embedded.use(users.folder)
+    os.close(embedded._held.pop(users.folder))
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(folder: Path) -> None:
+    (folder / "letter").write_text("mine")
+    mode = folder.stat().st_mode
+    with pytest.raises(embedded.ServerError, match=r"set database\.folder"):
+        embedded.use(folder)
+    assert [entry.name for entry in folder.iterdir()] == ["letter"]
+    assert folder.stat().st_mode == mode
