@@ -1,0 +1,63 @@
+"""PostgreSQL: `connection()` and `transaction()` of the process's own `Database`, and `one`, `all`, `run` on them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from loom import errors
+from loom.db.connection import Connection, Row
+from loom.db.pool import Database, Dedicated
+from loom.db.schema import migrate
+
+__all__ = [
+    "Connection",
+    "Database",
+    "Dedicated",
+    "Row",
+    "all",
+    "configure",
+    "connection",
+    "default",
+    "migrate",
+    "one",
+    "run",
+    "transaction",
+]
+
+
+def one(conn: Connection, sql: str, **params: Any) -> Row | None:
+    """The statement's first row, or None."""
+    rows = conn.execute(sql, params)
+    return rows[0] if rows else None
+
+
+def all(conn: Connection, sql: str, **params: Any) -> list[Row]:
+    return conn.execute(sql, params)
+
+
+def run(conn: Connection, sql: str, **params: Any) -> None:
+    conn.execute(sql, params)
+
+
+_default: Database | None = None
+
+
+def configure(database: Database | None) -> None:
+    """Makes it the process's own: what `default()`, `connection()` and `transaction()` use."""
+    global _default
+    _default = database
+
+
+def default() -> Database:
+    if _default is None:
+        raise errors.Unavailable("No database has been opened in this process.")
+    return _default
+
+
+def connection() -> contextlib.AbstractContextManager[Connection]:
+    return default().connection()
+
+
+def transaction() -> contextlib.AbstractContextManager[Connection]:
+    return default().transaction()

@@ -1,0 +1,189 @@
+"""One session with PostgreSQL, in which every wait has a bound.
+
+A daemon thread cuts the socket of a connection that is over its deadline. Nothing else ends every kind of silence: a
+peer that drops packets defeats statement_timeout, tcp_user_timeout and keepalives, each in its own way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+import psycopg2
+import psycopg2.extensions as pgx
+import psycopg2.extras
+
+from loom import errors
+
+Row = dict[str, Any]
+
+TICK = 0.05  # seconds between two looks of the watchdog
+SLACK = 0.2  # seconds of a request's bound kept for what comes after its last statement
+STATEMENT_SHARE = 0.85  # of what is left: a server that is merely slow says so before the watchdog takes it for dead
+
+psycopg2.extras.register_default_jsonb(globally=True, loads=msgspec.json.decode)
+
+
+def _utc(text: str | bytes | None, cursor: Any) -> datetime | None:
+    value = pgx.PYDATETIMETZ(text, cursor)
+    return value.astimezone(timezone.utc) if isinstance(value, datetime) else value
+
+
+pgx.register_type(pgx.new_type((1184,), "TIMESTAMPTZ_UTC", _utc))
+
+# SQLSTATE -> what it means to the caller. Two characters are a class; the longer match wins.
+_CLASSES: dict[str, type[errors.Error]] = {
+    "08": errors.Unavailable,  # connection exception
+    "25006": errors.Unavailable,  # read-only: a demoted server, so the wrong one
+    "53": errors.Unavailable,  # insufficient resources, too many clients
+    "57": errors.Unavailable,  # operator intervention: shut down, starting up
+    "57014": errors.Busy,  # statement_timeout
+    "55P03": errors.Busy,  # lock_not_available
+    "40": errors.Busy,  # serialization failure, deadlock
+    "22": errors.Invalid,  # data exception
+    "23": errors.Invalid,  # a constraint
+    "23505": errors.Conflict,  # unique
+    "L0001": errors.LockLost,  # loom_fence
+}
+
+
+def translate(exc: psycopg2.Error) -> errors.Error:
+    """Our error for one of PostgreSQL's. The text of a fault of ours is for the log, not for the caller."""
+    state = exc.pgcode or ""
+    kind = _CLASSES.get(state) or _CLASSES.get(state[:2])
+    if kind is None:
+        kind = (
+            errors.Unavailable if isinstance(exc, psycopg2.OperationalError | psycopg2.InterfaceError) else errors.Error
+        )
+    said = exc.diag.message_primary if exc.diag is not None else None
+    return kind(said if issubclass(kind, errors.Invalid | errors.Conflict) else None)
+
+
+class Watchdog:
+    """One daemon thread a process: shuts down the socket of every connection that is over its deadline."""
+
+    def __init__(self) -> None:
+        self._watched: set[Connection] = set()
+        self._lock = threading.Lock()
+        self._pid = 0
+
+    def add(self, conn: Connection) -> None:
+        with self._lock:
+            self._watched.add(conn)
+            if self._pid != os.getpid():
+                self._pid = os.getpid()
+                threading.Thread(target=self._run, name="db-watchdog", daemon=True).start()
+
+    def remove(self, conn: Connection) -> None:
+        with self._lock:
+            self._watched.discard(conn)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(TICK)
+            now = time.monotonic()
+            with self._lock:
+                overdue = [c for c in self._watched if c.cut_at is not None and c.cut_at < now]
+            for conn in overdue:
+                conn.cut()
+
+
+_watchdog = Watchdog()
+
+
+class Connection:
+    """One session with the server. Every statement has a deadline, and is one round trip."""
+
+    def __init__(self, dsn: str, application_name: str, timeout: float) -> None:
+        """Dials. Raises psycopg2.OperationalError, also for a server that only reads (a standby, a demoted primary)."""
+        info = pgx.parse_dsn(dsn)
+        hosts = max(info.get("host", "").count(","), info.get("hostaddr", "").count(",")) + 1
+        bounds = {
+            "application_name": application_name,
+            "connect_timeout": max(1, int(timeout - 1) // hosts),  # libpq's is per host
+            "keepalives_idle": 2,
+            "keepalives_interval": 1,
+            "keepalives_count": 2,
+            "tcp_user_timeout": int(timeout * 800),
+        }
+        self.raw = psycopg2.connect(dsn, **{k: v for k, v in bounds.items() if k not in info})
+        self.raw.autocommit = True
+        self._socket = socket.socket(fileno=os.dup(self.raw.fileno()))
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self._prefix = ""
+        self.was_cut = False
+        self.cut_at: float | None = None
+        self.deadline = time.monotonic() + timeout
+        _watchdog.add(self)
+        try:
+            if self.execute("SELECT current_setting('transaction_read_only') AS it")[0]["it"] == "on":
+                raise psycopg2.OperationalError("the server is read-only: a standby or a demoted primary")
+        except BaseException:
+            self.close()
+            raise
+
+    def execute(self, sql: str, params: dict[str, Any] | None = None) -> list[Row]:
+        """Runs one statement with what is left until `deadline`, and returns its rows. Raises psycopg2.Error."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise errors.Busy()
+        bound = max(1, int(left * STATEMENT_SHARE * 1000))
+        prefix, self._prefix = self._prefix, ""
+        self.cut_at = self.deadline
+        try:
+            with self.raw.cursor() as cursor:
+                cursor.execute(f"{prefix}SET LOCAL statement_timeout = {bound}; {sql}", params or None)
+                if cursor.description is None:
+                    return []
+                names = [column[0] for column in cursor.description]
+                return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        finally:
+            self.cut_at = None
+
+    def begin(self) -> None:
+        """Opens a transaction together with the next statement."""
+        self._prefix = "BEGIN; "
+
+    def end(self, how: str) -> None:
+        """COMMIT or ROLLBACK, if the transaction was begun at all."""
+        if self._prefix:
+            self._prefix = ""
+        elif not self.raw.closed:
+            self.cut_at = max(self.deadline, time.monotonic() + SLACK)
+            try:
+                with self.raw.cursor() as cursor:
+                    cursor.execute(how)
+            finally:
+                self.cut_at = None
+
+    @property
+    def usable(self) -> bool:
+        """Not known to be dead, and nothing to read: an idle connection has something to read when its server left."""
+        return not (self.was_cut or self.raw.closed or self._poll.poll(0))
+
+    @property
+    def reusable(self) -> bool:
+        """Done with its last statement, and not known to be dead."""
+        return not self.was_cut and self.raw.info.transaction_status == pgx.TRANSACTION_STATUS_IDLE
+
+    def cut(self) -> None:
+        """Ends whatever waits on this connection, from another thread."""
+        self.was_cut = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        _watchdog.remove(self)
+        self.cut_at = None
+        if self.was_cut or self.raw.closed:  # libpq would send a goodbye into the silence
+            self.cut()
+        self._socket.close()
+        self.raw.close()

@@ -1,0 +1,229 @@
+"""A worker's pool. Requests never dial: one daemon thread does, and is also the probe while the database is away.
+
+Until it gets through, every request is refused at once: a broken dependency costs each of them nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import psycopg2
+import psycopg2.extensions as pgx
+
+from loom import errors
+from loom.config import mask
+from loom.db.connection import SLACK, Connection, translate
+
+log = logging.getLogger("loom.db")
+
+PROBE_PERIOD = 0.25  # seconds between two tries to reach a database that is away
+
+
+class Database:
+    """A worker's connections. Make it after the fork, then `open()`; `close()` ends it."""
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        pool_min: int = 2,
+        pool_max: int = 10,
+        timeout: float = 5.0,
+        application_name: str = "loom",
+        before_dial: Callable[[], object] | None = None,
+    ) -> None:
+        """`timeout`: seconds that a request may take. `before_dial` may start a server that we keep ourselves."""
+        self.dsn, self.timeout, self.application_name = dsn, timeout, application_name
+        self._min, self._max, self._before_dial = pool_min, pool_max, before_dial
+        self._idle: list[Connection] = []
+        self._open = 0
+        self._waiting = 0
+        self._dialing_since: float | None = None
+        self._away: str | None = None
+        self._closed = False
+        self._change = threading.Condition()
+        self._request = threading.local()
+
+    def open(self) -> None:
+        threading.Thread(target=self._dial_for_all, name="db-dialer", daemon=True).start()
+
+    def close(self) -> None:
+        with self._change:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._change.notify_all()
+        for conn in idle:
+            conn.close()
+
+    @property
+    def away(self) -> str | None:
+        """Why the database cannot be reached now, or None. The text bears no password."""
+        return self._away
+
+    def usage(self) -> dict[str, int]:
+        """The pool's counters: connections open and idle, requests waiting for one, and the most there may be."""
+        with self._change:
+            return {"open": self._open, "idle": len(self._idle), "waiting": self._waiting, "max": self._max}
+
+    def start_request(self) -> None:
+        """Sets this thread's deadline for all that follows, the wait for a connection included."""
+        self._request.deadline = time.monotonic() + self.timeout - SLACK
+
+    def end_request(self) -> None:
+        self._request.deadline = None
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection on which each statement is a transaction of its own.
+
+        Raises Unavailable when the database is away or goes away meanwhile (then the outcome is unknown), Busy when
+        there is no time left, Invalid or Conflict for what PostgreSQL refuses.
+        """
+        conn = self._take()
+        try:
+            yield conn
+        except psycopg2.Error as exc:
+            self._judge(conn, exc)
+            raise translate(exc) from exc
+        finally:
+            self._give(conn)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A connection in one transaction: BEGIN travels with the first statement. Raises as `connection`."""
+        with self.connection() as conn:
+            conn.begin()
+            try:
+                yield conn
+            except BaseException:
+                with contextlib.suppress(psycopg2.Error):
+                    conn.end("ROLLBACK")
+                raise
+            conn.end("COMMIT")
+
+    def dedicated(self, name: str) -> Dedicated:
+        """A connection for one background thread, that requests cannot use up."""
+        return Dedicated(self, f"{self.application_name} {name}")
+
+    def dial(self, application_name: str) -> Connection:
+        if self._before_dial is not None:
+            self._before_dial()
+        return Connection(self.dsn, application_name, self.timeout - SLACK)
+
+    def _take(self) -> Connection:
+        deadline = getattr(self._request, "deadline", None) or time.monotonic() + self.timeout - SLACK
+        with self._change:
+            while True:
+                if self._away is not None:
+                    raise errors.Unavailable()
+                while self._idle:
+                    conn = self._idle.pop()
+                    if conn.usable:
+                        conn.deadline = deadline
+                        return conn
+                    self._drop(conn)
+                left = deadline - time.monotonic()
+                if left <= 0 or self._closed:
+                    break
+                self._waiting += 1
+                self._change.notify_all()
+                self._change.wait(left)
+                self._waiting -= 1
+            if self._dialing_since is not None and time.monotonic() - self._dialing_since > 1:
+                self._set_away("the server does not answer")
+                raise errors.Unavailable()
+        raise errors.Busy("All connections of this instance are in use.")
+
+    def _give(self, conn: Connection) -> None:
+        with self._change:
+            if conn.reusable and self._away is None and not self._closed:
+                self._idle.append(conn)
+            else:
+                self._drop(conn)
+            if self._waiting:
+                self._change.notify_all()
+
+    def _judge(self, conn: Connection, exc: psycopg2.Error) -> None:
+        """One lost connection is replaced; silence, and a server that only reads, mean that the database is away."""
+        if conn.was_cut or exc.pgcode == "25006":
+            with self._change:
+                conn.was_cut = True
+                self._set_away("the server does not answer" if exc.pgcode is None else "the server is read-only")
+
+    def _drop(self, conn: Connection) -> None:
+        self._open -= 1
+        conn.close()
+
+    def _set_away(self, why: str) -> None:
+        """With `_change` held: refuse everybody until the dialer gets through."""
+        if self._away is None:
+            log.error("database-away", extra={"fields": {"reason": why}})
+        self._away = why
+        while self._idle:
+            self._drop(self._idle.pop())
+        self._change.notify_all()
+
+    def _dial_wanted(self) -> bool:
+        more = self._waiting > len(self._idle) and self._open < self._max
+        return self._closed or self._away is not None or self._open < self._min or more
+
+    def _dial_for_all(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(self._dial_wanted)
+                if self._closed:
+                    return
+                self._dialing_since = time.monotonic()
+            conn, why = None, ""
+            try:
+                conn = self.dial(self.application_name)
+            except Exception as exc:
+                why = mask(str(exc).strip()) or type(exc).__name__
+            with self._change:
+                self._dialing_since = None
+                if conn is None:
+                    if not self._open:  # else those that are open will tell: too many clients is not "away"
+                        self._set_away(why)
+                elif self._closed:
+                    conn.close()
+                else:
+                    if self._away is not None:
+                        log.warning("database-back")
+                        self._away = None
+                    self._open += 1
+                    self._idle.append(conn)
+                    self._change.notify_all()
+            if conn is None:
+                time.sleep(PROBE_PERIOD * random.uniform(0.8, 1.2))
+
+
+class Dedicated:
+    """One background thread's connection: dialled when first needed, and again after a failure."""
+
+    def __init__(self, database: Database, application_name: str) -> None:
+        self._database, self._name = database, application_name
+        self._conn: Connection | None = None
+
+    @contextlib.contextmanager
+    def connection(self, timeout: float | None = None) -> Iterator[Connection]:
+        """Raises as `Database.connection`; `timeout` in seconds, the database's by default."""
+        try:
+            if self._conn is None or not self._conn.usable:
+                self.close()
+                self._conn = self._database.dial(self._name)
+            self._conn.deadline = time.monotonic() + (timeout or self._database.timeout - SLACK)
+            yield self._conn
+        except psycopg2.Error as exc:
+            if not isinstance(exc, pgx.QueryCanceledError):
+                self.close()
+            raise translate(exc) from exc
+
+    def close(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
+            self._conn = None

@@ -1,0 +1,76 @@
+"""Applies schema.sql: once, whoever starts first, and never over a newer one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+
+import psycopg2
+from psycopg2 import errors as pg
+
+from loom import config, errors
+from loom.db.connection import Connection, translate
+
+TEXT = config.resource("schema.sql").read_text()
+VERSION = int(re.search(r"Schema version (\d+)", TEXT)[1])  # type: ignore[index]
+CHECKSUM = hashlib.sha256(TEXT.encode()).hexdigest()
+KEY = 0x4C6F6F6D  # the advisory lock under which the schema changes: "Loom"
+
+
+def migrate(dsn: str, timeout: float = 60.0) -> int:
+    """Brings the database to this Loom's schema if it is older, and returns the schema's version.
+
+    `timeout`: seconds to connect, and for all of it. Raises SchemaError when the database is newer than this Loom or
+    the role may not create tables (the text bears the statement that mends it), Unavailable when it is out of reach.
+    """
+    try:
+        conn = Connection(dsn, "loom migrate", timeout)
+    except psycopg2.Error as exc:
+        raise errors.Unavailable(config.mask(str(exc).strip())) from exc
+    conn.deadline = time.monotonic() + timeout
+    try:
+        conn.begin()
+        conn.execute(f"SELECT pg_advisory_xact_lock({KEY})")
+        found = _found(conn)
+        if found is not None and found[0] > VERSION:
+            raise errors.SchemaError(
+                f"the database has schema version {found[0]}, this Loom knows {VERSION}: upgrade this Loom"
+            )
+        if found != (VERSION, CHECKSUM):
+            conn.execute(TEXT)
+            conn.execute("UPDATE schema_version SET checksum = %(checksum)s", {"checksum": CHECKSUM})
+        conn.end("COMMIT")
+    except pg.InsufficientPrivilege as exc:
+        raise errors.SchemaError(_remedy(conn, exc)) from exc
+    except psycopg2.Error as exc:
+        raise translate(exc) from exc
+    finally:
+        conn.close()
+    return VERSION
+
+
+def _found(conn: Connection) -> tuple[int, str] | None:
+    if not conn.execute("SELECT to_regclass('schema_version') IS NOT NULL AS it")[0]["it"]:
+        return None
+    rows = conn.execute("SELECT version, checksum FROM schema_version")
+    return (rows[0]["version"], rows[0]["checksum"]) if rows else None
+
+
+def _remedy(conn: Connection, exc: psycopg2.Error) -> str:
+    """From version 15 on, GRANT ALL ON DATABASE does not let a role create tables in the schema `public`."""
+    conn.end("ROLLBACK")
+    can = conn.execute(
+        """
+        SELECT current_user AS role, current_database() AS database,
+               has_schema_privilege(coalesce(current_schema, 'public'), 'CREATE') AS may_create,
+               format('GRANT USAGE, CREATE ON SCHEMA %I TO %I', coalesce(current_schema, 'public'), current_user)
+                   AS remedy
+        """
+    )[0]
+    if can["may_create"]:
+        return f"role {can['role']} may not apply the schema to {can['database']}: {str(exc).splitlines()[0]}"
+    return (
+        f"role {can['role']} may not create tables in database {can['database']}; "
+        f'run once as a superuser: psql {can["database"]} -c "{can["remedy"]}"'
+    )

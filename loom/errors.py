@@ -1,0 +1,87 @@
+"""What can go wrong, one class a case: the docstring is the title that a client reads, the status stands beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Error(Exception):
+    """Something went wrong on our side."""
+
+    status = 500
+    type = "internal"
+    retry_after: int | None = None
+
+    def __init__(self, detail: str | None = None, **members: Any) -> None:
+        """`detail` says what happened this time; `members` are what the case needs, as they stand in the answer."""
+        super().__init__(detail or self.title)
+        self.detail = detail
+        self.members = members
+
+    @property
+    def title(self) -> str:
+        return (type(self).__doc__ or "").splitlines()[0]
+
+
+class Invalid(Error):
+    """Invalid request."""
+
+    status = 400
+    type = "invalid"
+
+    @classmethod
+    def field(cls, field: str, problem: str, **more: Any) -> Invalid:
+        """The usual case: one field, what is wrong with it, and perhaps the values that are `allowed`."""
+        return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **more}])
+
+
+class NotFound(Error):
+    """Not found."""
+
+    status = 404
+    type = "not-found"
+
+
+class TooLarge(Error):
+    """The request is too large."""
+
+    status = 413
+    type = "too-large"
+
+
+class Conflict(Error):
+    """The request conflicts with what is there."""
+
+    status = 409
+    type = "conflict"
+
+
+class LockHeld(Conflict):
+    """The lock is held by another."""
+
+    type = "lock-held"
+    retry_after = 1
+
+
+class LockLost(Conflict):
+    """The lock is no longer yours."""
+
+    type = "lock-lost"
+
+
+class Unavailable(Error):
+    """The database cannot be reached now."""
+
+    status = 503
+    type = "unavailable"
+    retry_after = 1
+
+
+class Busy(Unavailable):
+    """The database is too busy to answer in time."""
+
+    type = "busy"
+
+
+class SchemaError(Exception):
+    """The database's schema and this Loom do not fit together; the text says what to do, in one line."""

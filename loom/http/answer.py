@@ -1,0 +1,36 @@
+"""What goes out: values as JSON, lists with a Link to their next page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+import msgspec
+from flask import Response, request
+
+from loom.http.parse import MAX_ROWS, encode_cursor, integer
+
+T = TypeVar("T")
+
+
+def json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, content_type="application/json")
+
+
+def nothing() -> Response:
+    return Response(status=204)
+
+
+def page(fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any]) -> Response:
+    """A bare array of what `fetch` gives for a number of rows; with a Link when there is more.
+
+    Without `limit` in the query, up to 10,000 rows.
+    """
+    limit = integer("limit", most=MAX_ROWS, default=MAX_ROWS)
+    rows = fetch(limit + 1)
+    if len(rows) <= limit:
+        return json(rows)
+    kept = {k: v for k, v in request.args.items() if k != "after"}
+    query = urlencode({**kept, "limit": limit, "after": encode_cursor(cursor_of(rows[limit - 1]))})
+    return json(rows[:limit], headers={"Link": f'<{request.path}?{query}>; rel="next"'})

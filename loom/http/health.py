@@ -1,0 +1,80 @@
+"""/health for people and load balancers, /health/live for the process, /health/ready for those who send it work."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from flask import Blueprint, Response
+
+from loom import __version__, db, errors, instances
+from loom.http import answer
+
+bp = Blueprint("health", __name__)
+
+
+def _now() -> datetime:
+    """This host's clock, for the eye only: nothing is decided by it."""
+    return datetime.now(timezone.utc)
+
+
+def _look() -> tuple[int | None, dict[str, Any]]:
+    """How many instances are active (None without a database), and the database as a dependency."""
+    started = time.monotonic()
+    try:
+        with db.connection() as conn:
+            count = instances.active(conn)
+    except errors.Unavailable as exc:
+        return None, {"status": "unhealthy", "message": db.default().away or exc.detail or exc.title}
+    return count, {"status": "healthy", "latency_ms": round((time.monotonic() - started) * 1000)}
+
+
+@bp.get("/health")
+def health() -> Response:
+    count, database = _look()
+    healthy = count is not None
+    me = instances.current
+    return answer.json(
+        {
+            "healthy": healthy,
+            "instance_id": me and me.instance_id,
+            "database": "connected" if healthy else "disconnected",
+            "active_instances": count,
+            "status": "healthy" if healthy else "unhealthy",
+            "timestamp": _now(),
+            "uptime_seconds": round(time.monotonic() - me.started) if me else 0,
+            "version": __version__,
+            "draining": me is not None and me.draining,
+            "dependencies": {"database": database},
+            "metrics": {"connections": db.default().usage()},
+        },
+        200 if healthy else 503,
+        {} if healthy else {"Retry-After": "1"},
+    )
+
+
+@bp.get("/health/live")
+def live() -> Response:
+    return answer.json({"status": "alive", "timestamp": _now()})
+
+
+@bp.get("/health/ready")
+def ready() -> Response:
+    me = instances.current
+    _, database = _look()
+    is_ready = database["status"] == "healthy" and not (me and me.draining)
+    return answer.json(
+        {
+            "ready": is_ready,
+            "timestamp": _now(),
+            "draining": me is not None and me.draining,
+            "dependencies": {"database": database},
+        },
+        200 if is_ready else 503,
+    )
+
+
+@bp.get("/api/v1/health")
+def ok() -> Response:
+    return answer.json({"status": "ok"})

@@ -1,0 +1,151 @@
+"""What comes in: bodies become checked Structs, query parameters and names checked values. All else is a 400."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from flask import request
+from werkzeug.routing import BaseConverter
+
+from loom import errors
+
+T = TypeVar("T")
+
+MAX_TOKEN = 2**53 - 1
+MAX_ROWS = 10_000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
+
+
+class NameConverter(BaseConverter):
+    """Lets every name reach its view, so that a bad one is refused there, and never redirected to another."""
+
+    regex = r"(?s:.*)"
+    part_isolating = False
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True):
+    """A request body; keys that it does not know are refused."""
+
+
+def body(kind: type[T]) -> T:
+    """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge."""
+    raw = request.get_data(cache=False) or b"{}"
+    try:
+        value = msgspec.json.decode(raw, type=kind)
+        json.loads(raw, object_pairs_hook=_object, parse_int=_int, parse_float=_float)
+    except msgspec.ValidationError as exc:
+        raise _invalid(str(exc)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise errors.Invalid("The body is not valid JSON.", error="Invalid request body") from None
+    return value
+
+
+def _invalid(text: str) -> errors.Invalid:
+    """From msgspec's "Expected `int`, got `str` - at `$.ttl_seconds`"; an unknown field stands in the text itself."""
+    match = _PATH.match(text)
+    assert match is not None
+    problem, field = match["problem"], match["field"] or ""
+    named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
+    if named:
+        field = f"{field}.{named[1]}" if field else named[1]
+    return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:])
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON allows and PostgreSQL or a reader does not: NUL characters, and one key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise errors.Invalid.field(next(k for k in names if names.count(k) > 1), "stands there twice")
+    for key, value in pairs:
+        if "\x00" in key or _has_nul(value):
+            raise errors.Invalid.field(key.replace("\x00", "\\u0000"), "holds a NUL character")
+    return found
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_has_nul(item) for item in value)
+    return isinstance(value, str) and "\x00" in value
+
+
+def _int(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise errors.Invalid.field("body", f"the number {text[:40]} does not fit into 64 bits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise errors.Invalid.field("body", f"the number {text[:40]} is too large")
+    return value
+
+
+def integer(name: str, *, least: int = 1, most: int, default: int | None = None) -> int:
+    """An integer of the query. Raises Invalid when it is missing (and has no default), no integer, or out of range."""
+    text = request.args.get(name)
+    if text is None:
+        if default is None:
+            raise errors.Invalid.field(name, "is required")
+        return default
+    if not re.fullmatch(r"-?[0-9]{1,19}", text, re.ASCII) or not least <= int(text) <= most:
+        raise errors.Invalid.field(name, f"must be an integer from {least} to {most}")
+    return int(text)
+
+
+def flag(name: str) -> bool:
+    """A true or false of the query, false by default."""
+    text = request.args.get(name, "false")
+    if text not in ("true", "false"):
+        raise errors.Invalid.field(name, "must be true or false", allowed=["true", "false"])
+    return text == "true"
+
+
+def text(name: str, most: int = 255) -> str | None:
+    """A text of the query, or None."""
+    value = request.args.get(name)
+    if value is not None and (len(value) > most or _CONTROL.search(value)):
+        raise errors.Invalid.field(name, f"must have at most {most} characters and no control characters")
+    return value
+
+
+def lock_name(prefix: str = "/api/v1/locks/") -> str:
+    """The name in the path, from its bytes: broken UTF-8 is refused, never replaced, or two names would be one."""
+    raw = request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :]
+    try:
+        return check_name(raw.decode())
+    except UnicodeDecodeError:
+        raise errors.Invalid.field("lock_name", "is not UTF-8") from None
+
+
+def check_name(name: str, field: str = "lock_name") -> str:
+    """A lock's name, if it is one. Raises Invalid."""
+    if not 1 <= len(name) <= 255:
+        raise errors.Invalid.field(field, "must have 1 to 255 characters")
+    if _CONTROL.search(name):
+        raise errors.Invalid.field(field, "must not hold control characters")
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise errors.Invalid.field(field, "must not hold an empty part, . or .. between slashes")
+    return name
+
+
+def cursor(name: str = "after") -> Any:
+    """What `encode_cursor` made, from the query, or None."""
+    value = request.args.get(name)
+    if value is None:
+        return None
+    try:
+        return json.loads(base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)))
+    except ValueError:
+        raise errors.Invalid.field(name, "is not a cursor that Loom gave") from None
+
+
+def encode_cursor(value: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")

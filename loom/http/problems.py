@@ -1,0 +1,66 @@
+"""Errors as application/problem+json (RFC 9457), in one place; `error` is the one line that older clients read."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from loom import errors
+from loom.locks import Grant
+
+log = logging.getLogger("loom.http")
+
+
+def answer(exc: errors.Error) -> Response:
+    """The problem document of an error."""
+    body: dict[str, Any] = {"type": f"/problems/{exc.type}", "title": exc.title, "status": exc.status}
+    if exc.detail:
+        body["detail"] = exc.detail
+    body.update(exc.members)
+    if isinstance(body.get("holder"), Grant):  # tokens are for their holders
+        body["holder"] = {name: value for name, value in vars(body["holder"]).items() if name != "fencing_token"}
+    body.setdefault("error", exc.detail or exc.title)
+    response = Response(msgspec.json.encode(body), exc.status, content_type="application/problem+json")
+    if exc.retry_after is not None:
+        response.headers["Retry-After"] = str(exc.retry_after)
+    return response
+
+
+def register(app: Flask) -> None:
+    @app.errorhandler(errors.Error)
+    def ours(exc: errors.Error) -> Response:
+        if exc.status == 500:
+            return unforeseen(exc)
+        return answer(exc)
+
+    @app.errorhandler(HTTPException)
+    def werkzeugs(exc: HTTPException) -> Response:
+        """404 of the router, 405, 413, and what else Flask refuses by itself."""
+        if isinstance(exc, RequestEntityTooLarge):
+            return answer(errors.TooLarge("A body may have 1 MiB."))
+        code = exc.code or 500
+        body = {
+            "type": "/problems/" + (exc.name or "error").lower().replace(" ", "-"),
+            "title": f"{exc.name}.",
+            "status": code,
+            "error": f"{exc.name}.",
+        }
+        response = Response(msgspec.json.encode(body), code, content_type="application/problem+json")
+        for name, value in exc.get_headers():
+            if name.lower() in ("allow", "retry-after"):
+                response.headers[name] = value
+        return response
+
+    @app.errorhandler(Exception)
+    def unforeseen(exc: Exception) -> Response:
+        """A fault of ours: the caller learns that it is, the log learns what."""
+        log.error(
+            "request-failed",
+            exc_info=exc,
+            extra={"fields": {"method": request.method, "path": request.path}},
+        )
+        return answer(errors.Error())

@@ -1,0 +1,296 @@
+"""The registry: each gunicorn worker is an instance with a row, a heartbeat, and an end that somebody notices."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import psycopg2
+
+from loom import __version__, db, errors
+from loom.config import Config
+
+log = logging.getLogger("loom.instances")
+
+HEARTBEAT_PERIOD = 5.0  # seconds, jittered by a fifth; note_outage() in schema.sql counts in threes of it
+RETRY_PERIOD = 1.0  # seconds, after a heartbeat that failed
+TRUST = 30.0  # seconds since the last good heartbeat within which we believe that we are still registered
+BOOT_ERROR = 3  # the exit status that stops gunicorn instead of letting it fork for ever (its WORKER_BOOT_ERROR)
+
+# A clock that counts through sleep: a worker that was suspended must find out before it serves.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the registry. status is 'active', 'draining' or 'dead'."""
+
+    instance_id: str
+    hostname: str
+    started_at: datetime
+    last_heartbeat: datetime
+    status: str
+    metadata: dict[str, Any]
+    heartbeat_age_seconds: float
+
+
+class Instance:
+    """This process in the registry."""
+
+    def __init__(
+        self,
+        database: db.Database,
+        metadata: dict[str, Any],
+        instance_id: str | None = None,
+        tell: Callable[[bytes], object] = lambda message: None,
+    ) -> None:
+        """`tell` passes on a later identity (16 bytes) or b"" (left in order) to whoever watches this process."""
+        self.instance_id = instance_id or str(uuid.uuid4())
+        self.hostname = socket.gethostname()
+        self.status = "active"
+        self.started = time.monotonic()
+        self.missed = 0
+        self._database, self._metadata, self._tell = database, metadata, tell
+        self._line = database.dedicated("heartbeat")
+        self._registered = False
+        self._last_good = float("-inf")
+        self._beating = threading.Lock()
+        self._wake = threading.Event()
+        self._leaving = False
+
+    @property
+    def draining(self) -> bool:
+        return self.status == "draining"
+
+    def start(self) -> None:
+        """Migrates and registers, and goes on with heartbeats. Without a database it does so when there is one.
+
+        Raises SchemaError.
+        """
+        with contextlib.suppress(errors.Unavailable):
+            self.beat()
+        threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
+
+    def beat(self) -> None:
+        """One heartbeat, with a new identity if ours was removed or declared dead. Raises Unavailable, SchemaError."""
+        sent = time.clock_gettime(_CLOCK)
+        if not self._registered:
+            db.migrate(self._database.dsn, timeout=10)
+        with self._line.connection() as conn:
+            if self._registered:
+                row = db.one(
+                    conn, "SELECT heartbeat_instance(%(id)s, %(s)s) AS alive", id=self.instance_id, s=self.status
+                )
+                if row is not None and not row["alive"]:
+                    log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
+                    self.instance_id, self._registered = str(uuid.uuid4()), False
+                    self._tell(uuid.UUID(self.instance_id).bytes)
+            if not self._registered:
+                db.run(
+                    conn,
+                    "SELECT register_instance(%(id)s, %(host)s, %(about)s)",
+                    id=self.instance_id,
+                    host=self.hostname,
+                    about=msgspec.json.encode(self._metadata).decode(),
+                )
+                self._registered = True
+                log.info("instance-registered", extra={"fields": {"instance_id": self.instance_id, **self._metadata}})
+                self._warn_of_settings(conn)
+        self.missed = 0
+        self._last_good = sent
+
+    def confirm(self) -> None:
+        """Before a request is served: finds out whether we are still registered, if we have not heard for long.
+
+        Costs nothing while heartbeats succeed. Raises Unavailable.
+        """
+        if time.clock_gettime(_CLOCK) - self._last_good <= TRUST:
+            return
+        if self._database.away is not None or not self._beating.acquire(timeout=1):
+            raise errors.Unavailable()
+        try:
+            if time.clock_gettime(_CLOCK) - self._last_good > TRUST:
+                self.beat()
+        finally:
+            self._beating.release()
+
+    def drain(self) -> None:
+        """Marks the instance as draining; safe in a signal handler. The heartbeat tells the others."""
+        self.status = "draining"
+        self._wake.set()
+
+    def leave(self) -> None:
+        """The last thing: our own grants end, the row goes. Bounded; without a database, the row ages."""
+        self._leaving = True
+        self._wake.set()
+        with self._beating, contextlib.suppress(errors.Error):
+            if self._registered and self._database.away is None:
+                with self._line.connection() as conn:
+                    db.run(conn, "SELECT leave_instance(%(id)s)", id=self.instance_id)
+                self._tell(b"")
+        self._line.close()
+
+    def _beat_on(self) -> None:
+        while not self._leaving:
+            period = HEARTBEAT_PERIOD * random.uniform(0.8, 1.2) if not self.missed else RETRY_PERIOD
+            self._wake.wait(period)
+            self._wake.clear()
+            with self._beating:
+                if self._leaving:
+                    return
+                try:
+                    self.beat()
+                except errors.SchemaError as exc:
+                    log.critical("schema-does-not-fit", extra={"fields": {"reason": str(exc)}})
+                    os._exit(BOOT_ERROR)
+                except Exception as exc:
+                    self.missed += 1
+                    log.warning("heartbeat-failed", extra={"fields": {"missed": self.missed, "reason": str(exc)}})
+
+    def _warn_of_settings(self, conn: db.Connection) -> None:
+        """What is acknowledged survives a crash of the database only with these on."""
+        for row in db.all(
+            conn,
+            "SELECT name, setting FROM pg_settings"
+            " WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes') AND setting = 'off'",
+        ):
+            log.warning("database-may-lose-writes", extra={"fields": {"setting": row["name"], "value": "off"}})
+
+
+def active(conn: db.Connection) -> int:
+    """How many instances are active, with a heartbeat of the last minute."""
+    row = db.one(
+        conn,
+        "SELECT count(*) AS n FROM instances"
+        " WHERE status = 'active' AND last_heartbeat > clock_timestamp() - INTERVAL '60 seconds'",
+    )
+    assert row is not None
+    return row["n"]
+
+
+_ROWS = """
+    SELECT instance_id, hostname, started_at, last_heartbeat, metadata,
+           instance_status(status, last_heartbeat) AS status,
+           greatest(0, extract(epoch FROM clock_timestamp() - last_heartbeat))::float AS heartbeat_age_seconds
+      FROM instances
+"""
+
+
+def rows(conn: db.Connection) -> list[Row]:
+    """The registry, oldest instance first."""
+    return [Row(**row) for row in db.all(conn, _ROWS + "ORDER BY started_at, instance_id")]
+
+
+def get(conn: db.Connection, instance_id: str) -> Row:
+    """One instance. Raises NotFound."""
+    row = db.one(conn, _ROWS + "WHERE instance_id = %(id)s", id=instance_id)
+    if row is None:
+        raise errors.NotFound("There is no such instance.")
+    return Row(**row)
+
+
+current: Instance | None = None
+
+
+def start(config: Config, instance_id: str | None = None, tell: Callable[[bytes], object] = lambda m: None) -> Instance:
+    """Opens the process's database and makes the process an instance. Raises SchemaError."""
+    global current
+    settings = config.database
+    database = db.Database(
+        settings.dsn,
+        pool_min=settings.pool_min,
+        pool_max=settings.pool_max,
+        timeout=settings.timeout,
+        application_name=f"loom:{config.server.http_port}",
+    )
+    database.open()
+    db.configure(database)
+    metadata = {"pid": os.getpid(), "port": config.server.http_port, "version": __version__}
+    current = Instance(database, metadata, instance_id, tell)
+    current.start()
+    return current
+
+
+def draining() -> None:
+    """The process is asked to end; safe in a signal handler."""
+    if current is not None:
+        current.drain()
+
+
+# gunicorn's hooks. The master makes a worker's identity before the fork, so that it can mark the worker dead whatever
+# happens; a later identity reaches it through a pipe.
+
+
+def before_fork(worker: Any) -> None:
+    """pre_fork, in the master."""
+    worker.loom_id = str(uuid.uuid4())
+    worker.loom_pipe = os.pipe()
+    os.set_blocking(worker.loom_pipe[0], False)
+
+
+def after_fork(worker: Any, config: Config) -> Instance:
+    """post_fork, in the worker. A schema that does not fit ends the whole gunicorn, with one line."""
+    _, write = worker.loom_pipe
+    try:
+        return start(config, worker.loom_id, lambda message: os.write(write, message or b"left in order..."))
+    except errors.SchemaError as exc:
+        log.critical("schema-does-not-fit", extra={"fields": {"reason": str(exc)}})
+        sys.exit(BOOT_ERROR)
+
+
+def leave() -> None:
+    """worker_exit, in the worker, after its drain."""
+    if current is not None:
+        current.leave()
+
+
+def child_died(worker: Any, dsn: str) -> None:
+    """child_exit, in the master: marks the worker dead unless it left in order.
+
+    In a process of its own, since a slow database must not delay the replacement, which gunicorn forks after this.
+    """
+    read, write = worker.loom_pipe
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        said = os.read(read, 65536)
+    os.close(read)
+    os.close(write)
+    messages = [said[i : i + 16] for i in range(0, len(said), 16)]
+    if messages and messages[-1] == b"left in order...":
+        return
+    identities = [worker.loom_id, *(str(uuid.UUID(bytes=m)) for m in messages)]
+    if os.fork() == 0:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            signal.alarm(60)
+            os.closerange(3, 4096)
+            _mark_dead(dsn, identities)
+        finally:
+            os._exit(0)
+
+
+def _mark_dead(dsn: str, identities: list[str]) -> None:
+    while True:
+        try:
+            conn = db.Connection(dsn, "loom master", 5)
+            conn.execute(
+                "UPDATE instances SET status = 'dead' WHERE instance_id = ANY(%(ids)s::uuid[]) AND status <> 'dead'",
+                {"ids": identities},
+            )
+            return
+        except psycopg2.Error:
+            time.sleep(RETRY_PERIOD)

@@ -1,0 +1,240 @@
+"""Acquire, renew and release, each decided by one function of schema.sql in one round trip; and the history."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from loom import db, errors
+from loom.db import Connection
+
+COLUMNS = "lock_name, owner, instance_id, fencing_token, acquired_at, expires_at, heartbeat_at, metadata"
+LAST_CHARACTER = "\U0010ffff"  # sorts after every other in COLLATE "C": the end of a range of names with one prefix
+
+
+@dataclass(frozen=True)
+class Grant:
+    """One holding of a lock, from `acquired_at` until it ends."""
+
+    lock_name: str
+    owner: str
+    instance_id: str | None
+    fencing_token: int
+    acquired_at: datetime
+    expires_at: datetime
+    heartbeat_at: datetime
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PastGrant(Grant):
+    """A grant of the history; `ended_at` and `ended_how` are None while it is held."""
+
+    ended_at: datetime | None
+    ended_how: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an acquire came to.
+
+    outcome: 'new' a grant, 'same' the owner's grant of before, 'held' by `grant`, 'promised' to a waiter (`grant` is
+    None then). waiting: how many wait for the lock.
+    """
+
+    outcome: str
+    grant: Grant | None
+    waiting: int
+
+    @property
+    def granted(self) -> bool:
+        return self.outcome in ("new", "same")
+
+
+def attempt(row: db.Row) -> Attempt:
+    outcome, waiting = row.pop("outcome"), row.pop("waiting")
+    return Attempt(outcome, Grant(**row) if row["lock_name"] is not None else None, waiting)
+
+
+def acquire(
+    conn: Connection,
+    name: str,
+    owner: str,
+    ttl: timedelta,
+    *,
+    instance_id: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    wait: bool = False,
+) -> Attempt:
+    """Takes the lock `name` for `owner` if it is free; with `wait`, takes a place in the queue if not.
+
+    The same owner asking again gets its grant of before, which ends no earlier than it would have.
+    """
+    row = db.one(
+        conn,
+        "SELECT * FROM acquire_lock(%(name)s, %(owner)s, %(instance)s, %(ttl)s, %(metadata)s, %(wait)s)",
+        name=name,
+        owner=owner,
+        instance=instance_id,
+        ttl=ttl,
+        metadata=None if metadata is None else json.dumps(metadata),
+        wait=wait,
+    )
+    assert row is not None
+    return attempt(row)
+
+
+def renew(conn: Connection, name: str, token: int, ttl: timedelta) -> Grant:
+    """Extends a grant that we hold, and returns it with its new end, which may be earlier.
+
+    Raises LockLost when the token is no longer the holder's: expired, taken by another, or forced.
+    """
+    row = db.one(conn, "SELECT * FROM renew_lock(%(name)s, %(token)s, %(ttl)s)", name=name, token=token, ttl=ttl)
+    if row is None:
+        raise lost(conn, name, token)
+    return Grant(**row)
+
+
+def release(conn: Connection, name: str, token: int) -> None:
+    """Ends a grant that we hold; once more does no harm. Raises LockLost when it ended in any other way."""
+    if _end(conn, name, token, "released"):
+        return
+    past = _past(conn, name, token)
+    if past is None or past["ended_how"] != "released":
+        raise lost(conn, name, token, past)
+
+
+def force_release(conn: Connection, name: str, token: int, reason: str | None = None) -> None:
+    """Ends somebody else's grant; once more does no harm.
+
+    Raises LockHeld when another grant holds the lock by now, NotFound when there never was such a grant.
+    """
+    if _end(conn, name, token, "forced", reason):
+        return
+    holder = get(conn, name)
+    if holder is not None and holder.fencing_token != token:
+        raise errors.LockHeld("Another grant holds the lock by now.", holder=holder)
+    if _past(conn, name, token) is None:
+        raise errors.NotFound("There never was such a grant.", lock_name=name, fencing_token=token)
+
+
+def check(conn: Connection, name: str, token: int) -> None:
+    """Fences the transaction that `conn` is in: what it writes commits only under this grant.
+
+    Raises LockLost unless the grant is held now; else no later grant can be made before the transaction ends.
+    """
+    db.run(conn, "SELECT loom_fence(%(name)s, %(token)s)", name=name, token=token)
+
+
+def get(conn: Connection, name: str) -> Grant | None:
+    """The grant that holds the lock now, or None."""
+    row = db.one(
+        conn,
+        f"SELECT {COLUMNS} FROM distributed_locks WHERE lock_name = %(name)s AND expires_at > clock_timestamp()",
+        name=name,
+    )
+    return None if row is None else Grant(**row)
+
+
+def waiting(conn: Connection, name: str) -> int:
+    """How many wait for the lock."""
+    row = db.one(
+        conn,
+        "SELECT count(*) AS n FROM lock_waiters"
+        " WHERE lock_name = %(name)s AND asked_at > clock_timestamp() - INTERVAL '2 seconds'",
+        name=name,
+    )
+    assert row is not None
+    return row["n"]
+
+
+def held(conn: Connection, *, prefix: str = "", owner: str | None = None, after: str = "", limit: int) -> list[Grant]:
+    """Held locks in the order of their names, those after the name `after` only."""
+    rows = db.all(
+        conn,
+        f"""
+        SELECT {COLUMNS} FROM distributed_locks
+         WHERE expires_at > clock_timestamp() AND lock_name > %(after)s
+           AND lock_name >= %(prefix)s AND lock_name < %(prefix)s || %(last)s
+           AND (%(owner)s IS NULL OR owner = %(owner)s)
+         ORDER BY lock_name LIMIT %(limit)s
+        """,
+        after=after,
+        prefix=prefix,
+        last=LAST_CHARACTER,
+        owner=owner,
+        limit=limit,
+    )
+    return [Grant(**row) for row in rows]
+
+
+def history(
+    conn: Connection, *, name: str | None = None, owner: str | None = None, before: int | None = None, limit: int
+) -> list[PastGrant]:
+    """Grants, newest first, those with a smaller token than `before` only. One past its end reads as expired."""
+    where = "true"
+    if name is not None:
+        where += " AND lock_name = %(name)s"
+    if owner is not None:
+        where += " AND owner = %(owner)s"
+    if before is not None:
+        where += " AND fencing_token < %(before)s"
+    part = f"WHERE {where} ORDER BY fencing_token DESC LIMIT %(limit)s"
+    rows = db.all(
+        conn,
+        f"""
+        (SELECT {COLUMNS}, ended_at, ended_how, reason FROM grants {part})
+        UNION ALL
+        (SELECT {COLUMNS}, CASE WHEN expires_at <= clock_timestamp() THEN expires_at END,
+                CASE WHEN expires_at <= clock_timestamp() THEN 'expired' END, NULL FROM distributed_locks {part})
+         ORDER BY fencing_token DESC LIMIT %(limit)s
+        """,
+        name=name,
+        owner=owner,
+        before=before,
+        limit=limit,
+    )
+    return [PastGrant(**row) for row in rows]
+
+
+def lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.LockLost:
+    """LockLost with how and when the grant ended (None: never given) and who holds the lock now."""
+    past = past or _past(conn, name, token) or {"ended_at": None, "ended_how": None}
+    return errors.LockLost(
+        f"This grant of the lock has ended: {past['ended_how']}." if past["ended_how"] else "No such grant was given.",
+        lock_name=name,
+        fencing_token=token,
+        ended_how=past["ended_how"],
+        ended_at=past["ended_at"],
+        holder=get(conn, name),
+    )
+
+
+def _end(conn: Connection, name: str, token: int, how: str, reason: str | None = None) -> bool:
+    row = db.one(
+        conn,
+        "SELECT release_lock(%(name)s, %(token)s, %(how)s, %(reason)s) AS done",
+        name=name,
+        token=token,
+        how=how,
+        reason=reason,
+    )
+    return row is not None and row["done"]
+
+
+def _past(conn: Connection, name: str, token: int) -> db.Row | None:
+    """How and when a grant ended, or None when it was never given (or its history is no longer kept)."""
+    return db.one(
+        conn,
+        """
+        SELECT ended_at, ended_how FROM grants WHERE lock_name = %(name)s AND fencing_token = %(token)s
+        UNION ALL
+        SELECT expires_at, 'expired' FROM distributed_locks
+         WHERE lock_name = %(name)s AND fencing_token = %(token)s AND expires_at <= clock_timestamp()
+        """,
+        name=name,
+        token=token,
+    )

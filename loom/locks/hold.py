@@ -1,0 +1,140 @@
+"""`with locks.hold("my-operation", ttl=30) as lock:` holds a lock, renews it, and says at once when it is lost."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from loom import db, errors
+from loom.locks import grants
+
+log = logging.getLogger("loom.locks")
+
+POLL_PERIOD = 0.1  # seconds between two asks of a waiting holder; its place in the queue lasts 2 s
+
+# A clock that counts through sleep: a holder that was suspended must know that its lease went on.
+_clock: Callable[[], float] = (
+    (lambda: time.clock_gettime(time.CLOCK_BOOTTIME)) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+
+
+class Hold:
+    """A lock held by this process, renewed at a third of its TTL until the block ends or the lock is lost.
+
+    `fencing_token` fences writes (`locks.check`). `lost` turns true, and `on_lost` is called (from another thread), at
+    once when the lock is lost or, for want of an answer, may be; `ensure()` raises LockLost then, and so does the end
+    of the block. Trust in the lease counts from when the request for it was sent.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ttl: float,
+        *,
+        wait: float = 0.0,
+        owner: str | None = None,
+        instance_id: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        on_lost: Callable[[], object] | None = None,
+        database: db.Database | None = None,
+    ) -> None:
+        """`ttl` and `wait` in seconds. Entering raises LockHeld when the lock is not ours within `wait`."""
+        self.name, self.owner, self.fencing_token = name, owner or str(uuid.uuid4()), 0
+        self._ttl, self._wait, self._on_lost = ttl, wait, on_lost
+        self._instance_id, self._metadata = instance_id, metadata
+        self._line = (database or db.default()).dedicated("hold")
+        self._trusted_until = 0.0
+        self._over = threading.Event()
+        self._lost = threading.Event()
+        self._saying = threading.Lock()
+        self._keeper = threading.Thread(target=self._keep, name=f"hold {name}", daemon=True)
+
+    @property
+    def lost(self) -> bool:
+        return self._lost.is_set() or _clock() >= self._trusted_until
+
+    def ensure(self) -> None:
+        """Raises LockLost when the lock is no longer ours, as far as we can know."""
+        if self.lost:
+            raise errors.LockLost(lock_name=self.name, fencing_token=self.fencing_token)
+
+    def __enter__(self) -> Hold:
+        give_up = time.monotonic() + self._wait
+        while True:
+            sent = _clock()
+            with self._line.connection() as conn:
+                attempt = grants.acquire(
+                    conn,
+                    self.name,
+                    self.owner,
+                    timedelta(seconds=self._ttl),
+                    instance_id=self._instance_id,
+                    metadata=self._metadata,
+                    wait=self._wait > 0,
+                )
+            if attempt.granted and attempt.grant is not None:
+                self.fencing_token, self._trusted_until = attempt.grant.fencing_token, sent + self._ttl
+                self._keeper.start()
+                threading.Thread(target=self._watch, name=f"watch {self.name}", daemon=True).start()
+                return self
+            if time.monotonic() >= give_up:
+                self._line.close()
+                raise errors.LockHeld(lock_name=self.name, holder=attempt.grant, waiting=attempt.waiting)
+            time.sleep(min(POLL_PERIOD, max(0.0, give_up - time.monotonic())))
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        self._keeper.join()
+        was_lost = self.lost
+        if not was_lost:
+            try:
+                with self._line.connection() as conn:
+                    grants.release(conn, self.name, self.fencing_token)
+            except errors.LockLost:
+                was_lost = True
+            except errors.Unavailable:
+                pass  # it ends by its TTL
+        self._line.close()
+        if was_lost and exc is None:
+            raise errors.LockLost(lock_name=self.name, fencing_token=self.fencing_token)
+
+    def _keep(self) -> None:
+        pause = self._ttl / 3
+        while not self._over.wait(pause * random.uniform(0.9, 1.0)) and not self.lost:
+            sent = _clock()
+            try:
+                with self._line.connection(max(0.1, min(4.0, self._trusted_until - sent))) as conn:
+                    grants.renew(conn, self.name, self.fencing_token, timedelta(seconds=self._ttl))
+            except errors.LockLost:
+                self._say_lost()
+                return
+            except errors.Error:
+                pause = min(1.0, self._ttl / 10)
+            else:
+                self._trusted_until = sent + self._ttl
+                pause = self._ttl / 3
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, max(0.0, self._trusted_until - _clock()))):
+            if self.lost:
+                self._say_lost()
+                return
+
+    def _say_lost(self) -> None:
+        with self._saying:
+            if self._lost.is_set():
+                return
+            self._lost.set()
+        log.warning("lock-lost", extra={"fields": {"lock_name": self.name, "fencing_token": self.fencing_token}})
+        if self._on_lost is not None:
+            self._on_lost()
+
+
+hold = Hold

@@ -1,0 +1,130 @@
+"""What one elected instance cleans: expired locks, grants of the dead, stale instances, old history.
+
+Elected through our own lock. Batches are small, and the clean-up of one kind never holds up another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+from datetime import timedelta
+
+from loom import db, errors, instances, locks
+from loom.config import Config
+
+log = logging.getLogger("loom.upkeep")
+
+PERIOD = 10.0  # seconds between two rounds, jittered by a fifth
+LOCK = "loom:upkeep"
+LEASE = 30  # seconds for which an elected instance holds the lock; it renews it while it lives
+BATCH = 1000  # rows a statement
+
+
+class Upkeep:
+    """The thread that stands for election, and cleans while elected."""
+
+    def __init__(self, config: Config, instance: instances.Instance, database: db.Database) -> None:
+        self._config, self._instance, self._database = config, instance, database
+        self._line = database.dedicated("upkeep")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the election, the lock included. Returns once it has, or after 2 s."""
+        self._over.set()
+        self._thread.join(2)
+
+    def _run(self) -> None:
+        while not self._over.wait(PERIOD * random.uniform(0.8, 1.2)):
+            if self._database.away is not None or self._instance.draining:
+                continue
+            identity = self._instance.instance_id
+            owner = f"instance:{identity}"
+            election = locks.hold(LOCK, LEASE, owner=owner, instance_id=identity, database=self._database)
+            with contextlib.suppress(errors.LockHeld, errors.LockLost, errors.Unavailable), election:
+                while not election.lost and not self._instance.draining and self._instance.instance_id == identity:
+                    self.clean()
+                    if self._over.wait(PERIOD * random.uniform(0.8, 1.2)):
+                        return
+
+    def clean(self) -> None:
+        """One round. A failure of one part is logged and leaves the others alone."""
+        for part in (self._locks, self._waiters, self._instances, self._history):
+            try:
+                with self._line.connection() as conn:
+                    part(conn)
+            except errors.Unavailable:
+                return
+            except Exception as exc:
+                log.exception("upkeep-failed", extra={"fields": {"part": part.__name__, "reason": str(exc)}})
+
+    def _locks(self, conn: db.Connection) -> None:
+        """Passes over rows that somebody is at; the trigger writes their history."""
+        self._in_batches(
+            conn,
+            """
+            WITH old AS MATERIALIZED (
+                SELECT lock_name FROM distributed_locks WHERE expires_at < clock_timestamp()
+                 ORDER BY lock_name LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+            DELETE FROM distributed_locks USING old WHERE distributed_locks.lock_name = old.lock_name
+            RETURNING 1 AS gone
+            """,
+        )
+
+    def _waiters(self, conn: db.Connection) -> None:
+        self._in_batches(
+            conn,
+            """
+            WITH old AS MATERIALIZED (
+                SELECT lock_name, owner FROM lock_waiters WHERE asked_at < clock_timestamp() - INTERVAL '1 minute'
+                 LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+            DELETE FROM lock_waiters AS w USING old WHERE w.lock_name = old.lock_name AND w.owner = old.owner
+            RETURNING 1 AS gone
+            """,
+        )
+
+    def _instances(self, conn: db.Connection) -> None:
+        """Marks who has been silent for a minute, removes who has been for five: never itself, nor after an outage."""
+        mine = {"id": self._instance.instance_id}
+        died = db.all(
+            conn,
+            """
+            UPDATE instances SET status = 'dead'
+             WHERE instance_status(status, last_heartbeat) = 'dead' AND status <> 'dead' AND instance_id <> %(id)s
+            RETURNING instance_id, hostname, metadata
+            """,
+            **mine,
+        )
+        for row in died:
+            log.warning("instance-dead", extra={"fields": row})
+        db.run(
+            conn,
+            "DELETE FROM instances WHERE heartbeats_count() AND instance_id <> %(id)s"
+            " AND last_heartbeat < clock_timestamp() - INTERVAL '5 minutes'",
+            **mine,
+        )
+
+    def _history(self, conn: db.Connection) -> None:
+        """From the oldest token on, which is nearly the oldest end: no index of its own for that."""
+        self._in_batches(
+            conn,
+            """
+            WITH old AS MATERIALIZED (
+                SELECT fencing_token FROM grants WHERE ended_at < clock_timestamp() - %(keep)s
+                 ORDER BY fencing_token LIMIT %(batch)s)
+            DELETE FROM grants USING old WHERE grants.fencing_token = old.fencing_token
+            RETURNING 1 AS gone
+            """,
+            keep=timedelta(days=self._config.locks.history_days),
+        )
+
+    def _in_batches(self, conn: db.Connection, sql: str, **params: object) -> None:
+        """At most a hundred batches a round, so that the other parts get their turn."""
+        for _ in range(100):
+            if len(db.all(conn, sql, batch=BATCH, **params)) < BATCH or self._over.is_set():
+                return
