@@ -21,7 +21,7 @@ from loom.dsn import mask
 FACILITY_DAEMON = 3 << 3
 
 
-def event(logger: logging.Logger, level: int, name: str, **fields: Any) -> None:
+def event(logger: logging.Logger, level: int, name: str, /, **fields: Any) -> None:
     """Log what happened, with fields; the same as `logger.log(level, name, extra={"fields": fields})`."""
     logger.log(level, name, extra={"fields": fields})
 

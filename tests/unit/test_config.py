@@ -26,7 +26,7 @@ logging:
   level: info
   format: json
   output: stdout
-  
+
   # For centralized logging
   syslog:
     enabled: true
