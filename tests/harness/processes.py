@@ -1,0 +1,152 @@
+"""Child processes that end with the tests, ports that nobody else takes, and waiting for conditions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from loom.embedded import parent_bound
+
+T = TypeVar("T")
+
+PORTS = range(10_000, 32_000)  # below those that outgoing connections get by themselves
+_reserved: dict[int, socket.socket] = {}
+
+
+def wait_until(condition: Callable[[], T], timeout: float = 10.0, period: float = 0.01) -> T:
+    """Poll until `condition` gives something true, and return that. Fails the test after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"did not come true within {timeout} s (last: {value!r})")
+        time.sleep(period)
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback that no test of any run on this machine gets while this process lives.
+
+    The UDP port of the same number, which nothing here uses, is what reserves it.
+    """
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as tcp, contextlib.suppress(OSError):
+            udp = socket.socket(type=socket.SOCK_DGRAM)
+            udp.bind(("127.0.0.1", port))
+            tcp.bind(("127.0.0.1", port))
+            _reserved[port] = udp
+            return port
+
+
+def program(name: str, package: str) -> str:
+    """Return the path of a program; without it skips the test, naming Debian's package, or fails where CI=true."""
+    found = shutil.which(
+        name, path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
+    )
+    if found is None:
+        reason = f"{name} is not installed (Debian: apt-get install {package})"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def version(*command: str) -> str:
+    """Return the version number that a program tells, or "missing"."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "missing"
+    number = re.search(r"\d+(\.\d+)+", run.stdout + run.stderr)
+    return number[0] if number else "unknown"
+
+
+def children(pid: int) -> list[int]:
+    """Return the process numbers of a process's living children."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    """Keep processes stopped by SIGSTOP, and let them go on afterwards."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+class Process:
+    """A child in a session of its own, so that Ctrl-C reaches the tests alone; it gets `last` when they die."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        log: Path,
+        *,
+        last: signal.Signals = signal.SIGTERM,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        """`env` is added to the environment; what the child says is appended to `log`."""
+        self.log = log
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **(env or {})},
+                cwd=cwd,
+                start_new_session=True,
+                preexec_fn=parent_bound(last),
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def runs(self) -> bool:
+        return self._popen.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """Wait for the end, and return the exit status. Raises subprocess.TimeoutExpired."""
+        return self._popen.wait(timeout)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 10.0) -> None:
+        """End it: by this signal, and if that takes too long by SIGKILL."""
+        self.send(signal.SIGCONT)
+        self.send(number)
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            self.wait()
+
+    def last_lines(self, count: int = 60) -> str:
+        """Return the end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
