@@ -25,9 +25,9 @@ BATCH = 1000  # rows a statement
 class Upkeep:
     """The thread that stands for election, and cleans while elected."""
 
-    def __init__(self, config: Config, instance: instances.Instance, database: db.Database) -> None:
-        self._config, self._instance, self._database = config, instance, database
-        self._line = database.dedicated("upkeep")
+    def __init__(self, config: Config, instance: instances.Instance) -> None:
+        self._config, self._instance, self._database = config, instance, instance.database
+        self._line = self._database.dedicated("upkeep")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 

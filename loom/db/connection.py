@@ -26,6 +26,7 @@ Row = dict[str, Any]
 
 TICK = 0.05  # seconds between two looks of the watchdog
 SLACK = 0.2  # seconds of a request's bound kept for what comes after its last statement
+IDLE_UNSEEN = 1.0  # seconds for which an idle connection is believed to be alive
 STATEMENT_SHARE = 0.85  # of what is left: a server that is merely slow says so before the watchdog takes it for dead
 
 psycopg2.extras.register_default_jsonb(globally=True, loads=msgspec.json.decode)
@@ -120,6 +121,7 @@ class Connection:
         self._poll.register(self._socket, select.POLLIN)
         self._prefix = ""
         self.was_cut = False
+        self.last_used = 0.0
         self.cut_at: float | None = None
         self.deadline = time.monotonic() + timeout
         _watchdog.add(self)
@@ -147,6 +149,7 @@ class Connection:
                 return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         finally:
             self.cut_at = None
+            self.last_used = time.monotonic()
 
     def begin(self) -> None:
         """Opens a transaction together with the next statement."""
@@ -166,8 +169,11 @@ class Connection:
 
     @property
     def usable(self) -> bool:
-        """Not known to be dead, and nothing to read: an idle connection has something to read when its server left."""
-        return not (self.was_cut or self.raw.closed or self._poll.poll(0))
+        """Not known to be dead. One that was idle for long has something to read if its server has left."""
+        if self.was_cut or self.raw.closed:
+            return False
+        # Looking costs a system call without the interpreter's lock, which other threads then take: not every time.
+        return time.monotonic() - self.last_used < IDLE_UNSEEN or not self._poll.poll(0)
 
     @property
     def reusable(self) -> bool:

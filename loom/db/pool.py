@@ -46,17 +46,20 @@ class Database:
         self._dialing_since: float | None = None
         self._away: str | None = None
         self._closed = False
-        self._change = threading.Condition()
+        lock = threading.Lock()
+        self._returned = threading.Condition(lock)  # one connection more, or none for anybody
+        self._wanted = threading.Condition(lock)  # the dialer has something to do
         self._request = threading.local()
 
     def open(self) -> None:
         threading.Thread(target=self._dial_for_all, name="db-dialer", daemon=True).start()
 
     def close(self) -> None:
-        with self._change:
+        with self._returned:
             self._closed = True
             idle, self._idle = self._idle, []
-            self._change.notify_all()
+            self._returned.notify_all()
+            self._wanted.notify()
         for conn in idle:
             conn.close()
 
@@ -67,7 +70,7 @@ class Database:
 
     def usage(self) -> dict[str, int]:
         """The pool's counters: connections open and idle, requests waiting for one, and the most there may be."""
-        with self._change:
+        with self._returned:
             return {"open": self._open, "idle": len(self._idle), "waiting": self._waiting, "max": self._max}
 
     def start_request(self) -> None:
@@ -117,7 +120,7 @@ class Database:
 
     def _take(self) -> Connection:
         deadline = getattr(self._request, "deadline", None) or time.monotonic() + self.timeout - SLACK
-        with self._change:
+        with self._returned:
             while True:
                 if self._away is not None:
                     raise errors.Unavailable()
@@ -131,8 +134,9 @@ class Database:
                 if left <= 0 or self._closed:
                     break
                 self._waiting += 1
-                self._change.notify_all()
-                self._change.wait(left)
+                if self._open < self._max:
+                    self._wanted.notify()
+                self._returned.wait(left)
                 self._waiting -= 1
             if self._dialing_since is not None and time.monotonic() - self._dialing_since > 1:
                 self._set_away("the server does not answer")
@@ -140,18 +144,19 @@ class Database:
         raise errors.Busy("All connections of this instance are in use.")
 
     def _give(self, conn: Connection) -> None:
-        with self._change:
+        with self._returned:
             if conn.reusable and self._away is None and not self._closed:
                 self._idle.append(conn)
             else:
                 self._drop(conn)
+                self._wanted.notify()
             if self._waiting:
-                self._change.notify_all()
+                self._returned.notify()
 
     def _judge(self, conn: Connection, exc: psycopg2.Error) -> None:
         """One lost connection is replaced; silence, and a server that only reads, mean that the database is away."""
         if conn.was_cut or exc.pgcode == "25006":
-            with self._change:
+            with self._returned:
                 conn.was_cut = True
                 self._set_away("the server does not answer" if exc.pgcode is None else "the server is read-only")
 
@@ -160,13 +165,14 @@ class Database:
         conn.close()
 
     def _set_away(self, why: str) -> None:
-        """With `_change` held: refuse everybody until the dialer gets through."""
+        """With the lock held: refuse everybody until the dialer gets through."""
         if self._away is None:
             log.error("database-away", extra={"fields": {"reason": why}})
         self._away = why
         while self._idle:
             self._drop(self._idle.pop())
-        self._change.notify_all()
+        self._returned.notify_all()
+        self._wanted.notify()
 
     def _dial_wanted(self) -> bool:
         more = self._waiting > len(self._idle) and self._open < self._max
@@ -174,8 +180,8 @@ class Database:
 
     def _dial_for_all(self) -> None:
         while True:
-            with self._change:
-                self._change.wait_for(self._dial_wanted)
+            with self._returned:
+                self._wanted.wait_for(self._dial_wanted)
                 if self._closed:
                     return
                 self._dialing_since = time.monotonic()
@@ -184,7 +190,7 @@ class Database:
                 conn = self.dial(self.application_name)
             except Exception as exc:
                 why = mask(str(exc).strip()) or type(exc).__name__
-            with self._change:
+            with self._returned:
                 self._dialing_since = None
                 if conn is None:
                     if not self._open:  # else those that are open will tell: too many clients is not "away"
@@ -197,7 +203,7 @@ class Database:
                         self._away = None
                     self._open += 1
                     self._idle.append(conn)
-                    self._change.notify_all()
+                    self._returned.notify()
             if conn is None:
                 time.sleep(PROBE_PERIOD * random.uniform(0.8, 1.2))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flask import Flask, request
 from flask.wrappers import Response
 
@@ -12,12 +15,35 @@ from loom.http import grants, health, instances, locks, problems
 from loom.http.parse import NameConverter
 
 MAX_BODY = 1024 * 1024  # bytes
-WITHOUT_DATABASE = ("/health", "/api/v1/health")
+ALWAYS_SERVED = ("/health", "/api/v1/health")
+
+
+class Application(Flask):
+    """Flask with one thing before each request and one after it, called directly.
+
+    Looking up hooks by blueprint, sessions and coroutines took 15 of 150 us; Loom has none of them.
+    """
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        return func
+
+    def preprocess_request(self) -> None:
+        """Starts the clock that bounds the request, and refuses it when we may have been declared dead."""
+        db.default().start_request()
+        me = registry.current
+        if me is not None and not me.fresh and not request.path.startswith(ALWAYS_SERVED):
+            me.confirm()
+
+    def process_response(self, response: Response) -> Response:
+        request_id = request.environ.get("HTTP_X_REQUEST_ID")
+        if request_id:
+            response.headers["X-Request-ID"] = request_id
+        return response
 
 
 def create_app(config: Config | None = None) -> Flask:
     """The application on the process's own database (`db.configure`) and instance."""
-    app = Flask("loom", static_folder=None)
+    app = Application("loom", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
@@ -25,23 +51,4 @@ def create_app(config: Config | None = None) -> Flask:
     for routes in (health, instances, locks, grants):
         app.register_blueprint(routes.bp)
     problems.register(app)
-
-    @app.before_request
-    def begin() -> None:
-        """Starts the clock that bounds the request, and refuses it when we may have been declared dead."""
-        db.default().start_request()
-        if registry.current is not None and not request.path.startswith(WITHOUT_DATABASE):
-            registry.current.confirm()
-
-    @app.teardown_request
-    def end(exc: BaseException | None) -> None:
-        db.default().end_request()
-
-    @app.after_request
-    def name_request(response: Response) -> Response:
-        request_id = request.headers.get("X-Request-ID")
-        if request_id:
-            response.headers["X-Request-ID"] = request_id
-        return response
-
     return app

@@ -1,0 +1,1 @@
+"""Measurements: each prints figures of one run, side by side with the limit or the peer."""

@@ -1,0 +1,211 @@
+"""How fast locks are: acquire and release over HTTP, beside the framework's limit and the database's.
+
+    python -m bench.locks [--seconds 8] [--rounds 3] [--connections 16] [--threads 8,32] [--worker ...]
+
+(a) Loom: one instance, its own gunicorn.conf.py;
+(b) pgbench with the same two statements: the database's limit;
+(c) bench/bare.py in the same gunicorn set-up: the framework's limit.
+(a) and (c) take turns on one PostgreSQL, `--rounds` times; the medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loom import config, db, embedded
+
+LOOM, BARE = "loom", "bare"
+RELEASE = {LOOM: "/api/v1/locks/{name}?fencing_token={token}", BARE: "/api/v1/locks/{name}/{token}"}
+TOKEN = re.compile(rb'"fencing_token": ?([0-9]+)')
+PGBENCH = """
+\\set name random(1, 1000000000)
+SELECT fencing_token AS token FROM acquire_lock('bench-:name', 'bench', NULL, '30 s', NULL, false) \\gset
+SELECT release_lock('bench-:name', :token, 'released', NULL);
+"""
+
+
+@dataclass
+class Client:
+    """One kept-alive connection that acquires and releases a lock of its own, over and over."""
+
+    kind: str
+    port: int
+    latencies: list[float] = field(default_factory=list)
+    cycle: int = 0
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", self.port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.buffer = b""
+        self.prefix = uuid.uuid4().hex
+
+    def send(self) -> None:
+        name = f"{self.prefix}-{self.cycle}"
+        if self.token:
+            path, body = RELEASE[self.kind].format(name=name, token=self.token), ""
+            head = f"DELETE {path} HTTP/1.1\r\nHost: x\r\n\r\n"
+        else:
+            body = '{"owner": "bench"}'
+            head = f"POST /api/v1/locks/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.sent = time.perf_counter()
+        self.socket.sendall((head + body).encode())
+
+    def receive(self) -> bool:
+        """Whether an answer is complete. Raises RuntimeError for one that is not a success."""
+        self.buffer += self.socket.recv(65536)
+        head, end, body = self.buffer.partition(b"\r\n\r\n")
+        if not end:
+            return False
+        length = re.search(rb"(?i)content-length: ([0-9]+)", head)
+        if length and len(body) < int(length[1]):
+            return False
+        if self.buffer[9:12] not in (b"201", b"204"):
+            raise RuntimeError(self.buffer.decode())
+        self.latencies.append(time.perf_counter() - self.sent)
+        if self.token:
+            self.token, self.cycle = "", self.cycle + 1
+        else:
+            match = TOKEN.search(body)
+            assert match is not None
+            self.token = match[1].decode()
+        self.buffer = b""
+        return True
+
+
+def load(kind: str, port: int, connections: int, seconds: float) -> list[float]:
+    """Latencies in seconds of all requests."""
+    selector = selectors.DefaultSelector()
+    clients = [Client(kind, port) for _ in range(connections)]
+    for client in clients:
+        selector.register(client.socket, selectors.EVENT_READ, client)
+        client.send()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for key, _ in selector.select(1):
+            if key.data.receive():
+                key.data.send()
+    for client in clients:
+        client.socket.close()
+    return [latency for client in clients for latency in client.latencies]
+
+
+@contextlib.contextmanager
+def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folder: Path) -> Iterator[int]:
+    """One gunicorn with our gunicorn.conf.py's settings; for the bare application without our hooks."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = folder / "config.yaml"
+    settings.write_text(f"server:\n  threads: {threads}\nlogging:\n  level: warning\n")
+    arguments = [sys.executable, "-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), application]
+    if application != "app:app":
+        plain = folder / "bare.conf.py"
+        plain.write_text(
+            f"bind = '127.0.0.1:{port}'\nthreads = {threads}\nkeepalive = 75\ncontrol_socket_disable = True\n"
+            f"worker_class = {worker or 'loom.http.worker.Worker'!r}\nloglevel = 'warning'\n"
+        )
+        arguments[4] = str(plain)
+    elif worker:
+        arguments += ["-k", worker]
+    environ = {**os.environ, "DATABASE_DSN": dsn, "PORT": str(port), "LOOM_CONFIG": str(settings)}
+    process = subprocess.Popen(arguments, env=environ, cwd=Path(__file__).parent.parent)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def pgbench(dsn: str, connections: int, seconds: int, folder: Path) -> float:
+    """Requests per second, of which there are two in each transaction of the script."""
+    script = folder / "locks.sql"
+    script.write_text(PGBENCH)
+    said = subprocess.run(
+        [
+            embedded.binaries() / "pgbench",
+            "-n",
+            "-f",
+            script,
+            "-c",
+            str(connections),
+            "-j",
+            "2",
+            "-T",
+            str(seconds),
+            dsn,
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    match = re.search(r"tps = ([0-9.]+)", said)
+    assert match is not None
+    return 2 * float(match[1])
+
+
+def row(title: str, rates: list[float], latencies: list[float]) -> None:
+    ranked = sorted(latencies)
+    p50, p99 = (1000 * ranked[int(len(ranked) * q)] for q in (0.5, 0.99)) if ranked else (0, 0)
+    times = f"p50 {p50:6.2f} ms   p99 {p99:6.2f} ms" if ranked else ""
+    print(f"{title:34} {statistics.median(rates):8.0f} requests/s   {times}", flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seconds", type=float, default=8)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--connections", type=int, default=16)
+    options.add_argument("--threads", default=str(config.ServerConfig.threads), help="one or more, with commas")
+    options.add_argument("--worker", help="another worker class, such as sync")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="loom-bench-") as name:
+        folder = Path(name)
+        dsn = os.environ.get("DATABASE_DSN") or embedded.use(folder / "postgres")
+        db.migrate(dsn)
+        rate = pgbench(dsn, 8, int(given.seconds), folder)
+        row("(b) pgbench, 8 connections", [rate], [])
+        for threads in map(int, given.threads.split(",")):
+            print(f"{given.connections} connections, {threads} threads, {given.worker or 'our worker'}")
+            rates: dict[str, list[float]] = {LOOM: [], BARE: []}
+            latencies: dict[str, list[float]] = {LOOM: [], BARE: []}
+            with (
+                gunicorn("app:app", dsn, threads, given.worker, folder) as loom,
+                gunicorn("bench.bare:app", dsn, threads, given.worker, folder) as bare,
+            ):
+                ports = {LOOM: loom, BARE: bare}
+                for kind, port in ports.items():
+                    load(kind, port, given.connections, 1)
+                for _ in range(given.rounds):
+                    for kind, port in ports.items():
+                        taken = load(kind, port, given.connections, given.seconds)
+                        rates[kind].append(len(taken) / given.seconds)
+                        latencies[kind] += taken
+            row("  (a) Loom, acquire + release", rates[LOOM], latencies[LOOM])
+            row("  (c) bare Flask, same statements", rates[BARE], latencies[BARE])
+            ratios = [a / c for a, c in zip(rates[LOOM], rates[BARE], strict=True)]
+            print(
+                f"  a/c {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                f"   a/b {statistics.median(rates[LOOM]) / rate:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
