@@ -49,7 +49,7 @@ class Postgres:
     """One server in a folder of its own, on a Unix socket and on a port of the loopback."""
 
     def __init__(self, settings: dict[str, str] | None = None, copy_of: Path | None = None) -> None:
-        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder of pg_basebackup, which it takes over."""
+        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to take over."""
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", free_port()
         self.process: Process | None = None
