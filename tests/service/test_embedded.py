@@ -35,7 +35,7 @@ while True:
     try:
         psycopg2.connect(dsn).cursor().execute("SELECT pg_sleep(60)")
     except psycopg2.Error:
-        embedded.revive(folder)
+        embedded.keep()
 """
 
 
@@ -244,9 +244,13 @@ def test_everything_killed_at_once_is_no_obstacle(users: Users) -> None:
 def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: str) -> None:
     users = Users(folder / name)
     try:
-        query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
+        dsn = dsn_of(users.start(DIAL))
+        query(dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
         short = (users.folder / "socket").resolve()
         assert short.stat().st_mode & 0o077 == 0
+        before = users.postmaster()
+        os.kill(before, signal.SIGKILL)
+        wait_until(partial(another_answers, users, before, dsn))
         users.kill()
         wait_until(lambda: users.stopped_cleanly() and not short.exists())
         assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]

@@ -1,0 +1,60 @@
+# Everything here needs Python >= 3.10 and make, nothing else; it all goes into .venv and var.
+
+.DEFAULT_GOAL := help
+.PHONY: run test lint format bench faults psql clean help .venv
+
+# The first Python that is new enough; PYTHON=... chooses another.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$python && exit; done; echo python3)
+PORT ?= 8080
+NGINX_PORT ?= 8000
+INSTANCES ?= 3
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+ARGS ?=
+BIN := .venv/bin
+
+run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NGINX_PORT=8000 INSTANCES=3
+	@exec $(BIN)/loom cluster --instances $(INSTANCES) --port $(PORT) --nginx-port $(NGINX_PORT)
+
+test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/test ## Check style, types, and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/test ## Format the code, mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/test ## Measure locks over HTTP beside what the database and the framework can do
+	$(BIN)/python -m bench.locks $(ARGS)
+
+faults: .venv/test ## Run the long fault tests
+	$(BIN)/python -m pytest tests/faults --long
+
+psql: .venv/embedded ## Open psql on the configured database; ARGS="-c 'SELECT 1'"
+	@exec $(BIN)/loom psql $(ARGS)
+
+clean: ## Remove .venv, var and caches; not while a server runs in var
+	@test ! -e var/postgres/launcher || $(PYTHON) -c 'from fcntl import *; \
+	flock(open("var/postgres/launcher", "r+"), LOCK_EX | LOCK_NB)' 2>/dev/null || \
+	{ echo "A server runs in var/postgres: stop Loom first." >&2; exit 1; }
+	rm -rf .venv var build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+.venv: .venv/test
+
+# One stamp for each set of extras; touched last, so a failed installation is done again.
+.venv/embedded .venv/test: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "Installing Loom into .venv"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
+	@touch $@

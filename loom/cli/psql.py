@@ -1,0 +1,23 @@
+"""`loom psql`: plain SQL on the state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from loom import config as configuration
+from loom import embedded
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def psql(arguments: tuple[str, ...]) -> None:
+    """Open psql on the configured database; takes psql's own arguments."""
+    database = configuration.load().database
+    dsn = database.dsn or embedded.use(Path(database.folder))
+    # The embedded one has no TLS.
+    program = (shutil.which("psql") if database.dsn else None) or str(embedded.binaries() / "psql")
+    os.execv(program, [program, dsn, *arguments])

