@@ -53,7 +53,7 @@ class Postgres:
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", free_port()
         self.process: Process | None = None
-        self._identity = embedded._identity(self.folder, self.data)  # PostgreSQL refuses to be root
+        self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to be root
         if copy_of is None:
             options = ["--username", SUPERUSER, "--encoding=UTF8", "--locale=C", "--auth=trust"]
             self.run("initdb", "--pgdata", str(self.data), *options)
