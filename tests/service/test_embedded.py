@@ -11,13 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
+from harness.users import NOBODY, as_nobody
 
 from loom import embedded
 
@@ -262,33 +262,16 @@ def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: s
 def test_an_ordinary_user_needs_nothing_more(users: Users) -> None:
     if os.geteuid() != 0:
         pytest.skip("this run is one")
-    os.chown(users.folder.parent, 65534, 65534)
+    os.chown(users.folder.parent, NOBODY, NOBODY)
     ordinary = as_nobody()
     query(users.ready(**ordinary), "CREATE TABLE kept AS SELECT 42 AS answer")
-    assert (users.folder / "data").stat().st_uid == 65534
+    assert (users.folder / "data").stat().st_uid == NOBODY
     users.kill()
     wait_until(users.stopped_cleanly)
     assert query(users.ready(), "SELECT answer FROM kept") == [(42,)], "root may use it, too"
     users.kill()
     wait_until(users.stopped_cleanly)
     assert query(users.ready(**ordinary), "SELECT answer FROM kept") == [(42,)], "and leaves it usable"
-
-
-def as_nobody() -> dict[str, Any]:
-    """Return Popen's options; with the system's Python of our version when ours is in a closed home folder."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        options: dict[str, Any] = {
-            "executable": python,
-            "user": 65534,
-            "group": 65534,
-            "extra_groups": [],
-            "env": environ,
-        }
-        with suppress(OSError):
-            if subprocess.run([python, "-c", "import loom.embedded"], check=False, **options).returncode == 0:
-                return options
-    return pytest.skip("this environment is closed to other users")
 
 
 def without(program: str, folder: Path) -> None:

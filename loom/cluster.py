@@ -1,0 +1,238 @@
+"""Several instances on one machine, and nginx in front of them: what `make run` starts."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loom import db, embedded
+from loom.config import Config, environment, mask, resource
+
+START_SECONDS = 30  # from the start of an instance to its first good /health
+STOP_SECONDS = {"nginx": 3, "instance": 25}  # 25: above gunicorn's graceful_timeout
+RESTART_SECONDS = 1  # at least, between two starts of the same process
+SBIN = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin"
+
+
+class ClusterError(Exception):
+    """The cluster does not start."""
+
+
+@dataclass
+class Member:
+    """A process that we keep up; `kind` is "instance" or "nginx"."""
+
+    kind: str
+    port: int
+    command: list[str]
+    process: subprocess.Popen[bytes] = field(init=False)
+    started: float = field(init=False)
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment(PORT=str(self.port)),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us, who stop them in order
+            preexec_fn=embedded.parent_bound(signal.SIGTERM),
+        )
+
+    def stop(self, number: signal.Signals) -> None:
+        """Signal the master, or if that is dead the workers that it left behind."""
+        with suppress(ProcessLookupError):
+            if self.process.poll() is None:
+                self.process.send_signal(number)
+            else:
+                os.killpg(self.process.pid, number)
+
+    def wait(self, deadline: float) -> None:
+        """Wait for its end, and make it one at the deadline."""
+        try:
+            self.process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def __str__(self) -> str:
+        return f"{self.kind} on port {self.port}"
+
+
+def run(config: Config, instances: int, port: int, nginx_port: int, say: Callable[[str], None]) -> None:
+    """Run it until SIGINT, SIGTERM or SIGHUP; `say` prints a line. Call it from the main thread.
+
+    Raises ClusterError when a port is taken or a process does not come up, and what embedded.use and db.migrate raise.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stopping.set())
+    host = config.server.host
+    ports = range(port, port + instances)
+    nginx = shutil.which("nginx") or shutil.which("nginx", path=SBIN)
+    for needed in [*ports, nginx_port] if nginx else ports:
+        _check_free(host, needed)
+    with _database(config) as dsn:
+        db.migrate(dsn)
+        members = [
+            Member("instance", p, [sys.executable, "-c", "from loom.cli import main; main()", "serve"]) for p in ports
+        ]
+        if nginx:
+            members.append(Member("nginx", nginx_port, [nginx, *_nginx_arguments(nginx, host, ports, nginx_port)]))
+        try:
+            _start(members, host, stopping)
+            if not stopping.is_set():
+                say(_welcome(config, members))
+            _keep_up(members, stopping, say)
+        finally:
+            _stop(members)
+
+
+@contextmanager
+def _database(config: Config) -> Iterator[str]:
+    if config.database.dsn:
+        yield config.database.dsn
+        return
+    folder = Path(config.database.folder)
+    dsn = embedded.use(folder)
+    try:
+        yield dsn
+    finally:
+        embedded.leave(folder)
+
+
+def _start(members: list[Member], host: str, stopping: threading.Event) -> None:
+    """Start the instances together, nginx when all of them are healthy."""
+    for kind in ("instance", "nginx"):
+        starting = [member for member in members if member.kind == kind]
+        for member in starting:
+            member.start()
+        for member in starting:
+            while not stopping.is_set() and not _healthy(host, member.port):
+                if member.process.poll() is not None:
+                    raise ClusterError(f"The {member} ended with status {member.process.returncode}; see above.")
+                if time.monotonic() > member.started + START_SECONDS:
+                    raise ClusterError(f"The {member} is not healthy after {START_SECONDS} s; see above.")
+                stopping.wait(0.05)
+
+
+def _keep_up(members: list[Member], stopping: threading.Event, say: Callable[[str], None]) -> None:
+    while not stopping.wait(0.2):
+        for member in members:
+            status = member.process.poll()
+            if status is not None and time.monotonic() > member.started + RESTART_SECONDS:
+                how = signal.Signals(-status).name if status < 0 else f"status {status}"
+                say(f"The {member} ended (process {member.process.pid}, {how}) and is started again.")
+                member.stop(signal.SIGTERM)
+                member.start()
+
+
+def _stop(members: list[Member]) -> None:
+    """Stop what was started: first what takes requests, then who answers them."""
+    for kind, number in (("nginx", signal.SIGQUIT), ("instance", signal.SIGTERM)):
+        running = [member for member in members if member.kind == kind and hasattr(member, "process")]
+        for member in running:
+            member.stop(number)
+        deadline = time.monotonic() + STOP_SECONDS[kind]
+        for member in running:
+            member.wait(deadline)
+
+
+def _healthy(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(_reachable(host), port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _netloc(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_free(host: str, port: int) -> None:
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            problem = f"is taken by {_owner(port)}" if taken else f"cannot be used on {host}: {error.strerror}"
+            raise ClusterError(
+                f"Port {port} {problem}. Choose others: make run PORT=18080 NGINX_PORT=18000, "
+                "or loom cluster --port 18080 --nginx-port 18000."
+            ) from None
+
+
+def _owner(port: int) -> str:
+    """Return the program and process that listens there, as far as /proc tells."""
+    sockets = set()
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        rows = table.read_text().splitlines()[1:] if table.exists() else []
+        for _, local, _, state, *rest in map(str.split, rows):
+            if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                sockets.add(f"socket:[{rest[5]}]")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link) in sockets:
+                process = link.parents[1]
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f"process {process.name} ({mask(command)[:80]})"
+    return "a process of another user"
+
+
+def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> list[str]:
+    """Write our nginx/loom.conf, with these ports, and what must stand around it; return nginx's arguments."""
+    folder = Path("var/nginx", str(port)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = resource("nginx/loom.conf").read_text()
+    servers = re.findall(r"^ *server 127\.0\.0\.1:\d+.*\n", ours, re.MULTILINE)
+    own = "".join(servers[0].replace("127.0.0.1:8080", _netloc(_reachable(host), p)) for p in ports)
+    ours = re.sub(r"\blisten [^;]*;", f"listen {_netloc(host, port)};", ours.replace("".join(servers), own))
+    (folder / "loom.conf").write_text(ours)
+    temporary = " ".join(f"{kind}_temp_path {kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    # Otherwise the workers of root's nginx would be a user who may not reach these folders.
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(
+        f"daemon off; {user} pid nginx.pid; error_log stderr;\nevents {{ worker_connections 1024; }}\n"
+        f"http {{ access_log off; {temporary}\ninclude loom.conf;\n}}\n"
+    )
+    # Before it reads its configuration it complains in a log of its own, unless it knows -e (1.19.5).
+    knows = "-e filename" in subprocess.run([nginx, "-h"], capture_output=True, text=True, check=False).stderr
+    return ["-p", f"{folder}/", "-c", "nginx.conf", *(["-e", "stderr"] if knows else [])]
+
+
+def _welcome(config: Config, members: list[Member]) -> str:
+    where = "your database" if config.database.dsn else f"PostgreSQL in {config.database.folder}"
+    urls = [f"http://{_netloc(_reachable(config.server.host), member.port)}" for member in members]
+    front = members[-1].kind == "nginx"
+    lines = [
+        "",
+        f"Loom runs on {where}:",
+        *(f"  {url}  {member.kind}" for url, member in zip(urls, members, strict=True)),
+    ]
+    if not front:
+        lines.append("No nginx here: for one address in front of all instances, apt-get install nginx.")
+    lines += [f"Try: curl {urls[-1 if front else 0]}/health", "Ctrl-C stops everything.", ""]
+    return "\n".join(lines)

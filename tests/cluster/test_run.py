@@ -1,0 +1,178 @@
+"""`loom cluster`, which `make run` calls: one command starts everything, and nothing stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Client, free_port, program, wait_until
+from harness.users import NOBODY, as_nobody
+
+LOOM = "from loom.cli import main; main()"
+UP = "Ctrl-C stops everything."
+
+
+def consecutive_ports() -> int:
+    """Return the first of three free ports."""
+    while True:
+        first = free_port()
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in (first + 1, first + 2):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
+
+class Run:
+    """`loom cluster` in a folder of its own."""
+
+    def __init__(self, folder: Path, code: str = LOOM, **options: Any) -> None:
+        self.port, self.nginx_port = consecutive_ports(), free_port()
+        self.log = folder / "log"
+        self.mark = f"LOOM_TEST_RUN={uuid.uuid4()}"
+        name, _, value = self.mark.partition("=")
+        environ = {n: v for n, v in options.pop("env", os.environ).items() if not n.startswith("DATABASE_")}
+        ports = ["--port", str(self.port), "--nginx-port", str(self.nginx_port)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [options.get("executable", sys.executable), "-c", code, "cluster", *ports],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**environ, "LOOM_CONFIG": "", name: value},
+                **options,
+            )
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_up(self) -> None:
+        wait_until(lambda: UP in self.said() or self.process.poll() is not None, 60)
+        assert self.process.poll() is None, self.said()
+
+    def active(self, port: int) -> int | None:
+        with contextlib.suppress(OSError), contextlib.closing(Client(port, 10)) as client:
+            return client.get("/health").json["active_instances"]
+        return None
+
+    def processes(self) -> list[str]:
+        """What still runs of it, whoever its parent is by now."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
+
+    def listens(self) -> list[int]:
+        ports = [*range(self.port, self.port + 3), self.nginx_port]
+        return [port for port in ports if not _refused(port)]
+
+
+def _refused(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="loom-test-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def runs(folder: Path) -> Iterator[list[Run]]:
+    runs: list[Run] = []
+    yield runs
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.terminate()
+        run.process.wait(40)
+        print(run.said())
+
+
+def test_one_command_and_ctrl_c(folder: Path, runs: list[Run]) -> None:
+    program("nginx", "nginx")
+    runs.append(run := Run(folder))
+    run.wait_up()
+    assert run.active(run.nginx_port) == 3
+    assert f"curl http://127.0.0.1:{run.nginx_port}/health" in run.said()
+    assert run.active(run.port + 2) == 3
+    assert (folder / "var/postgres/data").is_dir()
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(30) == 0
+    assert run.processes() == []
+    assert run.listens() == []
+
+
+def test_killed_itself_it_leaves_nothing_either(folder: Path, runs: list[Run]) -> None:
+    runs.append(run := Run(folder))
+    run.wait_up()
+    run.process.kill()
+    wait_until(lambda: run.processes() == [] and run.listens() == [], 30)
+
+
+def test_a_killed_gunicorn_and_a_killed_nginx_are_started_again(folder: Path, runs: list[Run]) -> None:
+    program("nginx", "nginx")
+    runs.append(run := Run(folder))
+    run.wait_up()
+    master = re.search(rf"Listening at: http://127.0.0.1:{run.port} \((\d+)\)", run.said())
+    assert master
+    os.kill(int(master[1]), signal.SIGKILL)
+    os.kill(int((folder / f"var/nginx/{run.nginx_port}/nginx.pid").read_text()), signal.SIGKILL)
+    wait_until(lambda: run.said().count("SIGKILL) and is started again") == 2)
+    wait_until(lambda: run.active(run.port) == 3 and run.active(run.nginx_port) == 3, 30)
+    run.process.terminate()
+    assert run.process.wait(40) == 0
+    assert run.processes() == []
+    assert run.listens() == []
+
+
+def test_a_taken_port_is_told_before_anything_starts(folder: Path, runs: list[Run]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code = f"import sys; sys.argv[sys.argv.index('--port') + 1] = '{port}'; {LOOM}"
+        runs.append(run := Run(folder, code))
+        assert run.process.wait(20) == 1
+    assert f"Port {port} is taken by process {os.getpid()} (" in run.said()
+    assert "make run PORT=" in run.said()
+    assert not (folder / "var").exists()
+
+
+def test_without_nginx_it_says_what_to_install(folder: Path, runs: list[Run]) -> None:
+    code = f"from loom import cluster; cluster.SBIN = '/nowhere'; {LOOM}"
+    runs.append(run := Run(folder, code, env={**os.environ, "PATH": "/usr/bin:/bin"}))
+    run.wait_up()
+    assert run.active(run.port) == 3
+    assert "apt-get install nginx" in run.said()
+    assert _refused(run.nginx_port)
+
+
+def test_an_ordinary_user_runs_it_all(folder: Path, runs: list[Run]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("this run is one")
+    program("nginx", "nginx")
+    ordinary = as_nobody()
+    os.chown(folder, NOBODY, NOBODY)
+    runs.append(run := Run(folder, **ordinary))
+    run.wait_up()
+    assert run.active(run.nginx_port) == 3
+    assert (folder / "var/postgres").stat().st_uid == NOBODY
+    run.process.terminate()
+    assert run.process.wait(30) == 0
+    assert run.processes() == []
