@@ -15,12 +15,14 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import psycopg2
 
-from loom import __version__, db, errors
+from loom import __version__, db, embedded, errors
 from loom.config import Config
 
 log = logging.getLogger("loom.instances")
@@ -218,6 +220,7 @@ def start(config: Config, instance_id: str | None = None, tell: Callable[[bytes]
         pool_max=settings.pool_max,
         timeout=settings.timeout,
         application_name=f"loom:{config.server.http_port}",
+        before_dial=partial(embedded.revive, Path(settings.folder)) if settings.type == "embedded" else None,
     )
     database.open()
     db.configure(database)

@@ -128,7 +128,7 @@ def inspect(_: str) -> Response:
         grant = locks.get(conn, name)
         if grant is None:
             raise errors.NotFound("The lock is free.", lock_name=name)
-        return answer.json({**vars(grant), "waiting": locks.waiting(conn, name)})
+        return answer.json({**msgspec.structs.asdict(grant), "waiting": locks.waiting(conn, name)})
 
 
 @bp.get("")

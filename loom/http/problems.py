@@ -22,7 +22,8 @@ def answer(exc: errors.Error) -> Response:
         body["detail"] = exc.detail
     body.update(exc.members)
     if isinstance(body.get("holder"), Grant):  # tokens are for their holders
-        body["holder"] = {name: value for name, value in vars(body["holder"]).items() if name != "fencing_token"}
+        body["holder"] = msgspec.structs.asdict(body["holder"])
+        del body["holder"]["fencing_token"]
     body.setdefault("error", exc.detail or exc.title)
     response = Response(msgspec.json.encode(body), exc.status, content_type="application/problem+json")
     if exc.retry_after is not None:

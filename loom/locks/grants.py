@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+
+import msgspec
 
 from loom import db, errors
 from loom.db import Connection
@@ -14,8 +15,7 @@ COLUMNS = "lock_name, owner, instance_id, fencing_token, acquired_at, expires_at
 LAST_CHARACTER = "\U0010ffff"  # sorts after every other in COLLATE "C": the end of a range of names with one prefix
 
 
-@dataclass(frozen=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """One holding of a lock, from `acquired_at` until it ends."""
 
     lock_name: str
@@ -28,8 +28,7 @@ class Grant:
     metadata: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PastGrant(Grant):
+class PastGrant(Grant, frozen=True):
     """A grant of the history; `ended_at` and `ended_how` are None while it is held."""
 
     ended_at: datetime | None
@@ -37,8 +36,7 @@ class PastGrant(Grant):
     reason: str | None
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True):
     """What an acquire came to.
 
     outcome: 'new' a grant, 'same' the owner's grant of before, 'held' by `grant`, 'promised' to a waiter (`grant` is

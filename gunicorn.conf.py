@@ -1,0 +1,55 @@
+"""gunicorn's settings, found by itself by `gunicorn app:app` here; `loom serve` names it. What to set: config.yaml."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from loom import config as configuration
+from loom import embedded, instances, log, upkeep
+
+try:
+    settings = configuration.load()
+    log.setup(settings.logging)
+    if settings.database.type == "embedded":
+        # In the master, whose workers inherit its share of the folder.
+        dsn = embedded.use(Path(settings.database.folder))
+        settings = replace(settings, database=replace(settings.database, dsn=dsn))
+except (configuration.ConfigError, embedded.ServerError) as exc:
+    raise SystemExit(f"Error: {exc}") from None
+
+host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+bind = f"{host}:{settings.server.http_port}"
+wsgi_app = "app:app"
+worker_class = "loom.http.worker.Worker"
+workers = settings.server.workers
+threads = settings.server.threads
+
+keepalive = 75  # seconds; above nginx's 1, so that nginx is the one who closes
+graceful_timeout = 20 + int(
+    settings.server.drain_seconds
+)  # from SIGTERM to SIGKILL; systemd's TimeoutStopSec is above it
+timeout = 30  # for a worker whose main thread is stuck; requests have bounds of their own
+limit_request_line = 8190  # 255 characters of four bytes, percent-encoded, are 3060; beside them a query
+forwarder_headers = ""  # none may rewrite SCRIPT_NAME or PATH_INFO: with it a lock's name
+control_socket_disable = True  # two gunicorns of one user would share it
+logger_class = "loom.http.worker.Logger"
+logconfig_dict = log.dict_config(settings.logging)
+
+
+def pre_fork(server, worker):
+    worker.drain_seconds = settings.server.drain_seconds
+    instances.before_fork(worker)
+
+
+def post_fork(server, worker):
+    worker.upkeep = upkeep.Upkeep(settings, instances.after_fork(worker, settings))
+    worker.upkeep.start()
+
+
+def worker_exit(server, worker):
+    if hasattr(worker, "upkeep"):
+        worker.upkeep.stop()
+    instances.leave()
+
+
+def child_exit(server, worker):
+    instances.child_died(worker, settings.database.dsn)
