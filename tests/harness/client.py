@@ -31,7 +31,9 @@ class Answer:
         return json.loads(self.body)
 
 
-class _Methods:
+class Methods:
+    """One call a method of HTTP."""
+
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         raise NotImplementedError
 
@@ -55,7 +57,7 @@ def _encoded(body: Any) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-class Client(_Methods):
+class Client(Methods):
     """One connection, dialled when needed and kept. Not for several threads at once. Nothing is ever sent twice."""
 
     def __init__(self, url: str | int, timeout: float = BOUND) -> None:
@@ -80,7 +82,7 @@ class Client(_Methods):
         self._conn.close()
 
 
-class AppClient(_Methods):
+class AppClient(Methods):
     """Calls the application in this process, with the environ that gunicorn makes of the same bytes."""
 
     def __init__(self, app: Flask, sock: socket.socket | None = None) -> None:
