@@ -70,7 +70,7 @@ class Upkeep:
             """
             WITH old AS MATERIALIZED (
                 SELECT lock_name FROM distributed_locks WHERE expires_at < clock_timestamp()
-                 ORDER BY lock_name LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+                 LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
             DELETE FROM distributed_locks USING old WHERE distributed_locks.lock_name = old.lock_name
             RETURNING 1 AS gone
             """,
@@ -110,13 +110,14 @@ class Upkeep:
         )
 
     def _history(self, conn: db.Connection) -> None:
-        """From the oldest token on, which is nearly the oldest end: no index of its own for that."""
+        """From the oldest token on, which is nearly the oldest end: no index of its own, and no look at all the rest."""
         self._in_batches(
             conn,
             """
             WITH old AS MATERIALIZED (
-                SELECT fencing_token FROM grants WHERE ended_at < clock_timestamp() - %(keep)s
-                 ORDER BY fencing_token LIMIT %(batch)s)
+                SELECT fencing_token
+                  FROM (SELECT fencing_token, ended_at FROM grants ORDER BY fencing_token LIMIT 10 * %(batch)s) AS oldest
+                 WHERE ended_at < clock_timestamp() - %(keep)s ORDER BY fencing_token LIMIT %(batch)s)
             DELETE FROM grants USING old WHERE grants.fencing_token = old.fencing_token
             RETURNING 1 AS gone
             """,
