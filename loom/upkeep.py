@@ -110,13 +110,13 @@ class Upkeep:
         )
 
     def _history(self, conn: db.Connection) -> None:
-        """From the oldest token on, which is nearly the oldest end: no index of its own, and no look at all the rest."""
+        """From the oldest token on, which is nearly the oldest end: no index of its own, nor a look at all."""
         self._in_batches(
             conn,
             """
             WITH old AS MATERIALIZED (
                 SELECT fencing_token
-                  FROM (SELECT fencing_token, ended_at FROM grants ORDER BY fencing_token LIMIT 10 * %(batch)s) AS oldest
+                  FROM (SELECT fencing_token, ended_at FROM grants ORDER BY fencing_token LIMIT 10 * %(batch)s) AS g
                  WHERE ended_at < clock_timestamp() - %(keep)s ORDER BY fencing_token LIMIT %(batch)s)
             DELETE FROM grants USING old WHERE grants.fencing_token = old.fencing_token
             RETURNING 1 AS gone
