@@ -274,5 +274,6 @@ def test_a_transaction_that_fails_leaves_neither_grant_nor_history(database: db.
             locks.acquire(conn, "other", "a", timedelta(minutes=1))
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert sql("SELECT 1 FROM distributed_locks UNION ALL SELECT 1 FROM grants") == []
