@@ -24,9 +24,8 @@ workers = settings.server.workers
 threads = settings.server.threads
 
 keepalive = 75  # seconds; above nginx's 1, so that nginx is the one who closes
-graceful_timeout = 20 + int(
-    settings.server.drain_seconds
-)  # from SIGTERM to SIGKILL; systemd's TimeoutStopSec is above it
+# From SIGTERM to SIGKILL; systemd's TimeoutStopSec is above it.
+graceful_timeout = 20 + int(settings.server.drain_seconds)
 timeout = 30  # for a worker whose main thread is stuck; requests have bounds of their own
 limit_request_line = 8190  # 255 characters of four bytes, percent-encoded, are 3060; beside them a query
 forwarder_headers = ""  # none may rewrite SCRIPT_NAME or PATH_INFO: with it a lock's name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import time
@@ -155,4 +156,6 @@ class Worker(gthread.ThreadWorker):
             super().finish_request(conn, fs)
         else:
             self.nr_conns -= 1
+            with contextlib.suppress(OSError):
+                conn.sock.shutdown(socket.SHUT_WR)  # now: a client may read until the end
             self.tpool.submit(conn.close, graceful=True)
