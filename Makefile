@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 PORT ?= 8080
 NGINX_PORT ?= 8000
 INSTANCES ?= 3
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
@@ -17,7 +17,7 @@ run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NG
 	@exec $(BIN)/loom cluster --instances $(INSTANCES) --port $(PORT) --nginx-port $(NGINX_PORT)
 
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: .venv/test ## Check style, types, and who imports whom
 	$(BIN)/ruff check .

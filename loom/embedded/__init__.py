@@ -27,7 +27,7 @@ from psycopg2.extensions import make_dsn
 
 from loom.embedded.programs import ServerError, binaries, identity, parent_bound
 
-__all__ = ["ServerError", "binaries", "identity", "keep", "leave", "parent_bound", "revive", "use"]
+__all__ = ["ServerError", "binaries", "identity", "leave", "parent_bound", "revive", "use"]
 
 USER = DATABASE = "loom"
 PORT = 5432  # only a part of the socket's name
@@ -78,13 +78,6 @@ def revive(folder: Path) -> bool:
             return True
     except OSError as error:
         raise ServerError(f"Cannot use {folder} for PostgreSQL: {error}") from None
-
-
-def keep() -> None:
-    """Revive the server of whatever folder we (or who forked us) use. Never raises; for before one dials."""
-    for folder in _held:
-        with suppress(ServerError):
-            revive(folder)
 
 
 def leave(folder: Path, timeout: float = 10.0) -> None:

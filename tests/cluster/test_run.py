@@ -141,6 +141,16 @@ def test_a_killed_gunicorn_and_a_killed_nginx_are_started_again(folder: Path, ru
     assert run.listens() == []
 
 
+def test_a_killed_database_comes_back_by_itself(folder: Path, runs: list[Run]) -> None:
+    runs.append(run := Run(folder))
+    run.wait_up()
+    pid_file = folder / "var/postgres/data/postmaster.pid"
+    server = pid_file.read_text().split()[0]
+    os.kill(int(server), signal.SIGKILL)
+    wait_until(lambda: pid_file.exists() and pid_file.read_text().split()[:1] not in ([], [server]), 30)
+    wait_until(lambda: [run.active(run.port + i) for i in range(3)] == [3, 3, 3], 30)
+
+
 def test_a_taken_port_is_told_before_anything_starts(folder: Path, runs: list[Run]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -35,7 +35,7 @@ while True:
     try:
         psycopg2.connect(dsn).cursor().execute("SELECT pg_sleep(60)")
     except psycopg2.Error:
-        embedded.keep()
+        embedded.revive(folder)
 """
 
 
