@@ -74,7 +74,8 @@ class Queue:
         while True:
             with self._change:
                 self._change.wait_for(lambda: bool(self._waiters))
-                waiters = list(self._waiters)
+                # Whoever has its grant is perhaps not gone yet, and would take a new place, for nobody.
+                waiters = [w for w in self._waiters if not w.woken.is_set()]
             started = time.monotonic()
             for waiter in [w for w in waiters if w.gone()]:
                 waiters.remove(waiter)

@@ -153,7 +153,7 @@ def test_tokens_grow_over_an_asynchronous_failover(start_postgres: Callable[...,
 
 
 def test_tokens_grow_over_a_recovery_to_a_point_in_time(
-    start_postgres: Callable[..., Postgres], tmp_path: Path
+    start_postgres: Callable[..., Postgres],
 ) -> None:
     primary = start_postgres(settings={"archive_mode": "on", "archive_command": "cp %p ../archive/%f"})
     archive = primary.folder / "archive"

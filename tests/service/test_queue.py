@@ -1,0 +1,245 @@
+"""Who waits for a lock gets it in turn, and neither the dead nor the impatient hold up the others."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+
+import psycopg2.extensions
+import pytest
+from flask import Flask
+from harness import AppClient, wait_until
+from harness.client import Answer
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, force, instant, release
+
+from loom import db, http, locks
+from loom.config import Config, DatabaseConfig, ServerConfig
+
+Ask = Callable[..., "Future[Answer]"]
+
+WAITERS = "SELECT owner FROM lock_waiters WHERE asked_at > clock_timestamp() - INTERVAL '2 seconds' ORDER BY place"
+POLLERS = (
+    "SELECT state_change FROM pg_stat_activity WHERE application_name = 'loom waiters' AND datname = current_database()"
+)
+
+
+def waiters(sql: Sql) -> list[str]:
+    return [owner for (owner,) in sql(WAITERS)]
+
+
+@pytest.fixture
+def ask(client: AppClient, sql: Sql) -> Iterator[Ask]:
+    """Asks for a lock on a thread, and returns once that waits."""
+    with ThreadPoolExecutor(16) as threads:
+
+        def start(owner: str, name: str = "build", wait: int = 20, by: AppClient = client) -> Future[Answer]:
+            body = {"owner": owner, "wait_seconds": wait, "ttl_seconds": 30}
+            future = threads.submit(by.post, LOCKS + name, body)
+            wait_until(lambda: future.done() or owner in waiters(sql))
+            return future
+
+        yield start
+
+
+def test_a_waiter_gets_the_lock_when_it_is_released(client: AppClient, ask: Ask, sql: Sql) -> None:
+    held = acquire(client, owner="holder")
+    waiting = ask("waiter")
+    assert client.get(BUILD).json["waiting"] == 1
+    assert client.post(BUILD, {"owner": "other"}).json["waiting"] == 1
+    release(client, held["fencing_token"])
+    answer = waiting.result(5)
+    assert answer.status == 201
+    assert answer.json["owner"] == "waiter"
+    assert answer.json["fencing_token"] > held["fencing_token"]
+    assert waiters(sql) == [], "a place ends with its grant"
+    assert client.get(BUILD).json["waiting"] == 0
+
+
+def test_a_lock_passes_on_at_once_and_leaves_no_place_behind(client: AppClient, ask: Ask, sql: Sql) -> None:
+    """A place that outlived its grant would keep everybody from the lock for 2 s."""
+    delays, held = [], acquire(client, owner="first")
+    for i in range(20):
+        waiting = ask(f"waiter {i}")
+        release(client, held["fencing_token"])
+        answer = waiting.result(5).json
+        ended = sql("SELECT ended_at FROM grants WHERE fencing_token = %s", held["fencing_token"])[0][0]
+        delays.append((instant(answer["acquired_at"]) - ended).total_seconds())
+        held = answer
+    assert sql("SELECT owner FROM lock_waiters") == []
+    assert sorted(delays)[10] < 0.1
+
+
+def test_a_waiter_gets_the_lock_when_its_holder_lets_it_expire(client: AppClient, ask: Ask) -> None:
+    held = acquire(client, owner="holder", ttl_seconds=1)
+    answer = ask("waiter").result(10)
+    assert answer.status == 201
+    assert instant(answer.json["acquired_at"]) >= instant(held["expires_at"])
+
+
+def test_a_waiter_gets_the_lock_when_it_is_forced_or_deleted_by_hand(client: AppClient, ask: Ask, sql: Sql) -> None:
+    held = acquire(client, owner="holder")
+    first = ask("first")
+    force(client, held["fencing_token"])
+    assert first.result(5).status == 201
+    second = ask("second")
+    sql("DELETE FROM distributed_locks")
+    assert second.result(5).status == 201
+
+
+def test_first_come_first_served(client: AppClient, ask: Ask) -> None:
+    token = acquire(client, owner="holder")["fencing_token"]
+    queue = [(owner, ask(owner)) for owner in ("e", "a", "d", "b", "c")]
+    for owner, waiting in queue:
+        release(client, token)
+        answer = waiting.result(5)
+        assert answer.json["owner"] == owner
+        assert answer.json["fencing_token"] > token
+        token = answer.json["fencing_token"]
+
+
+def test_who_waits_in_vain_is_told_after_the_time_it_gave(client: AppClient) -> None:
+    acquire(client, owner="holder")
+    started = time.monotonic()
+    answer = client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})
+    assert 0.9 < time.monotonic() - started < 3
+    problem = assert_problem(answer, 409, "lock-held", waiting=1)
+    assert problem["holder"]["owner"] == "holder"
+    assert answer.headers["Retry-After"] == "1"
+
+
+def test_a_lock_that_is_free_but_promised_is_refused_to_a_newcomer(client: AppClient, sql: Sql) -> None:
+    token = acquire(client, owner="holder")["fencing_token"]
+    client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})  # in vain, but its place lasts 2 s
+    release(client, token)
+    answer = client.post(BUILD, {"owner": "newcomer"})
+    assert_problem(answer, 409, "lock-held", holder=None, waiting=1)
+    assert client.get(BUILD).status == 404
+    assert client.post(BUILD, {"owner": "waiter"}).status == 201, "for whom it is promised"
+
+
+def test_a_place_lasts_two_seconds_after_its_last_ask(client: AppClient, sql: Sql) -> None:
+    token = acquire(client, owner="holder")["fencing_token"]
+    client.post(BUILD, {"owner": "gone", "wait_seconds": 1})
+    asked = sql("SELECT asked_at FROM lock_waiters")[0][0]
+    release(client, token)
+    wait_until(lambda: client.post(BUILD, {"owner": "newcomer"}).status in (200, 201))
+    assert timedelta(seconds=2) <= instant(client.get(BUILD).json["acquired_at"]) - asked < timedelta(seconds=3)
+
+
+def test_who_comes_back_in_time_keeps_its_place_and_who_does_not_stands_at_the_end(
+    database: db.Database, sql: Sql
+) -> None:
+    minute = timedelta(minutes=1)
+
+    def ask(owner: str) -> list[str]:
+        with database.connection() as conn:
+            assert not locks.acquire(conn, "build", owner, minute, wait=True).granted
+        return waiters(sql)
+
+    with database.connection() as conn:
+        locks.acquire(conn, "build", "holder", minute)
+    for owner in ("late", "prompt", "third"):
+        ask(owner)
+    wait_until(lambda: ask("prompt") == ["prompt"])  # the others' places lapse meanwhile
+    ask("late")
+    ask("prompt")
+    ask("third")
+    assert waiters(sql) == ["prompt", "late", "third"]
+
+
+def test_only_who_says_how_long_it_waits_takes_a_place(client: AppClient, sql: Sql) -> None:
+    token = acquire(client, owner="holder")["fencing_token"]
+    client.post(BUILD, {"owner": "impatient"})
+    client.post(BUILD, {"owner": "explicit", "wait_seconds": 0})
+    assert sql("SELECT owner FROM lock_waiters") == []
+    release(client, token)
+    assert client.post(BUILD, {"owner": "newcomer", "wait_seconds": 5}).status == 201
+
+
+def test_waiting_for_a_free_lock_takes_no_time(client: AppClient) -> None:
+    assert client.post(BUILD, {"owner": "a", "wait_seconds": 30}).status == 201
+    again = client.post(BUILD, {"owner": "a", "wait_seconds": 30})
+    assert again.status == 200, "nor does waiting for one's own"
+
+
+def test_a_waiter_that_died_is_skipped(client: AppClient, ask: Ask, database: db.Database) -> None:
+    """It asked once, from an instance that is gone by now."""
+    token = acquire(client, owner="holder")["fencing_token"]
+    with database.connection() as conn:
+        locks.acquire(conn, "build", "dead", timedelta(minutes=1), wait=True)
+    second = ask("second")
+    release(client, token)
+    assert second.result(10).json["owner"] == "second"
+
+
+def test_a_waiter_whose_client_hung_up_neither_waits_on_nor_gets_the_lock(
+    app: Flask, client: AppClient, ask: Ask, sql: Sql
+) -> None:
+    token = acquire(client, owner="holder")["fencing_token"]
+    near, far = socket.socketpair()
+    with near, far:
+        gone = ask("gone", by=AppClient(app, far))
+        second = ask("second")
+        near.close()
+        assert gone.result(5).status == 409, "its thread serves others"
+        release(client, token)
+        assert second.result(10).json["owner"] == "second"
+    assert sql("SELECT 1 FROM grants WHERE owner = 'gone'") == []
+
+
+def test_many_locks_are_waited_for_over_one_connection(client: AppClient, ask: Ask, sql: Sql) -> None:
+    held = {name: acquire(client, name, owner="holder")["fencing_token"] for name in ("a", "b", "c", "d")}
+    waiting = {name: [ask(f"{name} {i}", name) for i in range(3)] for name in held}
+    assert len(sql(POLLERS)) == 1
+    for i in range(3):
+        for name in held:
+            release(client, held[name], name)
+        for name in held:
+            held[name] = waiting[name][i].result(5).json["fencing_token"]
+    assert len(sql(POLLERS)) == 1
+
+
+def test_nothing_is_asked_while_nobody_waits(client: AppClient, ask: Ask, sql: Sql) -> None:
+    token = acquire(client, owner="holder")["fencing_token"]
+    waiting = ask("waiter")
+    busy = sql(POLLERS)
+    wait_until(lambda: sql(POLLERS) != busy)
+    release(client, token)
+    waiting.result(5)
+    quiet = sql(POLLERS)
+    sql("SELECT pg_sleep(0.5)")  # ten polls
+    assert sql(POLLERS) == quiet
+
+
+def test_a_name_that_another_is_at_does_not_hold_up_the_waiters_for_others(
+    client: AppClient, ask: Ask, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    held = {name: acquire(client, name, owner="holder")["fencing_token"] for name in ("a", "b")}
+    stuck, free = ask("one", "a"), ask("two", "b")
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute("DELETE FROM distributed_locks WHERE lock_name = 'a'")  # not committed
+        release(client, held["b"], "b")
+        assert free.result(5).status == 201
+        assert not stuck.done()
+    assert stuck.result(5).status == 201
+
+
+def test_waiting_requests_leave_threads_for_the_others(dsn: str, app: Flask, ask: Ask, sql: Sql) -> None:
+    """Past a bound a waiter is answered at once, and asking again keeps its place."""
+    config = Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=4))
+    client = AppClient(http.create_app(config))
+    token = acquire(client, owner="holder")["fencing_token"]
+    inside = [ask(f"inside {i}", by=client) for i in range(2)]
+    started = time.monotonic()
+    for _ in range(3):
+        assert_problem(client.post(BUILD, {"owner": "outside", "wait_seconds": 20}), 409, "lock-held", waiting=3)
+    assert time.monotonic() - started < 1
+    for waiting in inside:
+        release(client, token)
+        token = waiting.result(5).json["fencing_token"]
+    assert waiters(sql) == ["outside"]
+    release(client, token)
+    assert client.post(BUILD, {"owner": "outside", "wait_seconds": 20}).status == 201
