@@ -98,6 +98,16 @@ def sql(dsn: str) -> Callable[..., list[tuple[Any, ...]]]:
 
 
 @pytest.fixture
+def server_age(sql: Callable[..., list[tuple[Any, ...]]], request: pytest.FixtureRequest) -> None:
+    """Makes the server seem to have been up for so long, an hour by default, to sessions that begin after this."""
+    age = getattr(request, "param", "1 hour")
+    start = f"SELECT now() - interval ''{age}''"
+    sql(f"CREATE FUNCTION pg_postmaster_start_time() RETURNS timestamptz LANGUAGE sql AS '{start}'")
+    (name,) = sql("SELECT current_database()")[0]
+    sql(f"ALTER DATABASE {name} SET search_path = public, pg_catalog")
+
+
+@pytest.fixture
 def session(dsn: str) -> Iterator[Callable[[], psycopg2.extensions.connection]]:
     """Opens further sessions, each in a transaction from its first statement on."""
     opened: list[psycopg2.extensions.connection] = []

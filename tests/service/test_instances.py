@@ -38,16 +38,6 @@ def another(database: db.Database, sql: Sql) -> Callable[..., str]:
     return register
 
 
-@pytest.fixture
-def server_age(sql: Sql, request: pytest.FixtureRequest) -> None:
-    """Makes the server seem to have been up for so long, an hour by default, to sessions that begin after this."""
-    age = getattr(request, "param", "1 hour")
-    start = f"SELECT now() - interval ''{age}''"
-    sql(f"CREATE FUNCTION pg_postmaster_start_time() RETURNS timestamptz LANGUAGE sql AS '{start}'")
-    (name,) = sql("SELECT current_database()")[0]
-    sql(f"ALTER DATABASE {name} SET search_path = public, pg_catalog")
-
-
 def row(sql: Sql, instance_id: str) -> tuple[Any, ...] | None:
     found = sql("SELECT status, last_heartbeat, metadata FROM instances WHERE instance_id = %s", instance_id)
     return found[0] if found else None
