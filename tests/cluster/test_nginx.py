@@ -1,0 +1,181 @@
+"""What a client sees through a real nginx with our own configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from urllib.parse import quote
+
+import pytest
+from harness import Client, Cluster, Postgres, wait_until
+
+MIB = 1024 * 1024
+LOCKS = "/api/v1/locks/"
+
+
+@pytest.fixture
+def nginx(start_cluster: Callable[..., Cluster]) -> Client:
+    """A connection to nginx before two instances."""
+    return start_cluster(2, nginx=True).nginx_client()
+
+
+class DyingServer:
+    """Takes requests on an instance's port and closes the connection unanswered, as a worker that is killed."""
+
+    def __init__(self, port: int) -> None:
+        self.methods: Counter[str] = Counter()
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    self.methods[connection.recv(65536).split()[0].decode()] += 1
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+
+def encoded(name: str) -> str:
+    return quote(name, safe="")
+
+
+def test_names_of_locks_pass_untouched(nginx: Client) -> None:
+    names = [
+        "a b",
+        "a:b",
+        "(a)",
+        "ü€",
+        "\N{ROCKET}",
+        "a/b",
+        "a%2Fb",
+        "a%252Fb",
+        "a+b",
+        "a;b=c",
+        "a?b#c",
+        "a\\b",
+        "'\"",
+        "grants",
+    ]
+    names += ["a/.../b", "~", "&", "a%", "%00", "%c3%28", "\N{ROCKET}" * 255]
+    for name in names:
+        taken = nginx.post(LOCKS + encoded(name), {"owner": "me"})
+        assert (taken.status, taken.json["lock_name"]) == (201, name)
+        assert nginx.get(LOCKS + encoded(name)).json["lock_name"] == name
+    assert {lock["lock_name"] for lock in nginx.get("/api/v1/locks").json} == set(names)
+
+
+def test_a_slash_in_a_name_may_be_encoded_or_not(nginx: Client) -> None:
+    first, second = (nginx.post(LOCKS + path, {"owner": "me"}) for path in ("a/b", "a%2Fb"))
+    assert (first.status, second.status) == (201, 200)
+    assert first.json["fencing_token"] == second.json["fencing_token"]
+
+
+def test_a_bad_name_is_refused_and_never_another_one(nginx: Client) -> None:
+    bad = [
+        "a//b",
+        "a%2F%2Fb",
+        "a/../b",
+        "a%2F..%2Fb",
+        "a/%2e%2e/b",
+        "a/./b",
+        "..",
+        "%2e%2e",
+        "../../../../x",
+        "a/",
+        "/a",
+        "%2Fa",
+    ]
+    bad += ["%00", "a%0Ab", "%FF", "%C3%28", "x" * 256]
+    for path in bad:
+        answer = nginx.post(LOCKS + path, {"owner": "me"})
+        assert (path, answer.status) == (path, 400)
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.json["type"] == "/problems/invalid"
+    assert nginx.get("/api/v1/locks").json == []
+
+
+def test_a_request_id_is_passed_on_or_made(nginx: Client) -> None:
+    def answered(request_id: str | None) -> str:
+        headers = {} if request_id is None else {"X-Request-ID": request_id}
+        return nginx.get("/health/live", headers=headers).headers["X-Request-ID"]
+
+    for own in ("7f3b2c4e-0000-4000-8000-1234567890ab", "job:17/step=2", "x" * 128):
+        assert answered(own) == own
+    for not_sane in (None, "", "two words", 'a"b', "x" * 129, "\xfc"):
+        assert re.fullmatch("[0-9a-f]{32}", answered(not_sane))
+    assert answered(None) != answered(None)
+
+
+def test_a_body_over_the_limit_is_refused_in_the_same_words(nginx: Client) -> None:
+    def refused(size: int, path: str = "x") -> tuple[int, str, str]:
+        answer = nginx.post(LOCKS + path, b'{"owner":"' + b"x" * (size - 12) + b'"}')
+        return answer.status, answer.headers["Content-Type"], answer.json["type"]
+
+    assert refused(MIB) == (400, "application/problem+json", "/problems/invalid")  # whole, and the owner is too long
+    assert refused(MIB + 1) == (413, "application/problem+json", "/problems/too-large")
+    assert refused(3 * MIB) == (413, "application/problem+json", "/problems/too-large")
+
+
+def test_what_is_too_long_is_refused_in_the_form_of_our_problems(nginx: Client) -> None:
+    assert nginx.get("/" + "x" * 8000).status == 404  # reached an instance
+    for status, answer in [
+        (414, nginx.get("/" + "x" * 9000)),
+        (431, nginx.get("/health/live", headers={"X": "x" * 9000})),
+    ]:
+        assert (answer.status, answer.json["status"]) == (status, status)
+        assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def test_a_database_that_returns_serves_at_once(start_cluster: Callable[..., Cluster], own_postgres: Postgres) -> None:
+    """With `fail_timeout=30s` and `http_503` in `proxy_next_upstream` nginx answered its own 502 for 25 s more."""
+    cluster = start_cluster(2, nginx=True, dsn=own_postgres.dsn(own_postgres.database()))
+    nginx = cluster.nginx_client()
+    assert nginx.post(LOCKS + "x", {"owner": "me"}).status == 201
+    own_postgres.stop()
+    until, bodies = time.monotonic() + 3, set()
+    while time.monotonic() < until:
+        answer = nginx.get(LOCKS + "x")
+        bodies.add((answer.status, answer.json["type"], answer.headers.get("Retry-After")))
+    assert bodies == {(503, "/problems/unavailable", "1")}
+    own_postgres.start()
+    cluster.wait_healthy()
+    assert [nginx.get(LOCKS + "x").status for _ in range(20)] == [200] * 20
+
+
+def test_without_any_instance_nginx_says_so_as_loom_would(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, nginx=True)
+    nginx = cluster.nginx_client()
+    cluster.masters[0].stop(signal.SIGTERM, 30)
+    answer = nginx.post(LOCKS + "x", {}, headers={"X-Request-ID": "mine"})
+    assert (answer.status, answer.json["type"]) == (502, "/problems/unavailable")
+    assert (answer.headers["Retry-After"], answer.headers["X-Request-ID"]) == ("1", "mine")
+    cluster.masters[0] = cluster._start(0)
+    wait_until(lambda: nginx.get("/health").status == 200, 10)
+
+
+def test_a_read_is_repeated_elsewhere_and_a_post_is_not(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2, nginx=True)
+    nginx = cluster.nginx_client()
+    cluster.masters[1].stop(signal.SIGTERM, 30)
+    with contextlib.closing(DyingServer(cluster.ports[1])) as dying:
+        statuses: dict[str, list[int]] = {"GET": [], "POST": []}
+        for i in range(8):
+            statuses["GET"].append(nginx.get("/health/live").status)
+            statuses["POST"].append(nginx.post(LOCKS + str(i), {}).status)
+            time.sleep(0.4)  # or nginx would leave it alone, after three failures within a second
+    assert statuses["GET"] == [200] * 8
+    assert dying.methods["GET"] >= 1
+    assert set(statuses["POST"]) == {201, 502}
+    assert statuses["POST"].count(502) == dying.methods["POST"]
