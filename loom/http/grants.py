@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Blueprint, Response
 
-from loom import db, errors, locks
+from loom import db, locks
 from loom.http import answer, parse
 
 bp = Blueprint("grants", __name__, url_prefix="/api/v1/grants")
@@ -12,9 +12,7 @@ bp = Blueprint("grants", __name__, url_prefix="/api/v1/grants")
 
 @bp.get("")
 def history() -> Response:
-    name, owner, before = parse.text("lock_name"), parse.text("owner"), parse.cursor()
-    if not isinstance(before, int | None):
-        raise errors.Invalid.field("after", "is not a cursor that Loom gave")
+    name, owner, before = parse.text("lock_name"), parse.text("owner"), parse.cursor(int)
     with db.connection() as conn:
         return answer.page(
             lambda limit: locks.history(conn, name=name, owner=owner, before=before, limit=limit),

@@ -133,9 +133,7 @@ def inspect(_: str) -> Response:
 
 @bp.get("")
 def held() -> Response:
-    prefix, owner, after = parse.text("prefix") or "", parse.text("owner"), parse.cursor()
-    if not isinstance(after, str | None):
-        raise errors.Invalid.field("after", "is not a cursor that Loom gave")
+    prefix, owner, after = parse.text("prefix") or "", parse.text("owner"), parse.cursor(str)
     with db.connection() as conn:
         return answer.page(
             lambda limit: locks.held(conn, prefix=prefix, owner=owner, after=after or "", limit=limit),
