@@ -1,0 +1,212 @@
+"""Promises 1 and 2: one holder at a time, and a loser is told, whatever dies or pauses."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import random
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+from harness import Answer, Client, Cluster
+from harness.history import assert_one_holder, grants
+from harness.locks import Sql
+from harness.processes import stopped
+
+CLIENTS = 200
+LOCK = "/api/v1/locks/contended"
+
+
+class Contender:
+    """A client with one wish. It keeps what it was told, and when, by its own monotonic clock."""
+
+    def __init__(self, ports: list[int], number: int, seed: int) -> None:
+        self.random = random.Random(f"{seed}/{number}")
+        self.clients = [Client(port) for port in (*ports[number % 3 :], *ports[: number % 3])]
+        self.held: list[Holding] = []
+
+    def call(self, method: str, path: str, body: Any = None) -> Answer:
+        """Asks until somebody answers, as one must who does not know whether a lost answer was a yes."""
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                answer = self.clients[0].request(method, path, body)
+                if answer.status != 503:
+                    return answer
+            self.clients.append(self.clients.pop(0))
+            time.sleep(0.05)
+
+    def run(self, over: threading.Event) -> None:
+        while not over.is_set():
+            fate = self.random.choices(("release", "renew", "die", "pause", "hang up"), (72, 16, 4, 4, 4))[0]
+            ttl, owner = self.random.choice((1, 1, 2)), str(uuid.UUID(int=self.random.getrandbits(128)))
+            if fate == "hang up":
+                self.hang_up(owner, ttl)
+            else:
+                holding = self.acquire(owner, ttl, over)
+                if holding is not None:
+                    self.held.append(holding)
+                    self.use(holding, fate)
+        for client in self.clients:
+            client.close()
+
+    def hang_up(self, owner: str, ttl: int) -> None:
+        """Waits for the lock and is gone before it can be told."""
+        client = Client(self.random.choice(self.clients)._conn.port, timeout=self.random.uniform(0.1, 0.5))
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            client.post(LOCK, {"owner": owner, "ttl_seconds": ttl, "wait_seconds": 10})
+        client.close()
+
+    def acquire(self, owner: str, ttl: int, over: threading.Event) -> Holding | None:
+        while not over.is_set():
+            sent = time.monotonic()
+            answer = self.call("POST", LOCK, {"owner": owner, "ttl_seconds": ttl, "wait_seconds": 2})
+            if answer.status in (200, 201):
+                return Holding(answer.json, ttl, sent)
+            assert (answer.status, answer.json["type"]) == (409, "/problems/lock-held"), answer
+            over.wait(self.random.uniform(0.4, 1.0))
+        return None
+
+    def use(self, holding: Holding, fate: str) -> None:
+        if fate == "die":
+            return
+        if fate == "pause":
+            time.sleep(holding.ttl + 0.2)
+        for _ in range(3 if fate == "renew" else 1 if fate == "pause" else 0):
+            sent = time.monotonic()
+            answer = self.call("PUT", LOCK, {"fencing_token": holding.token, "ttl_seconds": holding.ttl})
+            holding.hear(answer, sent)
+            assert fate != "pause" or answer.status == 409, f"renewed {holding.ttl + 0.2} s after a grant of it"
+            time.sleep(self.random.uniform(0, 0.03))
+        holding.stop()
+        holding.hear(self.call("DELETE", f"{LOCK}?fencing_token={holding.token}"), time.monotonic())
+
+
+class Holding:
+    """A grant as its holder sees it: trusted from the answer on, for the TTL from when the request was sent."""
+
+    def __init__(self, grant: dict[str, Any], ttl: int, sent: float) -> None:
+        self.token, self.owner, self.ttl = grant["fencing_token"], grant["owner"], ttl
+        self.since, self.until = time.monotonic(), sent + ttl
+        self.promised_until = grant["expires_at"]
+        self.released = False
+        self.lost: dict[str, Any] | None = None
+
+    def stop(self) -> None:
+        """Trusts in it no more: the release is under way."""
+        self.until = min(self.until, time.monotonic())
+
+    def hear(self, answer: Answer, sent: float) -> None:
+        if answer.status == 409:
+            assert answer.json["type"] == "/problems/lock-lost"
+            assert answer.json["ended_how"] == "expired", answer.json
+            self.lost = answer.json
+            self.stop()
+        elif answer.status == 204:
+            self.released = True
+        else:
+            assert answer.status == 200, answer
+            assert self.lost is None, f"renewed after {self.lost}"
+            self.until = sent + self.ttl
+            self.promised_until = answer.json["expires_at"]
+
+
+@contextlib.contextmanager
+def faults(cluster: Cluster, back_ends: Callable[[], list[int]], chance: random.Random) -> Iterator[Counter[str]]:
+    """Beside the block: workers killed, workers and back ends of the database stopped beyond the TTL."""
+    over, done = threading.Event(), Counter[str]()
+
+    def strike() -> None:
+        for kind, i in itertools.cycle(itertools.product(("kill", "freeze", "freeze a back end"), range(3))):
+            if over.wait(chance.uniform(0.3, 0.6)):
+                return
+            if kind == "kill":
+                cluster.kill(i)
+            elif kind == "freeze":
+                with cluster.frozen(i):
+                    time.sleep(chance.uniform(1.2, 2.2))
+            else:
+                victims = back_ends()
+                with contextlib.suppress(ProcessLookupError), stopped(chance.sample(victims, min(1, len(victims)))):
+                    time.sleep(1.2)
+            done[kind] += 1
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_two_never_hold_a_lock_and_each_loser_is_told(
+    start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
+) -> None:
+    seconds = 60 if long else 12
+    cluster = start_cluster(config="server: {threads: 96}")
+    contenders = [Contender(cluster.ports, number, seed) for number in range(CLIENTS)]
+    over, errors = threading.Event(), list[BaseException]()
+
+    def run(contender: Contender) -> None:
+        try:
+            contender.run(over)
+        except BaseException as exc:
+            errors.append(exc)
+            over.set()
+
+    def back_ends() -> list[int]:
+        rows = sql(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'loom:%'"
+            " AND pid <> pg_backend_pid()"
+        )
+        return [pid for (pid,) in rows]
+
+    threads = [threading.Thread(target=run, args=(contender,)) for contender in contenders]
+    with faults(cluster, back_ends, random.Random(seed)) as done:
+        for thread in threads:
+            thread.start()
+        over.wait(seconds)
+        over.set()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        raise error
+
+    time.sleep(2)  # the longest TTL: whoever died has lost it by now
+    client = cluster.client(0)
+    last = client.post(LOCK, {"ttl_seconds": 1}).json
+    assert client.delete(f"{LOCK}?fencing_token={last['fencing_token']}").status == 204
+
+    past = grants(sql, "contended")
+    assert_one_holder(past)
+    assert past[-1].ended_how == "released", "a grant is without an end"
+    by_token = {grant.token: grant for grant in past}
+    holdings = sorted((h for c in contenders for h in c.held), key=lambda h: h.since)
+    for former, later in itertools.pairwise(holdings):
+        assert former.until <= later.since, f"{former.token} was trusted while {later.token} was held"
+        assert former.token < later.token
+    for holding in holdings:
+        end = by_token[holding.token]
+        assert end.owner == holding.owner
+        assert end.ended_at is not None
+        if holding.released:
+            assert end.ended_how == "released"
+        else:
+            assert end.ended_how == "expired"
+            assert end.ended_at >= datetime.fromisoformat(holding.promised_until), "ended before its promised end"
+        told = client.put(LOCK, {"fencing_token": holding.token, "ttl_seconds": 1})
+        assert (told.status, told.json["type"]) == (409, "/problems/lock-lost")
+        assert told.json["ended_how"] == end.ended_how
+        assert client.delete(f"{LOCK}?fencing_token={holding.token}").status == (204 if holding.released else 409)
+
+    ends = Counter(grant.ended_how for grant in past)
+    print(f"{len(past) / seconds:.1f} grants/s; {dict(ends)}; {dict(done)}; {len(holdings)} told to their holders")
+    assert ends["released"] > 20
+    assert ends["expired"] > 2
+    assert all(done[kind] >= 2 for kind in ("kill", "freeze", "freeze a back end")), done

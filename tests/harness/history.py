@@ -1,0 +1,48 @@
+"""What the history of grants must look like, whatever was done to their holders."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from datetime import datetime
+
+from harness.locks import Sql
+
+
+@dataclass(frozen=True)
+class Past:
+    """A grant as the database remembers it; `ended_at` and `ended_how` are None for the one in distributed_locks."""
+
+    token: int
+    owner: str
+    acquired_at: datetime
+    expires_at: datetime
+    ended_at: datetime | None
+    ended_how: str | None
+
+
+def grants(sql: Sql, name: str) -> list[Past]:
+    """Every grant of a lock, in the order in which they began."""
+    rows = sql(
+        """
+        SELECT fencing_token, owner, acquired_at, expires_at, ended_at, ended_how FROM grants WHERE lock_name = %s
+        UNION ALL
+        SELECT fencing_token, owner, acquired_at, expires_at, NULL, NULL FROM distributed_locks WHERE lock_name = %s
+         ORDER BY acquired_at, fencing_token
+        """,
+        name,
+        name,
+    )
+    return [Past(*row) for row in rows]
+
+
+def assert_one_holder(past: list[Past]) -> None:
+    """No two overlap by the database's clock, tokens grow, and only the last may still be without its end."""
+    for former, later in itertools.pairwise(past):
+        assert former.ended_at is not None, f"{former} has no end, yet {later} followed"
+        assert former.ended_at <= later.acquired_at, f"{former} overlaps {later}"
+        assert former.token < later.token, f"{later} has a smaller token than {former}"
+    for grant in past:
+        assert grant.acquired_at < grant.expires_at
+        assert grant.ended_at is None or grant.acquired_at <= grant.ended_at <= grant.expires_at
+        assert (grant.ended_how == "expired") == (grant.ended_at == grant.expires_at)
