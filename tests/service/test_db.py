@@ -1,0 +1,332 @@
+"""Every wait has a bound, what broke is replaced, and a busy database is not taken for one that is away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta, timezone
+from typing import Any
+
+import psycopg2
+import pytest
+from harness import AppClient, wait_until
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem
+from psycopg2.extensions import make_dsn
+
+from loom import db, errors, locks
+from loom.db import Database
+
+Pool = Callable[..., Database]
+
+BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s"
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name = %s"
+)
+
+
+@pytest.fixture
+def pool(dsn: str) -> Iterator[Pool]:
+    """Opens pools of a test's own on the test's database."""
+    opened: list[Database] = []
+
+    def start(**options: Any) -> Database:
+        opened.append(Database(options.pop("dsn", dsn), **options))
+        opened[-1].open()
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def ask(database: Database, sql: str = "SELECT 1 AS one", **params: Any) -> Any:
+    with database.connection() as conn:
+        row = db.one(conn, sql, **params)
+        return row and next(iter(row.values()))
+
+
+def away(database: Database) -> bool:
+    return database.away is not None
+
+
+# What broke is replaced
+
+
+def test_connections_that_died_idle_are_replaced_unseen(client: AppClient, sql: Sql) -> None:
+    acquire(client)
+    wait_until(lambda: sql(BACKENDS, "loom") >= [(2,)])
+    sql("SELECT pg_sleep(1.1)")  # for a second after its use a connection is believed to be alive
+    sql(TERMINATE, "loom")
+    wait_until(lambda: sql(BACKENDS, "loom") == [(0,)])
+    assert client.get(BUILD).status == 200
+    assert client.post(LOCKS + "other").status == 201
+
+
+def test_a_connection_that_dies_with_a_statement_costs_that_statement_alone(pool: Pool, sql: Sql) -> None:
+    database = pool(application_name="cut")
+    with pytest.raises(errors.Unavailable):
+        ask(database, "SELECT pg_terminate_backend(pg_backend_pid())")
+    assert not away(database)
+    assert ask(database) == 1
+    assert database.usage()["open"] <= 2
+
+
+def test_a_lost_connection_of_a_background_thread_is_replaced(database: Database, sql: Sql) -> None:
+    line = database.dedicated("line")
+    for idle in (1.1, 0):  # seconds; for one it is believed to be alive
+        with line.connection() as conn:
+            assert db.one(conn, "SELECT 1 AS one") == {"one": 1}
+        sql("SELECT pg_sleep(%s)", idle)
+        sql(TERMINATE, "loom line")
+        wait_until(lambda: sql(BACKENDS, "loom line") == [(0,)])
+    with pytest.raises(errors.Unavailable), line.connection() as conn:
+        db.one(conn, "SELECT 1 AS one")
+    with line.connection() as conn:
+        assert db.one(conn, "SELECT 1 AS one") == {"one": 1}
+    line.close()
+
+
+# Every wait has a bound
+
+
+def test_a_slow_statement_is_ended_within_the_bound_and_by_the_server(pool: Pool, sql: Sql) -> None:
+    database = pool(timeout=1.5, application_name="slow")
+    started = time.monotonic()
+    with pytest.raises(errors.Busy):
+        ask(database, "SELECT pg_sleep(60)")
+    assert time.monotonic() - started < 1.5
+    wait_until(lambda: sql(BACKENDS + " AND state = 'active'", "slow") == [(0,)])
+    assert not away(database)
+    assert ask(database) == 1
+
+
+def test_the_statements_of_one_request_share_one_bound(pool: Pool) -> None:
+    database = pool(timeout=1.5)
+    database.start_request()
+    started = time.monotonic()
+    with pytest.raises(errors.Busy):  # noqa: PT012
+        for _ in range(10):
+            ask(database, "SELECT pg_sleep(0.4)")
+    assert time.monotonic() - started < 1.5
+
+
+def test_a_wait_for_anothers_row_is_bounded(client: AppClient, session: Callable[[], Any]) -> None:
+    acquire(client)
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT FROM distributed_locks FOR UPDATE")
+        started = time.monotonic()
+        answer = client.put(BUILD, {"fencing_token": 1})
+        assert time.monotonic() - started < 5
+    assert_problem(answer, 503, "busy")
+    assert answer.headers["Retry-After"] == "1"
+    assert client.get(BUILD).status == 200
+
+
+def test_a_pool_in_full_use_is_a_bounded_wait_and_not_an_outage(pool: Pool) -> None:
+    database = pool(pool_min=1, pool_max=2, timeout=1.0)
+    with database.connection(), database.connection():
+        started = time.monotonic()
+        with pytest.raises(errors.Busy):
+            ask(database)
+        assert 0.5 < time.monotonic() - started < 1.0
+        assert not away(database)
+        assert database.usage() == {"open": 2, "idle": 0, "waiting": 0, "max": 2}
+    assert ask(database) == 1
+
+
+def test_who_waits_for_a_connection_gets_the_next_that_is_given_back(pool: Pool) -> None:
+    database = pool(pool_min=1, pool_max=1)
+    answers: list[int] = []
+    threads = [threading.Thread(target=lambda: answers.append(ask(database))) for _ in range(5)]
+    with database.connection():
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: database.usage()["waiting"] == 5)
+    started = time.monotonic()
+    for thread in threads:
+        thread.join()
+    assert answers == [1] * 5
+    assert time.monotonic() - started < 2
+
+
+def test_the_pool_opens_no_more_than_it_may(pool: Pool, sql: Sql) -> None:
+    database = pool(pool_min=1, pool_max=3, application_name="bounded")
+    threads = [threading.Thread(target=ask, args=(database, "SELECT pg_sleep(0.1)")) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, sql(BACKENDS, "bounded")[0][0])
+    assert most == 3
+
+
+def test_too_many_clients_is_not_an_outage(pool: Pool, dsn: str, sql: Sql) -> None:
+    """What is open goes on; what cannot be opened is told as busy."""
+    (name,) = sql("SELECT current_database()")[0]
+    sql(f"CREATE ROLE user_{name} LOGIN")
+    database = pool(dsn=make_dsn(dsn, user=f"user_{name}"), pool_min=1, pool_max=5, timeout=1.5)
+    assert ask(database) == 1
+    sql(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+    with database.connection():
+        with pytest.raises(errors.Busy):
+            ask(database)
+        assert not away(database)
+    assert ask(database) == 1
+    sql(f"DROP ROLE user_{name}")
+
+
+# The wrong server
+
+
+def test_a_read_only_server_is_left_and_found_again_when_it_writes(
+    client: AppClient, database: Database, sql: Sql
+) -> None:
+    (name,) = sql("SELECT current_database()")[0]
+    acquire(client)
+    sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    sql(TERMINATE, "loom")
+    wait_until(lambda: client.post(BUILD).status == 503 and away(database))
+    assert_problem(client.post(BUILD), 503, "unavailable")
+    health = client.get("/health")
+    assert (health.status, health.json["database"]) == (503, "disconnected")
+    assert "read-only" in health.json["dependencies"]["database"]["message"]
+    sql(f"BEGIN; SET TRANSACTION READ WRITE; ALTER DATABASE {name} RESET default_transaction_read_only; COMMIT")
+    wait_until(lambda: client.get("/health").status == 200)
+    assert client.get(BUILD).status == 200
+
+
+def test_a_server_that_became_read_only_under_an_open_connection_is_left(pool: Pool, sql: Sql) -> None:
+    database = pool(pool_min=1, pool_max=1)
+    sql("CREATE TABLE written (n int)")
+    with database.connection() as conn:
+        conn.raw.cursor().execute("SET default_transaction_read_only = on")
+    with pytest.raises(errors.Unavailable):
+        ask(database, "INSERT INTO written VALUES (1) RETURNING n")
+    wait_until(lambda: not away(database))
+    assert ask(database, "INSERT INTO written VALUES (2) RETURNING n") == 2
+    assert sql("SELECT n FROM written") == [(2,)]
+
+
+# One session after another
+
+
+def test_a_statements_bound_does_not_stay_with_its_connection(pool: Pool) -> None:
+    database = pool(pool_min=1, pool_max=1)
+    with database.connection() as conn:
+        db.run(conn, "SELECT 1")
+        with conn.raw.cursor() as cursor:
+            cursor.execute("SHOW statement_timeout")
+            assert cursor.fetchone() == ("0",)
+    with database.transaction() as conn:
+        db.run(conn, "SELECT 1")
+    with database.connection() as conn, conn.raw.cursor() as cursor:
+        cursor.execute("SHOW statement_timeout")
+        assert cursor.fetchone() == ("0",)
+
+
+def test_a_transaction_is_all_or_nothing(pool: Pool, sql: Sql) -> None:
+    database = pool()
+    sql("CREATE TABLE written (n int)")
+
+    def write(fail: bool) -> None:
+        with database.transaction() as conn:
+            db.run(conn, "INSERT INTO written VALUES (1)")
+            db.run(conn, "INSERT INTO written VALUES (2)")
+            if fail:
+                raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write(fail=True)
+    assert sql("SELECT n FROM written") == []
+    write(fail=False)
+    assert sql("SELECT n FROM written") == [(1,), (2,)]
+    with database.transaction():
+        pass  # without a statement nothing is begun
+    assert database.usage()["idle"] == database.usage()["open"]
+
+
+def test_a_transaction_that_failed_does_not_go_on_in_the_next(pool: Pool, sql: Sql) -> None:
+    database = pool(pool_min=1, pool_max=1)
+    sql("CREATE TABLE written (n int)")
+    with pytest.raises(errors.Invalid), database.transaction() as conn:
+        db.run(conn, "INSERT INTO written VALUES (1 / 0)")
+    assert ask(database, "INSERT INTO written VALUES (3) RETURNING n") == 3
+    assert sql("SELECT n FROM written") == [(3,)]
+
+
+@pytest.mark.parametrize(
+    ("sql_text", "error"),
+    [
+        ("SELECT 1 / 0", errors.Invalid),
+        ("SELECT 'x'::int", errors.Invalid),
+        ("SELECT 10000000000::int", errors.Invalid),
+        ("INSERT INTO distributed_locks VALUES ('', NULL, 'a', 1, now(), now(), now())", errors.Invalid),
+        ("INSERT INTO distributed_locks VALUES (NULL, NULL, 'a', 1, now(), now(), now())", errors.Invalid),
+        ("INSERT INTO schema_version SELECT * FROM schema_version", errors.Conflict),
+        ("SELECT loom_fence('build', 1)", errors.LockLost),
+        ("DO 'BEGIN RAISE lock_not_available; END'", errors.Busy),
+        ("DO 'BEGIN RAISE deadlock_detected; END'", errors.Busy),
+        ("DO 'BEGIN RAISE serialization_failure; END'", errors.Busy),
+        ("DO 'BEGIN RAISE too_many_connections; END'", errors.Unavailable),
+        ("DO 'BEGIN RAISE admin_shutdown; END'", errors.Unavailable),
+        ("SELECT * FROM no_such_table", errors.Error),
+        ("SELEC", errors.Error),
+    ],
+)
+def test_what_postgresql_says_has_one_meaning(pool: Pool, sql_text: str, error: type[errors.Error]) -> None:
+    database = pool()
+    with pytest.raises(errors.Error) as raised:
+        ask(database, sql_text)
+    assert type(raised.value) is error
+    assert not away(database)
+    assert ask(database) == 1
+
+
+def test_times_are_utc_whatever_the_server_speaks(pool: Pool, sql: Sql) -> None:
+    (name,) = sql("SELECT current_database()")[0]
+    sql(f"ALTER DATABASE {name} SET timezone = 'Asia/Kathmandu'")
+    database = pool()
+    when = ask(database, "SELECT timestamptz '2026-01-02 03:04:05+05:45' AS at")
+    assert when.tzinfo is timezone.utc
+    assert when.isoformat() == "2026-01-01T21:19:05+00:00"
+    with database.connection() as conn:
+        held = locks.acquire(conn, "build", "a", timedelta(minutes=1)).grant
+    assert held is not None
+    assert held.acquired_at.tzinfo is timezone.utc
+
+
+def test_a_server_that_does_not_answer_the_door_is_away_at_once_and_no_password_is_told(
+    pool: Pool, postgres: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = pool(dsn=postgres.dsn("missing", tcp=True, user="nobody", password="s3cret"))
+    wait_until(lambda: away(database))
+    started = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(errors.Unavailable):
+            ask(database)
+    assert time.monotonic() - started < 0.5
+    assert "s3cret" not in str(database.away) + caplog.text
+    with pytest.raises(psycopg2.OperationalError):
+        database.dial("one more")
+
+
+def test_background_work_goes_on_while_requests_use_up_the_pool(
+    client: AppClient, database: Database, instance: Any, sql: Sql
+) -> None:
+    held = acquire(client)
+    with_all: list[Any] = [database.connection() for _ in range(10)]
+    for lease in with_all:
+        lease.__enter__()
+    try:
+        before = sql("SELECT last_heartbeat FROM instances")
+        instance.beat()
+        assert sql("SELECT last_heartbeat FROM instances") > before
+        with locks.hold("held", ttl=1) as lock:
+            sql("SELECT pg_sleep(1.5)")
+            lock.ensure()
+    finally:
+        for lease in with_all:
+            lease.__exit__(None, None, None)
+    assert client.get(BUILD).json["fencing_token"] == held["fencing_token"]
