@@ -89,6 +89,10 @@ class Cluster:
     def restart(self, i: int) -> None:
         """As `systemctl restart`: SIGTERM, wait for the end, start again, wait until it serves."""
         self.masters[i].stop(signal.SIGTERM, 40)
+        self.start(i)
+
+    def start(self, i: int) -> None:
+        """Start gunicorn i again, after whatever ended it, and wait until it serves."""
         self.masters[i] = self._start(i)
         self.wait_serving(i)
 
