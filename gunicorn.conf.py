@@ -40,6 +40,7 @@ def pre_fork(server, worker):
 
 
 def post_fork(server, worker):
+    worker.cfg.set("graceful_timeout", 17)  # its own: it leaves the registry before the master's SIGKILL
     worker.upkeep = upkeep.Upkeep(settings, instances.after_fork(worker, settings))
     worker.upkeep.start()
 

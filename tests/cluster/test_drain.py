@@ -1,0 +1,179 @@
+"""An instance that leaves, in order: nobody loses a request by it, and it does not stay for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+from harness import Client, Cluster, wait_until
+from harness.load import Caller, Load, use_lock
+
+Sql = Callable[..., list[tuple[object, ...]]]
+GOOD = {200, 201, 204}
+
+
+def job(number: int) -> Callable[[Caller], object]:
+    """Takes a lock of its own under a new name each time, renews it and gives it back."""
+    names = itertools.count()
+    return lambda call: use_lock(f"drain/{number}/{next(names)}")(call)
+
+
+def test_a_restart_of_each_instance_fails_no_request(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(3, nginx=True)
+    with Load([cluster.nginx_url], [job(i) for i in range(12)], pause=0.002) as load:
+        for i in range(3):
+            time.sleep(0.5)
+            cluster.restart(i)
+        time.sleep(0.5)
+    assert [call for call in load.calls if call.status not in GOOD] == []
+    assert len(load.calls) > 500
+
+
+def test_a_reload_fails_no_request(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    first = cluster.pid(0)
+    with Load([cluster.ports[0]], [fresh(i) for i in range(8)], pause=0.002) as load:
+        time.sleep(0.5)
+        os.kill(cluster.master(0), signal.SIGHUP)
+        wait_until(lambda: not os.path.exists(f"/proc/{first}"), 30)
+        time.sleep(0.5)
+    assert cluster.pid(0) != first
+    assert [call for call in load.calls if call.status not in GOOD] == []
+
+
+def fresh(number: int) -> Callable[[Caller], object]:
+    """Posts over a new connection each time."""
+    names = itertools.count()
+
+    def post(call: Caller) -> None:
+        call("POST", f"/api/v1/locks/fresh/{number}/{next(names)}", {"ttl_seconds": 1})
+        call.close()
+
+    return post
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_resets_no_connection(start_cluster: Callable[..., Cluster], workers: int) -> None:
+    """A refused connection may be tried elsewhere; one that was accepted must be answered."""
+    cluster = start_cluster(1, config=f"server: {{workers: {workers}}}")
+    with Load([cluster.ports[0]], [fresh(i) for i in range(8)], pause=0.002) as load:
+        for _ in range(3):
+            time.sleep(0.5)
+            cluster.restart(0)
+    said = Counter(call.said for call in load.calls if call.status not in GOOD)
+    assert {fault for fault in said if not fault.startswith("ConnectionRefusedError")} == set()
+
+
+def test_a_draining_instance_serves_on_and_says_that_it_is_not_ready(
+    start_cluster: Callable[..., Cluster], sql: Sql
+) -> None:
+    cluster = start_cluster(1, config="server: {drain_seconds: 3}")
+    assert cluster.client(0).get("/health/ready").status == 200
+    started = time.monotonic()
+    cluster.masters[0].send(signal.SIGTERM)
+    wait_until(lambda: cluster.client(0).get("/health/ready").status == 503, 1)
+    wait_until(lambda: sql("SELECT status FROM instances") == [("draining",)], 1)
+    assert cluster.client(0).post("/api/v1/locks/x", {}).status == 201
+    cluster.masters[0].wait(20)
+    assert 3 < time.monotonic() - started < 10
+    assert sql("SELECT status FROM instances") == []
+
+
+def test_a_request_in_flight_is_finished(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(2)
+    held = cluster.client(1).post("/api/v1/locks/x", {}).json
+    answers = []
+    waiter = threading.Thread(
+        target=lambda: answers.append(cluster.client(0).post("/api/v1/locks/x", {"wait_seconds": 15}))
+    )
+    waiter.start()
+    wait_until(lambda: cluster.client(1).get("/api/v1/locks/x").json["waiting"] == 1)
+    cluster.masters[0].send(signal.SIGTERM)
+    time.sleep(0.5)
+    cluster.client(1).delete(f"/api/v1/locks/x?fencing_token={held['fencing_token']}")
+    waiter.join(20)
+    assert answers[0].status in (201, 409)  # the lock; or that it shall ask another instance, its place kept
+    cluster.masters[0].wait(10)
+
+
+@contextlib.contextmanager
+def connections(port: int, *said: bytes) -> Iterator[list[socket.socket]]:
+    """A connection for each text, which is all that its client ever says."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in said]
+        for sock, text in zip(opened, said, strict=True):
+            sock.sendall(text)
+        yield opened
+
+
+REQUEST = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+HALF_A_REQUEST = b"GET /health/l"
+
+
+def test_idle_connections_do_not_hold_it_up(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    with connections(cluster.ports[0], REQUEST, b""):
+        time.sleep(6)  # by then it no longer waits for the silent one's first byte
+        started = time.monotonic()
+        cluster.masters[0].send(signal.SIGTERM)
+        cluster.masters[0].wait(30)
+    assert time.monotonic() - started < 5
+
+
+def test_who_never_finishes_a_request_does_not_keep_it_in_the_registry(
+    start_cluster: Callable[..., Cluster], sql: Sql
+) -> None:
+    cluster = start_cluster(1)
+    with connections(cluster.ports[0], HALF_A_REQUEST):
+        time.sleep(0.2)
+        cluster.masters[0].send(signal.SIGTERM)
+        cluster.masters[0].wait(30)
+    assert sql("SELECT 1 FROM instances") == []  # not marked dead either: it left before it was killed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_ctrl_c_is_quick_and_in_order(start_cluster: Callable[..., Cluster], sql: Sql, number: signal.Signals) -> None:
+    cluster = start_cluster(1)
+    assert len(sql("SELECT 1 FROM instances")) == 1
+    with connections(cluster.ports[0], REQUEST, b"", HALF_A_REQUEST):
+        time.sleep(0.2)
+        started = time.monotonic()
+        for pid in (cluster.pid(0), cluster.master(0)):  # a terminal sends it to both
+            os.kill(pid, number)
+        cluster.masters[0].wait(10)
+    assert time.monotonic() - started < 8
+    assert sql("SELECT 1 FROM instances") == []
+
+
+def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1)
+    client = cluster.client(0)
+    closing = REQUEST.replace(b"x\r\n", b"x\r\nConnection: close\r\n")
+    with connections(cluster.ports[0], closing, closing, closing) as opened:
+        for sock in opened:
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        started = time.monotonic()
+        assert client.get("/health/live").status == 200
+        assert time.monotonic() - started < 0.5
+
+
+def test_a_request_whose_client_gave_up_in_the_queue_is_not_begun(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, config="server: {threads: 1}")
+    client = cluster.client(0)
+    with socket.create_connection(("127.0.0.1", cluster.ports[0])) as slow:
+        slow.sendall(b"POST /api/v1/locks/slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")  # takes the thread
+        time.sleep(0.3)
+        with contextlib.closing(Client(cluster.ports[0], timeout=0.5)) as impatient, pytest.raises(TimeoutError):
+            impatient.post("/api/v1/locks/unwanted", {})
+        time.sleep(1)
+        slow.sendall(b"{}")
+        assert slow.recv(100).startswith(b"HTTP/1.1 201")
+    assert [lock["lock_name"] for lock in client.get("/api/v1/locks").json] == ["slow"]
