@@ -55,7 +55,7 @@ class Postgres:
         self.process: Process | None = None
         self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to be root
         if copy_of is None:
-            options = ["--username", SUPERUSER, "--encoding=UTF8", "--locale=C", "--auth=trust"]
+            options = ["--username", SUPERUSER, "--encoding=UTF8", "--locale=C", "--auth=trust", "--no-sync"]
             self.run("initdb", "--pgdata", str(self.data), *options)
         else:
             copy_of.rename(self.data)
@@ -138,6 +138,9 @@ class Postgres:
         return name
 
     def drop(self, database: str) -> None:
+        """Remove a database, if the server runs at all."""
+        if self.process is None or not self.process.runs:
+            return
         self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
         self.query(f"DROP DATABASE IF EXISTS {database}")
 

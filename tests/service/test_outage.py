@@ -1,0 +1,228 @@
+"""A database that is away costs bounded time, then none, and everything goes on by itself when it is back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from harness import AppClient, Postgres, wait_until
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, release
+from psycopg2.extensions import parse_dsn
+
+from loom import db, errors, locks
+from loom.db import Database
+from loom.instances import Instance
+
+BOUND = 5.0  # database.timeout
+
+
+@pytest.fixture
+def postgres(own_postgres: Postgres) -> Postgres:
+    """Each test's own, which it may stop: it takes the place of the session's server for all fixtures."""
+    return own_postgres
+
+
+def healthy(client: AppClient) -> bool:
+    return client.get("/health").status == 200
+
+
+def assert_away(client: AppClient, instance: Instance) -> None:
+    """What an instance answers without a database, and that at once."""
+    started = time.monotonic()
+    answer = client.get("/health")
+    health = answer.json
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert list(health)[:4] == ["healthy", "instance_id", "database", "active_instances"]
+    assert (health["healthy"], health["database"], health["active_instances"]) == (False, "disconnected", None)
+    assert health["instance_id"] == instance.instance_id
+    assert health["dependencies"]["database"]["message"]
+    assert client.get("/health/ready").status == 503
+    assert client.get("/health/live").status == 200
+    for _ in range(5):
+        for answer in (client.post(BUILD), client.put(BUILD, {"fencing_token": 1}), client.get("/api/v1/locks")):
+            assert_problem(answer, 503, "unavailable")
+            assert answer.headers["Retry-After"] == "1"
+    assert client.put(BUILD, {}).status == 400, "what needs no database is answered as ever"
+    assert time.monotonic() - started < 1
+
+
+def test_a_stopped_server_is_told_and_found_again(client: AppClient, instance: Instance, postgres: Postgres) -> None:
+    held = acquire(client, owner="a", ttl_seconds=600)
+    identity = instance.instance_id
+    postgres.stop()
+    wait_until(lambda: not healthy(client))
+    assert_away(client, instance)
+    postgres.start()
+    wait_until(lambda: healthy(client), 5)
+    renewed = client.put(BUILD, {"fencing_token": held["fencing_token"]})
+    assert (renewed.status, renewed.json["owner"]) == (200, "a")
+    wait_until(lambda: instance.missed == 0 and instance.fresh)
+    assert instance.instance_id == identity
+    assert client.get("/health").json["active_instances"] == 1
+
+
+def test_a_silent_server_costs_its_bound_once(client: AppClient, instance: Instance, postgres: Postgres) -> None:
+    acquire(client, owner="a", ttl_seconds=600)
+    with postgres.frozen():
+        started = time.monotonic()
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda i: client.post(f"{LOCKS}{i}"), range(8)))
+        assert time.monotonic() - started < BOUND
+        assert {answer.status for answer in answers} == {503}
+        assert_away(client, instance)
+    wait_until(lambda: healthy(client), 5)
+    assert client.post(BUILD, {"owner": "a"}).status == 200
+
+
+def test_a_waiter_is_told_when_the_database_goes_away(client: AppClient, postgres: Postgres, sql: Sql) -> None:
+    acquire(client, owner="holder")
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(client.post, BUILD, {"owner": "waiter", "wait_seconds": 30})
+        wait_until(lambda: sql("SELECT 1 FROM lock_waiters"))
+        postgres.kill()
+        assert_problem(waiting.result(BOUND), 503, "unavailable")
+
+
+def test_a_hold_is_lost_when_its_ttl_passes_without_an_answer(postgres: Postgres, database: Database) -> None:
+    told = threading.Event()
+    started = time.monotonic()
+
+    def work() -> None:
+        with locks.hold("build", ttl=2, on_lost=told.set), postgres.frozen():
+            assert told.wait(10)
+            assert time.monotonic() - started < 3
+
+    with pytest.raises(errors.LockLost):
+        work()
+
+
+def test_a_hold_outlives_an_outage_that_is_shorter_than_its_ttl(postgres: Postgres, database: Database) -> None:
+    with locks.hold("build", ttl=6) as lock:
+        with postgres.frozen():
+            time.sleep(2.5)  # beyond the first renewal
+        asked = time.monotonic()
+        wait_until(lambda: lock._trusted_until > time.clock_gettime(time.CLOCK_BOOTTIME) + 4)
+        assert time.monotonic() - asked < 4
+        lock.ensure()
+
+
+def test_nothing_acknowledged_is_lost_in_a_power_cut(client: AppClient, postgres: Postgres, sql: Sql) -> None:
+    until, granted, released = time.monotonic() + 2, [], []
+
+    def work(number: int) -> None:
+        i = 0
+        while time.monotonic() < until + 1:
+            i += 1
+            answer = client.post(f"{LOCKS}{number}-{i}", {"owner": "a", "ttl_seconds": 600})
+            if answer.status != 201:
+                return
+            granted.append(answer.json)
+            if i % 2 and release(client, answer.json["fencing_token"], f"{number}-{i}").status == 204:
+                released.append(answer.json["fencing_token"])
+
+    with ThreadPoolExecutor(4) as threads:
+        working = [threads.submit(work, number) for number in range(4)]
+        wait_until(lambda: len(released) > 50)
+        postgres.kill()
+        for future in working:
+            future.result()
+    postgres.start()
+    rows = dict(
+        sql("SELECT fencing_token, 'held' FROM distributed_locks UNION ALL SELECT fencing_token, ended_how FROM grants")
+    )
+    assert {grant["fencing_token"] for grant in granted} <= set(rows)
+    assert {rows[token] for token in released} == {"released"}
+    wait_until(lambda: healthy(client), 5)
+    assert acquire(client, "next")["fencing_token"] > max(rows)
+
+
+def test_an_instance_that_starts_before_its_database_registers_when_that_is_there(
+    dsn: str, postgres: Postgres, sql: Sql
+) -> None:
+    postgres.stop()
+    database = Database(dsn)
+    database.open()
+    me = Instance(database, {"port": 1})
+    try:
+        started = time.monotonic()
+        me.start()
+        assert time.monotonic() - started < BOUND
+        postgres.start()
+        wait_until(lambda: sql("SELECT 1 FROM instances WHERE instance_id = %s", me.instance_id))
+    finally:
+        me.leave()
+        database.close()
+
+
+@pytest.fixture
+def pair(start_postgres: Callable[..., Postgres]) -> tuple[Postgres, Postgres, str]:
+    """A primary with a synchronous standby, and the DSN that names both."""
+    primary = start_postgres()
+    name = primary.database()
+    backup = primary.folder / "backup"
+    primary.run(
+        "pg_basebackup", "--pgdata", str(backup), "--write-recovery-conf", "--checkpoint=fast",
+        "--dbname", primary.dsn(application_name="standby"),
+    )  # fmt: skip
+    standby = start_postgres(copy_of=backup)
+    wait_until(lambda: primary.query("SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
+    primary.query("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+    primary.query("SELECT pg_reload_conf()")
+    wait_until(lambda: primary.query("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+    dsn = (
+        f"host={standby.folder},{primary.folder} port={standby.port},{primary.port} user=loom dbname={name}"
+        " target_session_attrs=read-write"
+    )
+    return primary, standby, dsn
+
+
+def test_a_failover_needs_no_hand_and_loses_no_acknowledged_grant(pair: tuple[Postgres, Postgres, str]) -> None:
+    primary, standby, dsn = pair
+    database = Database(dsn)
+    database.open()
+    db.configure(database)
+    try:
+
+        def grant(name: str, owner: str = "a") -> locks.Attempt:
+            with database.connection() as conn:
+                return locks.acquire(conn, name, owner, timedelta(minutes=10))
+
+        before = [grant(f"lock {i}").grant for i in range(20)]
+        primary.kill()
+        wait_until(lambda: database.away is not None or not answers(grant))
+        standby.query("SELECT pg_promote()")
+        standby.query("ALTER SYSTEM RESET synchronous_standby_names")
+        standby.query("SELECT pg_reload_conf()")
+        wait_until(lambda: answers(grant), 10)
+        after = [grant(f"lock {i}", "b") for i in range(20)]
+        assert {attempt.outcome for attempt in after} == {"held"}
+        assert [attempt.grant for attempt in after] == before
+        new = grant("new").grant
+        assert new is not None
+        assert new.fencing_token > max(one.fencing_token for one in before if one is not None)
+    finally:
+        db.configure(None)
+        database.close()
+
+
+def answers(grant: Callable[[str], locks.Attempt]) -> bool:
+    try:
+        return grant("probe") is not None
+    except errors.Unavailable:
+        return False
+
+
+def test_a_standby_is_not_taken_for_a_server_that_is_there(pair: tuple[Postgres, Postgres, str]) -> None:
+    """It answers SELECT 1 for ever: only a refused write tells."""
+    _, standby, dsn = pair
+    database = Database(standby.dsn(parse_dsn(dsn)["dbname"]))
+    database.open()
+    wait_until(lambda: database.away is not None)
+    assert "read-only" in str(database.away)
+    standby.query("SELECT pg_promote()")
+    wait_until(lambda: database.away is None)
+    database.close()
