@@ -160,6 +160,7 @@ def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[
     with connections(cluster.ports[0], closing, closing, closing) as opened:
         for sock in opened:
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        time.sleep(0.1)
         started = time.monotonic()
         assert client.get("/health/live").status == 200
         assert time.monotonic() - started < 0.5
