@@ -10,6 +10,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
@@ -43,13 +44,12 @@ class Database:
         self._min, self._max, self._before_dial = pool_min, pool_max, before_dial
         self._idle: list[Connection] = []
         self._open = 0
-        self._waiting = 0
         self._dialing_since: float | None = None
         self._away: str | None = None
         self._closed = False
         self._lock = threading.Lock()
-        self._returned = threading.Condition(self._lock)  # one connection more, or none for anybody
-        self._wanted = threading.Condition(self._lock)  # the dialer has something to do
+        self._work = threading.Condition(self._lock)  # the dialer has something to do
+        self._turns: deque[Turn] = deque()
         self._request = threading.local()
 
     def open(self) -> None:
@@ -58,11 +58,10 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
-            self._returned.notify_all()
-            self._wanted.notify()
-        for conn in idle:
-            conn.close()
+            while self._idle:
+                self._drop(self._idle.pop())
+            self._release_turns()
+            self._work.notify()
 
     @property
     def away(self) -> str | None:
@@ -72,7 +71,7 @@ class Database:
     def usage(self) -> dict[str, int]:
         """The pool's counters: connections open and idle, requests waiting for one, and the most there may be."""
         with self._lock:
-            return {"open": self._open, "idle": len(self._idle), "waiting": self._waiting, "max": self._max}
+            return {"open": self._open, "idle": len(self._idle), "waiting": len(self._turns), "max": self._max}
 
     def start_request(self) -> None:
         """Sets this thread's deadline for all that follows, the wait for a connection included."""
@@ -109,42 +108,46 @@ class Database:
         return Connection(self.dsn, application_name, self.timeout - SLACK)
 
     def take(self) -> Connection:
-        """An idle connection, or the next one that is. Raises Unavailable, Busy."""
+        """An idle connection, or the next one that is given back, first come, first served.
+
+        Raises Unavailable, Busy.
+        """
         deadline = getattr(self._request, "deadline", None) or time.monotonic() + self.timeout - SLACK
         with self._lock:
-            while True:
-                if self._away is not None:
-                    raise errors.Unavailable()
-                while self._idle:
-                    conn = self._idle.pop()
-                    if conn.usable:
-                        conn.deadline = deadline
-                        return conn
-                    self._drop(conn)
-                left = deadline - time.monotonic()
-                if left <= 0 or self._closed:
-                    break
-                self._waiting += 1
-                if self._open < self._max:
-                    self._wanted.notify()
-                self._returned.wait(left)
-                self._waiting -= 1
+            if self._away is not None:
+                raise errors.Unavailable()
+            while self._idle:
+                conn = self._idle.pop()
+                if conn.usable:
+                    conn.deadline = deadline
+                    return conn
+                self._drop(conn)
+            turn = Turn()
+            self._turns.append(turn)
+            self._work.notify()
+        turn.wait(deadline - time.monotonic())
+        with self._lock:
+            if turn.conn is not None:
+                turn.conn.deadline = deadline
+                return turn.conn
+            if self._away is not None:
+                raise errors.Unavailable()
+            if turn in self._turns:
+                self._turns.remove(turn)
             if self._dialing_since is not None and time.monotonic() - self._dialing_since > 1:
                 self._set_away("the server does not answer")
                 raise errors.Unavailable()
         raise errors.Busy("All connections of this instance are in use.")
 
     def give(self, conn: Connection) -> None:
-        """Back into the pool, unless it broke."""
+        """To whoever waits longest, or back into the pool; away with it if it broke."""
         reusable = conn.reusable
         with self._lock:
             if reusable and self._away is None and not self._closed:
-                self._idle.append(conn)
+                self._hand_on(conn)
             else:
                 self._drop(conn)
-                self._wanted.notify()
-            if self._waiting:
-                self._returned.notify()
+                self._work.notify()
 
     def judge(self, conn: Connection, exc: psycopg2.Error) -> None:
         """One lost connection is replaced; silence, and a server that only reads, mean that the database is away."""
@@ -164,17 +167,27 @@ class Database:
         self._away = why
         while self._idle:
             self._drop(self._idle.pop())
-        self._returned.notify_all()
-        self._wanted.notify()
+        self._release_turns()
+        self._work.notify()
+
+    def _hand_on(self, conn: Connection) -> None:
+        if self._turns:
+            self._turns.popleft().come(conn)
+        else:
+            self._idle.append(conn)
+
+    def _release_turns(self) -> None:
+        while self._turns:
+            self._turns.popleft().come(None)
 
     def _dial_wanted(self) -> bool:
-        more = self._waiting > len(self._idle) and self._open < self._max
+        more = bool(self._turns) and self._open < self._max
         return self._closed or self._away is not None or self._open < self._min or more
 
     def _dial_for_all(self) -> None:
         while True:
             with self._lock:
-                self._wanted.wait_for(self._dial_wanted)
+                self._work.wait_for(self._dial_wanted)
                 if self._closed:
                     return
                 self._dialing_since = time.monotonic()
@@ -195,10 +208,27 @@ class Database:
                         log.warning("database-back")
                         self._away = None
                     self._open += 1
-                    self._idle.append(conn)
-                    self._returned.notify()
+                    self._hand_on(conn)
             if conn is None:
                 time.sleep(PROBE_PERIOD * random.uniform(0.8, 1.2))
+
+
+class Turn:
+    """A request that waits for a connection; its turn comes with one, or with none when nobody gets any."""
+
+    __slots__ = ("_come", "conn")
+
+    def __init__(self) -> None:
+        self.conn: Connection | None = None
+        self._come = threading.Lock()
+        self._come.acquire()
+
+    def wait(self, seconds: float) -> None:
+        self._come.acquire(timeout=max(0.0, seconds))
+
+    def come(self, conn: Connection | None) -> None:
+        self.conn = conn
+        self._come.release()
 
 
 class Lease:

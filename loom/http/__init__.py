@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from flask import Flask, request
 from flask.wrappers import Response
@@ -21,11 +21,26 @@ ALWAYS_SERVED = ("/health", "/api/v1/health")
 class Application(Flask):
     """Flask with one thing before each request and one after it, called directly.
 
-    Looking up hooks by blueprint, sessions and coroutines took 15 of 150 us; Loom has none of them.
+    Loom has no sessions, signals, coroutines or other hooks; looking for them took a tenth of a request.
     """
+
+    def full_dispatch_request(self) -> Response:
+        """Every view and every error handler gives a Response."""
+        try:
+            self.preprocess_request()
+            answer = self.dispatch_request()
+        except Exception as exc:
+            answer = self.handle_user_exception(exc)
+        return self.process_response(cast(Response, answer))
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func
+
+    def do_teardown_request(self, exc: BaseException | None = None) -> None:
+        pass
+
+    def do_teardown_appcontext(self, exc: BaseException | None = None) -> None:
+        pass
 
     def preprocess_request(self) -> None:
         """Starts the clock that bounds the request, and refuses it when we may have been declared dead."""
