@@ -44,11 +44,15 @@ class RenewLock(parse.Body):
 def _queue() -> Queue:
     """The worker's waiters; eight threads stay free of them."""
     threads = current_app.config["LOOM"].server.threads
-    return Queue(max(1, threads - 8, threads // 2), _instance_id)
+    return Queue(max(1, threads - 8, threads // 2), _instance_id, _draining)
 
 
 def _instance_id() -> str | None:
     return instances.current.instance_id if instances.current is not None else None
+
+
+def _draining() -> bool:
+    return instances.current is not None and instances.current.draining
 
 
 @bp.post("/<name:_>")

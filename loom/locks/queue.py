@@ -32,10 +32,13 @@ class Waiter:
 
 
 class Queue:
-    """The waiters of one worker, `full` at `most` of them: a further one must not eat the threads that others need."""
+    """The waiters of one worker, at `most` so many: a further one must not eat the threads that others need.
 
-    def __init__(self, most: int, instance_id: Callable[[], str | None]) -> None:
-        self._most, self._instance_id = most, instance_id
+    None while it drains: its last waiters go to another instance in time to keep their places there.
+    """
+
+    def __init__(self, most: int, instance_id: Callable[[], str | None], draining: Callable[[], bool]) -> None:
+        self._most, self._instance_id, self._draining = most, instance_id, draining
         self._waiters: set[Waiter] = set()
         self._change = threading.Condition()
         self._nudged = threading.Event()
@@ -43,10 +46,10 @@ class Queue:
 
     @property
     def full(self) -> bool:
-        return len(self._waiters) >= self._most
+        return len(self._waiters) >= self._most or self._draining()
 
     def wait(self, waiter: Waiter, seconds: float) -> Attempt | None:
-        """The waiter's grant, or None: not within `seconds`, or its client has gone.
+        """The waiter's grant, or None: not within `seconds`, or its client has gone, or we drain.
 
         Raises Unavailable when the database goes away meanwhile.
         """
@@ -77,7 +80,7 @@ class Queue:
                 # Whoever has its grant is perhaps not gone yet, and would take a new place, for nobody.
                 waiters = [w for w in self._waiters if not w.woken.is_set()]
             started = time.monotonic()
-            for waiter in [w for w in waiters if w.gone()]:
+            for waiter in [w for w in waiters if w.gone() or self._draining()]:
                 waiters.remove(waiter)
                 waiter.woken.set()
             try:
