@@ -14,11 +14,11 @@ from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost
 
 # As the guide has them.
 CLEAN_LOCKS = """
-DELETE FROM distributed_locks 
+DELETE FROM distributed_locks
 WHERE expires_at < NOW();
 """
 CLEAN_INSTANCES = """
-DELETE FROM instances 
+DELETE FROM instances
 WHERE last_heartbeat < NOW() - INTERVAL '5 minutes';
 """
 
