@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import struct
 import sys
@@ -97,11 +98,9 @@ def test_a_stream_is_not_held_back(connection: Connection) -> None:
 
 def test_the_answers_of_loom_are_one_packet(start_cluster: Callable[..., Cluster]) -> None:
     with contextlib.closing(Connection(start_cluster(1).ports[0])) as connection:
-        for method, path, body, status in [
-            ("GET", "/health", None, 200),
-            ("POST", "/api/v1/locks/x", b'{"owner":"me"}', 201),
-            ("DELETE", "/api/v1/locks/x?fencing_token=1", None, 204),
-            ("GET", "/nowhere", None, 404),
-        ]:
-            answer = connection.ask(method, path, body)
+        taken = connection.ask("POST", "/api/v1/locks/x", b'{"owner":"me"}')
+        assert (taken[0], taken[2]) == (201, 1)
+        release = f"/api/v1/locks/x?fencing_token={json.loads(taken[1])['fencing_token']}"
+        for method, path, status in [("GET", "/health", 200), ("DELETE", release, 204), ("GET", "/nowhere", 404)]:
+            answer = connection.ask(method, path)
             assert (path, answer[0], answer[2]) == (path, status, 1)
