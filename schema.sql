@@ -160,34 +160,45 @@ CREATE UNLOGGED TABLE IF NOT EXISTS lock_waiters (
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 CREATE INDEX IF NOT EXISTS lock_waiters_place ON lock_waiters (lock_name, place);
 
--- Lifts the tokens above every one ever given: 2^32 beyond the greatest that this database remembers. Run it by hand
--- after bringing back an old copy of the server's files, which nothing inside can notice.
+-- Lifts the tokens above every one ever given: 2^32 beyond the greatest that this database remembers, and beyond what
+-- another copy of the same past, which did the same before, can have given since: 2^21 for every second of the clock
+-- (until the year 2106). Run it by hand after bringing back an old copy of the server's files, which nothing inside can
+-- notice.
 CREATE OR REPLACE FUNCTION raise_fencing_tokens() RETURNS bigint LANGUAGE sql AS $$
-    UPDATE cluster SET fencing_base = 4294967296 + GREATEST(
+    UPDATE cluster SET fencing_base = GREATEST(
+        (extract(epoch FROM clock_timestamp()) * 2097152)::bigint,
+        4294967296 + GREATEST(
                fencing_base,
                (SELECT last_value FROM fencing_tokens),
                (SELECT max(fencing_token) FROM grants),
-               (SELECT max(fencing_token) FROM distributed_locks));
+               (SELECT max(fencing_token) FROM distributed_locks)));
     SELECT setval('fencing_tokens', fencing_base) FROM cluster;
 $$;
 
+-- Which history of which database the sequence belongs to. A restore, a point-in-time recovery, an asynchronous failover
+-- and a logical upgrade set it back; each gives the database another system identifier, another timeline or the sequence
+-- another file.
+CREATE OR REPLACE FUNCTION fencing_identity_now() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN (SELECT system_identifier FROM pg_control_system())
+           || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
+           || '/' || pg_relation_filepath('fencing_tokens');
+END $$;
+-- From the beginning, so that a copy made before the first grant is told from the original, too.
+UPDATE cluster SET fencing_identity = fencing_identity_now() WHERE fencing_identity IS NULL;
+
 -- Draws the token of a new grant; the caller holds the lock's name, so that an older number cannot be granted after a
--- newer one. A restore, a point-in-time recovery, an asynchronous failover and a logical upgrade set the sequence back;
--- each gives the database another system identifier, another timeline or the sequence another file, and is noticed here,
--- before the first grant after it.
+-- newer one. Another history than the one before is noticed here, before the first grant in it.
 CREATE OR REPLACE FUNCTION next_fencing_token() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
-    identity text := (SELECT system_identifier FROM pg_control_system())
-                     || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
-                     || '/' || pg_relation_filepath('fencing_tokens');
-    known text := (SELECT fencing_identity FROM cluster);
+    identity text := fencing_identity_now();
 BEGIN
-    IF known IS DISTINCT FROM identity THEN
+    IF (SELECT fencing_identity FROM cluster) IS DISTINCT FROM identity THEN
         -- Of several that notice at once, one passes the WHERE; the others wait for it here.
         INSERT INTO cluster AS c (fencing_identity) VALUES (identity)
             ON CONFLICT (only_row) DO UPDATE SET fencing_identity = identity
                 WHERE c.fencing_identity IS DISTINCT FROM identity;
-        IF FOUND AND known IS NOT NULL THEN
+        IF FOUND THEN
             PERFORM raise_fencing_tokens();
         END IF;
     END IF;

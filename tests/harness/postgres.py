@@ -48,10 +48,12 @@ def query(dsn: str, sql: str, *params: Any) -> list[tuple[Any, ...]]:
 class Postgres:
     """One server in a folder of its own, on a Unix socket and on a port of the loopback."""
 
-    def __init__(self, settings: dict[str, str] | None = None, copy_of: Path | None = None) -> None:
+    def __init__(
+        self, settings: dict[str, str] | None = None, copy_of: Path | None = None, port: int | None = None
+    ) -> None:
         """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to take over."""
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
-        self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", free_port()
+        self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", port or free_port()
         self.process: Process | None = None
         self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to be root
         if copy_of is None:

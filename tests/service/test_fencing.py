@@ -112,8 +112,9 @@ def test_tokens_grow_over_a_restart_and_a_power_cut_of_the_server(own_postgres: 
     for end in (own_postgres.stop, own_postgres.kill):
         end()
         own_postgres.start()
-        assert last < token(dsn) < 2**32, "the same history of the database goes on"
-        last = token(dsn)
+        following = token(dsn)
+        assert last < following < last + 2**32, "the same history of the database goes on"
+        last = following
 
 
 def test_tokens_grow_over_dump_and_restore(postgres: Postgres, dsn: str) -> None:
@@ -127,9 +128,12 @@ def test_tokens_grow_over_dump_and_restore(postgres: Postgres, dsn: str) -> None
     postgres.drop(restored)
 
 
-def test_tokens_grow_over_a_copy_of_the_database(postgres: Postgres) -> None:
-    original = postgres.database()
-    token(postgres.dsn(original))
+@pytest.mark.parametrize("granted", [0, 1])
+def test_tokens_grow_over_a_copy_of_the_database(postgres: Postgres, granted: int) -> None:
+    original = postgres.empty_database()
+    db.migrate(postgres.dsn(original))
+    for _ in range(granted):
+        token(postgres.dsn(original))
     copy = postgres.empty_database(original)
     last = max(token(postgres.dsn(original)) for _ in range(10))
     assert token(postgres.dsn(copy)) > last
@@ -150,6 +154,16 @@ def test_tokens_grow_over_an_asynchronous_failover(start_postgres: Callable[...,
         token(standby.dsn(name))
     assert standby.query("SELECT pg_promote()") == [(True,)]
     assert token(standby.dsn(name)) > last
+
+
+def test_tokens_grow_over_one_copy_of_the_same_past_after_another(postgres: Postgres) -> None:
+    """A failover, and then back to last night's backup: neither knows what the other gave."""
+    original = postgres.database()
+    first, second = postgres.empty_database(original), postgres.empty_database(original)
+    last = max(token(postgres.dsn(first)) for _ in range(100))
+    assert token(postgres.dsn(second)) > last
+    for name in (original, first, second):
+        postgres.drop(name)
 
 
 def test_tokens_grow_over_a_recovery_to_a_point_in_time(

@@ -1,0 +1,148 @@
+"""Through pgBouncer in transaction mode everything works as without it, and nothing stays on its sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness import Cluster, PgBouncer, Postgres, wait_until
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost, assert_problem, force, release
+from harness.postgres import query
+
+from loom import db, errors, locks
+
+SETTINGS = """
+    SELECT name, setting FROM pg_settings, (SELECT pg_sleep(0.2)) AS meanwhile
+     WHERE source = 'session' AND name <> 'application_name'
+"""
+
+
+@pytest.fixture
+def bouncer_dsn(pgbouncer: PgBouncer, database_name: str) -> str:
+    return pgbouncer.dsn(database_name)
+
+
+@pytest.fixture
+def cluster(start_cluster: Callable[..., Cluster], bouncer_dsn: str) -> Cluster:
+    """Two instances that know the database through pgBouncer alone."""
+    cluster = start_cluster(2, dsn=bouncer_dsn)
+    cluster.wait_healthy()
+    return cluster
+
+
+def test_a_locks_whole_life(cluster: Cluster, sql: Sql) -> None:
+    one, two = cluster.client(0), cluster.client(1)
+    held = acquire(one, owner="a", metadata={"why": "pooled"})
+    assert_problem(two.post(BUILD, {"owner": "b"}), 409, "lock-held")
+    assert two.put(BUILD, {"fencing_token": held["fencing_token"], "ttl_seconds": 60}).status == 200
+    assert two.get(BUILD).json["metadata"] == {"why": "pooled"}
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(two.post, BUILD, {"owner": "b", "wait_seconds": 20})
+        wait_until(lambda: sql("SELECT 1 FROM lock_waiters"))
+        assert release(one, held["fencing_token"]).status == 204
+        granted = waiting.result(10)
+    assert granted.status == 201
+    assert granted.json["fencing_token"] > held["fencing_token"]
+    assert force(one, granted.json["fencing_token"]).status == 204
+    assert_lost(two.put(BUILD, {"fencing_token": granted.json["fencing_token"]}), "forced")
+    assert [row["ended_how"] for row in one.get("/api/v1/grants?lock_name=build").json] == ["forced", "released"]
+    assert len(one.get("/api/v1/instances").json) == 2
+
+
+def test_nothing_stays_on_a_session_that_another_client_gets_next(cluster: Cluster, bouncer_dsn: str, sql: Sql) -> None:
+    def work(number: int) -> None:
+        client = cluster.client(number % 2)
+        for i in range(20):
+            name = f"lock {number} {i}"
+            release(client, acquire(client, name)["fencing_token"], name)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+        sessions = list(threads.map(lambda _: query(bouncer_dsn, SETTINGS), range(4)))
+    assert sessions == [[]] * 4
+    assert query(bouncer_dsn, "SHOW statement_timeout") == [("0",)]
+    assert sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+
+
+def test_an_instance_is_noticed_by_its_master_and_replaced(cluster: Cluster, sql: Sql) -> None:
+    former = cluster.client(0).get("/health").json["instance_id"]
+    cluster.kill(0)
+    wait_until(lambda: sql("SELECT status FROM instances WHERE instance_id = %s", former) == [("dead",)])
+    cluster.wait_healthy()
+    assert acquire(cluster.client(0))["instance_id"] != former
+
+
+def test_holding_and_fencing_in_python(bouncer_dsn: str, sql: Sql) -> None:
+    sql("CREATE TABLE work (token bigint)")
+    database = db.Database(bouncer_dsn)
+    database.open()
+
+    def write(token: int) -> None:
+        with database.transaction() as conn:
+            locks.check(conn, "build", token)
+            db.run(conn, "INSERT INTO work VALUES (%(token)s)", token=token)
+
+    try:
+        with locks.hold("build", ttl=1, database=database) as lock:
+            write(lock.fencing_token)
+            sql("SELECT pg_sleep(1.5)")
+            lock.ensure()
+            write(lock.fencing_token)
+        with pytest.raises(errors.LockLost):
+            write(lock.fencing_token)
+    finally:
+        database.close()
+    assert sql("SELECT token FROM work") == [(lock.fencing_token,)] * 2
+
+
+def test_the_schema_comes_through_it_too(pgbouncer: PgBouncer, postgres: Postgres) -> None:
+    name = postgres.empty_database()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: db.migrate(pgbouncer.dsn(name)), range(4)))
+    assert query(postgres.dsn(name), "SELECT count(*) FROM distributed_locks") == [(0,)]
+    postgres.drop(name)
+
+
+def test_a_name_of_every_kind_reaches_its_lock(cluster: Cluster) -> None:
+    assert cluster.client(0).post(LOCKS + "a%2F%C3%BC%20(1)%25").json["lock_name"] == "a/ü (1)%"
+
+
+def test_tokens_grow_when_the_server_behind_it_is_another_one(
+    start_postgres: Callable[..., Postgres],
+) -> None:
+    """A pooler hides that its server changed: only the granting function itself can notice."""
+    primary = start_postgres()
+    name = primary.database()
+    backup = primary.folder / "backup"
+    primary.run("pg_basebackup", "--pgdata", str(backup), "--checkpoint=fast", "--dbname", primary.dsn())
+    (backup / "standby.signal").touch()
+    bouncer = PgBouncer(primary)
+    database = db.Database(bouncer.dsn(name))
+    database.open()
+
+    def token() -> int:
+        with database.connection() as conn:
+            row = db.one(conn, "SELECT next_fencing_token() AS token")
+        assert row is not None
+        return row["token"]
+
+    try:
+        last = max(token() for _ in range(50))
+        primary.stop()
+        port = primary.port
+        standby = start_postgres(copy_of=backup, port=port)
+        standby.query("SELECT pg_promote()")
+        wait_until(lambda: database.away is None and query(bouncer.dsn(name), "SELECT 1"))
+        new = wait_until(lambda: answered(token))
+        assert new > last
+    finally:
+        database.close()
+        bouncer.close()
+
+
+def answered(token: Callable[[], int]) -> int:
+    try:
+        return token()
+    except errors.Unavailable:
+        return 0
