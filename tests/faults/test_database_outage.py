@@ -1,0 +1,40 @@
+"""Promises 8 and 9: PostgreSQL stopped, killed and restarted under load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from harness import Cluster, Postgres
+from harness.history import assert_one_holder, grants
+from outage import assert_at_once, assert_bounded, assert_healed, identities, loaded
+
+
+def test_a_database_that_is_stopped_killed_and_restarted_costs_bounded_time_and_needs_no_hand(
+    own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
+) -> None:
+    name = own_postgres.database()
+    cluster = start_cluster(3, dsn=own_postgres.dsn(name, tcp=True))
+    cluster.wait_healthy()
+    before = identities(cluster)
+    for end, seconds in (
+        (own_postgres.stop, 20.0 if long else 8.0),
+        (own_postgres.kill, 2.0),
+        (own_postgres.stop, 0.0),  # a restart
+    ):
+        with loaded(cluster) as loads:
+            time.sleep(1)
+            gone = time.monotonic()
+            end()
+            time.sleep(seconds)
+            back = time.monotonic()  # not before: within the start it may answer already
+            own_postgres.start()
+            started = time.monotonic()
+            assert_healed(cluster, loads, started)
+        assert_bounded(loads)
+        if seconds:
+            assert_at_once(loads, gone, back)
+        assert identities(cluster) == before
+    for i in range(3):
+        for n in range(2):
+            assert_one_holder(grants(lambda *query: own_postgres.query(*query, database=name), f"used-{i}-{n}"))
