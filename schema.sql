@@ -162,8 +162,8 @@ CREATE INDEX IF NOT EXISTS lock_waiters_place ON lock_waiters (lock_name, place)
 
 -- Lifts the tokens above every one ever given: 2^32 beyond the greatest that this database remembers, and beyond what
 -- another copy of the same past, which did the same before, can have given since: 2^21 for every second of the clock
--- (until the year 2096, which also bounds what a wrong clock does). Run it by hand after bringing back an old copy of the server's files, which nothing inside can
--- notice.
+-- (until the year 2096, which also bounds what a wrong clock does). Run it by hand after bringing back an old copy of
+-- the server's files, which nothing inside can notice.
 CREATE OR REPLACE FUNCTION raise_fencing_tokens() RETURNS bigint LANGUAGE sql AS $$
     UPDATE cluster SET fencing_base = GREATEST(
         (LEAST(extract(epoch FROM clock_timestamp()), 4e9) * 2097152)::bigint,
