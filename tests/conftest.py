@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    nginx, pgbouncer = version("/usr/sbin/nginx", "-v"), version("/usr/sbin/pgbouncer", "--version")
+    nginx, pgbouncer = version("nginx", "-v"), version("pgbouncer")
     return [
         f"loom: PostgreSQL {postgres_version()}, Python {platform.python_version()},"
         f" gunicorn {package_version('gunicorn')}, nginx {nginx}, pgBouncer {pgbouncer}",

@@ -52,11 +52,15 @@ def free_port() -> int:
             return port
 
 
-def program(name: str, package: str) -> str:
-    """Return the path of a program; without it skips the test, naming Debian's package, or fails where CI=true."""
-    found = shutil.which(
+def _find(name: str) -> str | None:
+    return shutil.which(
         name, path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
     )
+
+
+def program(name: str, package: str) -> str:
+    """Return the path of a program; without it skips the test, naming Debian's package, or fails where CI=true."""
+    found = _find(name)
     if found is None:
         reason = f"{name} is not installed (Debian: apt-get install {package})"
         if os.environ.get("CI") == "true":
@@ -65,12 +69,12 @@ def program(name: str, package: str) -> str:
     return found
 
 
-def version(*command: str) -> str:
+def version(name: str, option: str = "--version") -> str:
     """Return the version number that a program tells, or "missing"."""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+    path = _find(name)
+    if path is None:
         return "missing"
+    run = subprocess.run([path, option], capture_output=True, text=True, check=False)
     number = re.search(r"\d+(\.\d+)+", run.stdout + run.stderr)
     return number[0] if number else "unknown"
 
