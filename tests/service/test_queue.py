@@ -17,6 +17,7 @@ from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, force, ins
 
 from loom import db, http, locks
 from loom.config import Config, DatabaseConfig, ServerConfig
+from loom.instances import Instance
 
 Ask = Callable[..., "Future[Answer]"]
 
@@ -243,3 +244,15 @@ def test_waiting_requests_leave_threads_for_the_others(dsn: str, app: Flask, ask
     assert waiters(sql) == ["outside"]
     release(client, token)
     assert client.post(BUILD, {"owner": "outside", "wait_seconds": 20}).status == 201
+
+
+def test_who_waits_at_an_instance_that_drains_is_told_at_once_and_keeps_its_place(
+    client: AppClient, ask: Ask, sql: Sql, instance: Instance
+) -> None:
+    """So it can ask another instance, and a restart need not wait for it."""
+    acquire(client, owner="holder")
+    waiting = ask("waiter")
+    instance.drain()
+    assert_problem(waiting.result(1), 409, "lock-held")
+    assert_problem(client.post(BUILD, {"owner": "late", "wait_seconds": 20}), 409, "lock-held")
+    assert waiters(sql) == ["waiter", "late"]
