@@ -18,7 +18,7 @@ def test_a_database_that_is_stopped_killed_and_restarted_costs_bounded_time_and_
     cluster.wait_healthy()
     before = identities(cluster)
     for end, seconds in (
-        (own_postgres.stop, 20.0 if long else 8.0),
+        (own_postgres.stop, 20.0 if long else 6.0),
         (own_postgres.kill, 2.0),
         (own_postgres.stop, 0.0),  # a restart
     ):

@@ -20,34 +20,37 @@ def failed_reads(calls: Sequence[Call]) -> list[Call]:
     return [call for call in calls if call.what.startswith("GET") and call.status != 200]
 
 
-def test_a_killed_worker_costs_no_read_and_is_replaced(
-    start_cluster: Callable[..., Cluster], sql: Sql, long: bool
-) -> None:
+def kill_and_watch(cluster: Cluster, i: int) -> None:
+    """Kills worker i, and sees through another instance that it is gone, and at its port that another serves."""
+    before, other = cluster.health(i), cluster.client((i + 1) % 3)
+    assert before is not None
+
+    def listed() -> bool:
+        rows = other.get("/api/v1/instances").json
+        return (before["instance_id"], "active") in [(row["instance_id"], row["status"]) for row in rows]
+
+    def replaced() -> bool:
+        after = cluster.health(i)
+        return after is not None and after["healthy"] and after["instance_id"] != before["instance_id"]
+
+    assert listed()
+    cluster.kill(i)
+    wait_until(lambda: not listed(), GONE_WITHIN)
+    wait_until(replaced, REPLACED_WITHIN)
+    assert cluster.health(i)["active_instances"] == 3  # type: ignore[index]
+
+
+def test_a_killed_worker_costs_no_read_and_is_replaced(start_cluster: Callable[..., Cluster], long: bool) -> None:
     cluster = start_cluster(3, nginx=True)
     cluster.wait_healthy()
     with Load([cluster.nginx_url], READS + WRITES, pause=0.01) as load:
         for i in [0, 1, 2] * (6 if long else 1):
             time.sleep(1.2)  # nginx believes an instance to be down for a second, and must not believe it of all
-            before, other = cluster.health(i), cluster.client((i + 1) % 3)
-            assert before is not None
-
-            def listed(instance_id: str = before["instance_id"]) -> bool:
-                return (instance_id, "active") in [
-                    (row["instance_id"], row["status"]) for row in other.get("/api/v1/instances").json
-                ]
-
-            assert listed()
-            cluster.kill(i)
-            wait_until(lambda: not listed(), GONE_WITHIN)
-            wait_until(lambda: (after := cluster.health(i)) and after["healthy"] and after != before, REPLACED_WITHIN)
-            after = cluster.health(i)
-            assert after is not None
-            assert after["instance_id"] != before["instance_id"]
-            assert after["active_instances"] == 3
+            kill_and_watch(cluster, i)
     reads = [call for call in load.calls if call.what.startswith("GET")]
     print(f"{len(reads)} reads, slowest {max(call.seconds for call in reads):.2f} s")
     assert failed_reads(load.calls) == []
-    assert len(reads) > 1000
+    assert len(reads) > 500
 
 
 def test_a_killed_master_and_a_killed_host_cost_no_read(start_cluster: Callable[..., Cluster], sql: Sql) -> None:

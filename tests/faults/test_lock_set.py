@@ -51,7 +51,7 @@ def test_fenced_no_acknowledged_write_is_lost_and_unfenced_some_are(
     def start(name: str, first: int) -> Process:
         script = str(Path(__file__).with_name("lock_set_writer.py"))
         port, fenced = str(cluster.ports[first % 3]), str(int(name == "fenced"))
-        command = [sys.executable, script, dsn, port, name, fenced, str(first), str(WRITERS), "60" if long else "8"]
+        command = [sys.executable, script, dsn, port, name, fenced, str(first), str(WRITERS), "60" if long else "6"]
         return Process(command, tmp_path / f"{name}-{first}", env={"PYTHONPATH": os.pathsep.join(sys.path)})
 
     writers = {name: [start(name, first) for first in range(WRITERS)] for name in ("fenced", "unfenced")}

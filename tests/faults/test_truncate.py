@@ -88,7 +88,7 @@ def test_the_guides_two_deletes_break_no_promise_under_load(
     sql("SELECT acquire_lock('of-the-stale', %s, %s, '1 hour', NULL, false)", f"instance:{stale}", stale)
     jobs = [leave_to_expire(f"left-{i % 2}") for i in range(4)] + [use_lock(f"used-{i}") for i in range(4)]
     with Load(cluster.ports, jobs) as load:
-        end = time.monotonic() + (30 if long else 5)
+        end = time.monotonic() + (30 if long else 4)
         while time.monotonic() < end:
             sql(CLEAN_LOCKS)
             sql(CLEAN_INSTANCES)

@@ -30,6 +30,7 @@ class PgBouncer:
             "default_pool_size": pool_size,
             "max_client_conn": 1000,
             "server_tls_sslmode": "disable",
+            "server_login_retry": 1,  # seconds; with its 15 an outage lasts so much longer
         }
         lines = [f"{name} = {value}" for name, value in settings.items()]
         target = f"* = host=127.0.0.1 port={server.port} user={SUPERUSER}"

@@ -16,6 +16,7 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import make_dsn
 
+from harness.network import Network
 from harness.processes import Process, children, free_port, stopped, version, wait_until
 from loom import db, embedded
 
@@ -49,16 +50,25 @@ class Postgres:
     """One server in a folder of its own, on a Unix socket and on a port of the loopback."""
 
     def __init__(
-        self, settings: dict[str, str] | None = None, copy_of: Path | None = None, port: int | None = None
+        self,
+        settings: dict[str, str] | None = None,
+        copy_of: Path | None = None,
+        port: int | None = None,
+        network: Network | None = None,
     ) -> None:
-        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to take over."""
+        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to take over; `network`: where it is."""
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", port or free_port()
         self.process: Process | None = None
         self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to be root
+        self.address = "127.0.0.1"
+        if network is not None:
+            self._identity, self.address = [*network.command, *self._identity], network.address
         if copy_of is None:
             options = ["--username", SUPERUSER, "--encoding=UTF8", "--locale=C", "--auth=trust", "--no-sync"]
             self.run("initdb", "--pgdata", str(self.data), *options)
+            with (self.data / "pg_hba.conf").open("a") as hba:
+                hba.write("host all all samenet trust\n")
         else:
             copy_of.rename(self.data)
         self._settings = {
@@ -76,8 +86,8 @@ class Postgres:
         return self.process.pid
 
     def dsn(self, database: str = "postgres", *, tcp: bool = False, **more: Any) -> str:
-        """The connection string of a database, over the Unix socket or the loopback."""
-        host = "127.0.0.1" if tcp else str(self.folder)
+        """The connection string of a database, over the Unix socket or TCP."""
+        host = self.address if tcp else str(self.folder)
         return make_dsn(**{"host": host, "port": self.port, "user": SUPERUSER, "dbname": database, **more})
 
     def query(self, sql: str, *params: Any, database: str = "postgres") -> list[tuple[Any, ...]]:
@@ -94,7 +104,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        settings = {"unix_socket_directories": str(self.folder), "listen_addresses": "127.0.0.1", **self._settings}
+        settings = {"unix_socket_directories": str(self.folder), "listen_addresses": self.address, **self._settings}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         command = [*self._identity, str(binaries() / "postgres"), "-D", str(self.data), "-p", str(self.port), *options]
 
