@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 from harness import AppClient, wait_until
 from harness.client import Answer
-from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, force, instant, release
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, force, instant, release, wait_expired
 
 from loom import db, http, locks
 from loom.config import Config, DatabaseConfig, ServerConfig
@@ -216,14 +216,17 @@ def test_nothing_is_asked_while_nobody_waits(client: AppClient, ask: Ask, sql: S
 
 
 def test_a_name_that_another_is_at_does_not_hold_up_the_waiters_for_others(
-    client: AppClient, ask: Ask, session: Callable[[], psycopg2.extensions.connection]
+    client: AppClient, ask: Ask, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
-    held = {name: acquire(client, name, owner="holder")["fencing_token"] for name in ("a", "b")}
-    stuck, free = ask("one", "a"), ask("two", "b")
+    """A fenced transaction outlives its grant: who waits for that lock waits on, and nobody else does."""
+    fenced = acquire(client, "a", owner="holder", ttl_seconds=1)["fencing_token"]
+    held = acquire(client, "b", owner="holder")["fencing_token"]
     with session() as conn, conn.cursor() as cursor:
-        cursor.execute("DELETE FROM distributed_locks WHERE lock_name = 'a'")  # not committed
-        release(client, held["b"], "b")
-        assert free.result(5).status == 201
+        cursor.execute("SELECT loom_fence('a', %s)", (fenced,))
+        stuck, free = ask("one", "a"), ask("two", "b")
+        wait_expired(sql, "a")
+        release(client, held, "b")
+        assert free.result(2).status == 201
         assert not stuck.done()
     assert stuck.result(5).status == 201
 
