@@ -27,6 +27,7 @@ Row = dict[str, Any]
 TICK = 0.05  # seconds between two looks of the watchdog
 SLACK = 0.2  # seconds of a request's bound kept for what comes after its last statement
 IDLE_UNSEEN = 1.0  # seconds for which an idle connection is believed to be alive
+SILENCE = 1.0  # seconds without an answer after which a broken connection means silence and not merely its own end
 STATEMENT_SHARE = 0.85  # of what is left: a server that is merely slow says so before the watchdog takes it for dead
 
 psycopg2.extras.register_default_jsonb(globally=True, loads=msgspec.json.decode)
@@ -122,7 +123,7 @@ class Connection:
         self._prefix = ""
         self._names: dict[str, list[str]] = {}  # of each statement's columns: asking the cursor takes 6 us
         self.was_cut = False
-        self.last_used = 0.0
+        self.last_used = self.took = 0.0  # the clock after the last statement, and its seconds
         self.cut_at: float | None = None
         self.deadline = time.monotonic() + timeout
         _watchdog.add(self)
@@ -153,6 +154,7 @@ class Connection:
         finally:
             self.cut_at = None
             self.last_used = time.monotonic()
+            self.took = self.last_used - (self.deadline - left)
 
     def begin(self) -> None:
         """Opens a transaction together with the next statement."""
@@ -169,6 +171,16 @@ class Connection:
                     cursor.execute(how)
             finally:
                 self.cut_at = None
+
+    @property
+    def lost(self) -> bool:
+        """Ended by somebody else than us."""
+        return bool(self.raw.closed)
+
+    @property
+    def fell_silent(self) -> bool:
+        """Ended by the watchdog, or after a long wait by the kernel (tcp_user_timeout, keepalives)."""
+        return self.was_cut or (self.lost and self.took > SILENCE)
 
     @property
     def usable(self) -> bool:

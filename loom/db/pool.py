@@ -19,11 +19,12 @@ import psycopg2.extensions as pgx
 
 from loom import errors
 from loom.config import mask
-from loom.db.connection import SLACK, Connection, translate
+from loom.db.connection import SILENCE, SLACK, Connection, translate
 
 log = logging.getLogger("loom.db")
 
 PROBE_PERIOD = 0.25  # seconds between two tries to reach a database that is away
+PATIENCE = 0.3  # seconds for which requests wait for a new connection after one was lost
 
 
 class Database:
@@ -45,6 +46,7 @@ class Database:
         self._idle: list[Connection] = []
         self._open = 0
         self._dialing_since: float | None = None
+        self._lost_at: float | None = None  # since when no new connection has shown that the server is there
         self._away: str | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -125,7 +127,10 @@ class Database:
             turn = Turn()
             self._turns.append(turn)
             self._work.notify()
-        turn.wait(deadline - time.monotonic())
+        while not turn.wait(min(PATIENCE, deadline - time.monotonic())) and time.monotonic() < deadline:
+            with self._lock:
+                if self._lost_at is not None and time.monotonic() - self._lost_at > PATIENCE:
+                    self._set_away("connections are lost, and no new one comes")
         with self._lock:
             if turn.conn is not None:
                 turn.conn.deadline = deadline
@@ -150,11 +155,20 @@ class Database:
                 self._work.notify()
 
     def judge(self, conn: Connection, exc: psycopg2.Error) -> None:
-        """One lost connection is replaced; silence, and a server that only reads, mean that the database is away."""
-        if conn.was_cut or exc.pgcode == "25006":
-            with self._lock:
+        """Silence, and a server that only reads, mean that the database is away.
+
+        One lost connection means that it may be: the idle ones are as old, and behind a pooler they seem well though
+        their server is dead, so nobody gets one of them before a new one shows that it is there.
+        """
+        with self._lock:
+            if conn.fell_silent or exc.pgcode == "25006":
                 conn.was_cut = True
-                self._set_away("the server does not answer" if exc.pgcode is None else "the server is read-only")
+                self._set_away("the server is read-only" if exc.pgcode == "25006" else "the server does not answer")
+            elif conn.lost and self._away is None:
+                self._lost_at = self._lost_at or time.monotonic()
+                while self._idle:
+                    self._drop(self._idle.pop())
+                self._work.notify()
 
     def _drop(self, conn: Connection) -> None:
         self._open -= 1
@@ -182,7 +196,8 @@ class Database:
 
     def _dial_wanted(self) -> bool:
         more = bool(self._turns) and self._open < self._max
-        return self._closed or self._away is not None or self._open < self._min or more
+        doubt = self._away is not None or self._lost_at is not None
+        return self._closed or doubt or self._open < self._min or more
 
     def _dial_for_all(self) -> None:
         while True:
@@ -199,14 +214,15 @@ class Database:
             with self._lock:
                 self._dialing_since = None
                 if conn is None:
-                    if not self._open:  # else those that are open will tell: too many clients is not "away"
+                    # Else those that are open will tell: too many clients is not "away".
+                    if not self._open or self._lost_at is not None:
                         self._set_away(why)
                 elif self._closed:
                     conn.close()
                 else:
                     if self._away is not None:
                         log.warning("database-back")
-                        self._away = None
+                    self._away = self._lost_at = None
                     self._open += 1
                     self._hand_on(conn)
             if conn is None:
@@ -223,8 +239,8 @@ class Turn:
         self._come = threading.Lock()
         self._come.acquire()
 
-    def wait(self, seconds: float) -> None:
-        self._come.acquire(timeout=max(0.0, seconds))
+    def wait(self, seconds: float) -> bool:
+        return self._come.acquire(timeout=max(0.0, seconds))
 
     def come(self, conn: Connection | None) -> None:
         self.conn = conn
@@ -268,6 +284,9 @@ class Dedicated:
             self._conn.deadline = time.monotonic() + (timeout or self._database.timeout - SLACK)
             yield self._conn
         except psycopg2.Error as exc:
+            # A holder's own bound may be short, and then a cut says nothing about the server.
+            if self._conn is not None and self._conn.took > SILENCE:
+                self._database.judge(self._conn, exc)
             if not isinstance(exc, pgx.QueryCanceledError):
                 self.close()
             raise translate(exc) from exc
