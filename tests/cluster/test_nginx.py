@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 from harness import Client, Cluster, Postgres, wait_until
+from harness.load import Load, get
 
 MIB = 1024 * 1024
 LOCKS = "/api/v1/locks/"
@@ -161,8 +162,20 @@ def test_without_any_instance_nginx_says_so_as_loom_would(start_cluster: Callabl
     answer = nginx.post(LOCKS + "x", {}, headers={"X-Request-ID": "mine"})
     assert (answer.status, answer.json["type"]) == (502, "/problems/unavailable")
     assert (answer.headers["Retry-After"], answer.headers["X-Request-ID"]) == ("1", "mine")
-    cluster.masters[0] = cluster._start(0)
-    wait_until(lambda: nginx.get("/health").status == 200, 10)
+
+
+def test_an_instance_serves_as_soon_as_it_is_back_even_if_all_were_away(start_cluster: Callable[..., Cluster]) -> None:
+    """With `fail_timeout` alone nginx said "no live upstreams" for up to 2 s more, also after quick restarts."""
+    cluster = start_cluster(2, nginx=True)
+    for master in cluster.masters:
+        master.stop(signal.SIGTERM, 30)
+    with Load([cluster.nginx_url], [get("/health/live")] * 2, pause=0.01) as load:
+        wait_until(lambda: load.statuses()[502] > 20)
+        cluster.masters[0] = cluster._start(0)
+        cluster.wait_serving(0)
+        back = time.monotonic()
+        time.sleep(2)
+    assert {call.status for call in load.between(back)} == {200}
 
 
 def test_a_read_is_repeated_elsewhere_and_a_post_is_not(start_cluster: Callable[..., Cluster]) -> None:

@@ -150,12 +150,16 @@ class Nginx:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         text = resource("nginx/loom.conf").read_text()
-        servers = re.findall(r"^ *server 127\.0\.0\.1:\d+.*\n", text, re.MULTILINE)
-        lines = "".join(re.sub(r":\d+", f":{port}", servers[0], count=1) for port in ports)
-        text = text.replace("".join(servers), lines)
+        text = re.sub(r"^ *server 127\.0\.0\.1:808[12] .*\n", "", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^( *server 127\.0\.0\.1:)8080( .*\n)",
+            lambda line: "".join(f"{line[1]}{port}{line[2]}" for port in ports),
+            text,
+            flags=re.MULTILINE,
+        )
         text, count = re.subn(r"listen [^;]*;", f"listen 127.0.0.1:{self.port};", text)
         assert count >= 1
-        assert lines in text
+        assert all(f"server 127.0.0.1:{port} " in text for port in ports)
         config = folder / "nginx.conf"
         paths = "".join(f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         user = "user root;" if os.geteuid() == 0 else ""
