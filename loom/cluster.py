@@ -207,9 +207,11 @@ def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> 
     folder = Path("var/nginx", str(port)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ours = resource("nginx/loom.conf").read_text()
-    servers = re.findall(r"^ *server 127\.0\.0\.1:\d+.*\n", ours, re.MULTILINE)
-    own = "".join(servers[0].replace("127.0.0.1:8080", _netloc(_reachable(host), p)) for p in ports)
-    ours = re.sub(r"\blisten [^;]*;", f"listen {_netloc(host, port)};", ours.replace("".join(servers), own))
+    ours = re.sub(r"^ *server 127\.0\.0\.1:808[12] .*\n", "", ours, flags=re.MULTILINE)
+    for line in re.findall(r"^ *server 127\.0\.0\.1:8080 .*\n", ours, re.MULTILINE):
+        own = "".join(line.replace("127.0.0.1:8080", _netloc(_reachable(host), p)) for p in ports)
+        ours = ours.replace(line, own)
+    ours = re.sub(r"\blisten [^;]*;", f"listen {_netloc(host, port)};", ours)
     (folder / "loom.conf").write_text(ours)
     temporary = " ".join(f"{kind}_temp_path {kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     # Otherwise the workers of root's nginx would be a user who may not reach these folders.
