@@ -29,8 +29,8 @@ def job(number: int) -> Callable[[Caller], object]:
 def test_a_restart_of_each_instance_fails_no_request(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(3, nginx=True)
     with Load([cluster.nginx_url], [job(i) for i in range(12)], pause=0.002) as load:
+        time.sleep(0.5)
         for i in range(3):
-            time.sleep(0.5)
             cluster.restart(i)
         time.sleep(0.5)
     assert [call for call in load.calls if call.status not in GOOD] == []
