@@ -26,7 +26,9 @@ LOCK = "/api/v1/locks/contended"
 class Contender:
     """A client with one wish. It keeps what it was told, and when, by its own monotonic clock."""
 
-    def __init__(self, ports: list[int], number: int, seed: int) -> None:
+    def __init__(self, ports: list[int], number: int, seed: int, turns: Iterator[int]) -> None:
+        """`turns` counts the grants of all contenders, so that each fate has its share of however many there are."""
+        self.turns = turns
         self.random = random.Random(f"{seed}/{number}")
         self.clients = [Client(port) for port in (*ports[number % 3 :], *ports[: number % 3])]
         self.held: list[Holding] = []
@@ -43,15 +45,12 @@ class Contender:
 
     def run(self, over: threading.Event) -> None:
         while not over.is_set():
-            fate = self.random.choices(("release", "renew", "die", "pause", "hang up"), (72, 16, 4, 4, 4))[0]
             ttl, owner = self.random.choice((1, 1, 2)), str(uuid.UUID(int=self.random.getrandbits(128)))
-            if fate == "hang up":
+            if self.random.random() < 0.04:
                 self.hang_up(owner, ttl)
-            else:
-                holding = self.acquire(owner, ttl, over)
-                if holding is not None:
-                    self.held.append(holding)
-                    self.use(holding, fate)
+            elif (holding := self.acquire(owner, ttl, over)) is not None:
+                self.held.append(holding)
+                self.use(holding, {3: "die", 6: "renew", 9: "pause"}.get(next(self.turns) % 12, "release"))
         for client in self.clients:
             client.close()
 
@@ -150,7 +149,8 @@ def test_two_never_hold_a_lock_and_each_loser_is_told(
 ) -> None:
     seconds = 60 if long else 12
     cluster = start_cluster(config="server: {threads: 96}")
-    contenders = [Contender(cluster.ports, number, seed) for number in range(CLIENTS)]
+    turns = itertools.count()
+    contenders = [Contender(cluster.ports, number, seed, turns) for number in range(CLIENTS)]
     over, errors = threading.Event(), list[BaseException]()
 
     def run(contender: Contender) -> None:
@@ -207,6 +207,6 @@ def test_two_never_hold_a_lock_and_each_loser_is_told(
 
     ends = Counter(grant.ended_how for grant in past)
     print(f"{len(past) / seconds:.1f} grants/s; {dict(ends)}; {dict(done)}; {len(holdings)} told to their holders")
-    assert ends["released"] > 20
-    assert ends["expired"] > 2
+    assert ends["released"] > 10
+    assert ends["expired"] > 1
     assert all(done[kind] >= 2 for kind in ("kill", "freeze", "freeze a back end")), done
