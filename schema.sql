@@ -119,18 +119,18 @@ CREATE TABLE IF NOT EXISTS grants (
 CREATE INDEX IF NOT EXISTS grants_lock_name ON grants (lock_name, fencing_token);
 CREATE INDEX IF NOT EXISTS grants_owner ON grants (owner, fencing_token);
 
--- How a grant ended. Who ends one on purpose says so in two settings of its transaction; a row deleted or truncated by
--- hand says nothing. A grant that had expired has expired, whoever cleans it up.
+-- How a grant ended. Who ends one on purpose, and in time, says so in two settings of its transaction; a row deleted or
+-- truncated by hand says nothing, and a grant that had expired has expired, whoever cleans it up.
 CREATE OR REPLACE FUNCTION end_grant(g distributed_locks) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
-    expired boolean := g.expires_at <= t;
 BEGIN
     INSERT INTO grants VALUES (
         g.lock_name, g.instance_id, g.owner, g.fencing_token, g.acquired_at, g.expires_at, g.heartbeat_at, g.metadata,
-        CASE WHEN expired THEN g.expires_at ELSE t END,
-        CASE WHEN expired THEN 'expired' ELSE COALESCE(NULLIF(current_setting('loom.ended_how', true), ''), 'forced') END,
-        CASE WHEN expired THEN NULL ELSE NULLIF(current_setting('loom.reason', true), '') END);
+        LEAST(t, g.expires_at),
+        COALESCE(NULLIF(current_setting('loom.ended_how', true), ''),
+                 CASE WHEN g.expires_at <= t THEN 'expired' ELSE 'forced' END),
+        NULLIF(current_setting('loom.reason', true), ''));
 END $$;
 
 CREATE OR REPLACE FUNCTION on_lock_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -218,8 +218,16 @@ DECLARE
     t timestamptz;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE;
+    -- Nobody waits for the transactions that a row fences only to hear that it is held.
+    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
+    END IF;
     t := clock_timestamp();
+    IF held.owner = new_owner OR held.expires_at <= t THEN
+        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE;
+        t := clock_timestamp();
+    END IF;
 
     IF held.expires_at > t AND held.owner = new_owner THEN
         RETURN QUERY
@@ -347,7 +355,7 @@ END $$;
 CREATE OR REPLACE FUNCTION end_grants_of_instance(id uuid, how text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('loom.ended_how', how, true);
-    DELETE FROM distributed_locks WHERE owner = 'instance:' || id;
+    DELETE FROM distributed_locks WHERE owner = 'instance:' || id AND expires_at > clock_timestamp();
     PERFORM set_config('loom.ended_how', '', true);
 END $$;
 

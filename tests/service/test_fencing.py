@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -402,6 +403,18 @@ def test_a_grant_does_not_end_before_the_write_that_it_fences_commits(
         assert result.acquired_at > written, "else the thief's write could come before the holder's"
     else:
         assert sql("SELECT ended_at FROM grants")[0][0] > written
+
+
+def test_who_asks_while_a_fenced_transaction_is_open_is_told_at_once(database: db.Database, session: Session) -> None:
+    with database.connection() as conn:
+        mine = grant(conn)
+    with session() as writer, writer.cursor() as cursor:
+        cursor.execute("SELECT loom_fence('build', %s)", (mine.fencing_token,))
+        started = time.monotonic()
+        with database.connection() as conn:
+            attempt = locks.acquire(conn, "build", "b", MINUTE, wait=True)
+        assert time.monotonic() - started < 1
+    assert (attempt.outcome, attempt.grant, attempt.waiting) == ("held", mine, 1)
 
 
 @pytest.mark.usefixtures("work")

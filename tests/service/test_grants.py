@@ -135,6 +135,16 @@ def test_a_row_removed_by_hand_is_a_forced_end_which_its_holder_learns(
     assert acquire(client, owner="a")["fencing_token"] > grant["fencing_token"]
 
 
+def test_what_ended_in_time_is_not_told_as_expired_because_it_took_long(client: AppClient, sql: Sql) -> None:
+    """Else the holder is told 204, and at its retry that it had lost the lock."""
+    sql("CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1.1); RETURN OLD; END'")
+    sql("CREATE TRIGGER linger BEFORE DELETE ON distributed_locks FOR EACH ROW EXECUTE FUNCTION linger()")
+    grant = acquire(client, owner="a", ttl_seconds=1)
+    assert [release(client, grant["fencing_token"]).status for _ in range(2)] == [204, 204]
+    (row,) = history(client)
+    assert (row["ended_how"], row["ended_at"]) == ("released", grant["expires_at"])
+
+
 def test_a_forced_end_does_not_colour_what_ends_after_it_in_the_same_transaction(
     client: AppClient, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
@@ -162,9 +172,11 @@ def test_what_an_instance_holds_for_itself_ends_with_it(
             db.run(conn, "SELECT register_instance(%(id)s, 'host', '{}')", id=one)
             locks.acquire(conn, f"of {one}", f"instance:{one}", timedelta(minutes=1), instance_id=one)
         locks.acquire(conn, "of a client", "a", timedelta(minutes=1), instance_id=me)
+        locks.acquire(conn, "over", f"instance:{me}", timedelta(milliseconds=1), instance_id=me)
+    wait_expired(sql, "over")
     sql(fault, me)
     ends = {row["lock_name"]: row["ended_how"] for row in history(client, "")}
-    assert ends == {f"of {me}": "owner-died", f"of {other}": None, "of a client": None}
+    assert ends == {f"of {me}": "owner-died", f"of {other}": None, "of a client": None, "over": "expired"}
 
 
 def test_what_an_instance_holds_for_itself_is_released_when_it_leaves(
