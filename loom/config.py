@@ -42,7 +42,7 @@ class ServerConfig:
     host: Text = "127.0.0.1"
     http_port: Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")] = 8080
     enable_http: Annotated[bool, Meta(description="true")] = True
-    threads: Count = 32
+    threads: Count = 8
     workers: Count = 1
     drain_seconds: Annotated[float, Meta(ge=0, le=300, description="seconds from 0 to 300")] = 0.0
 
