@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+import signal
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as package_version
 from typing import Any
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:  # before workers of xdist start, which get the same
         config.option.seed = random.SystemRandom().randrange(2**31)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with what was started
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
