@@ -302,7 +302,16 @@ BEGIN
          WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name AND l.expires_at > t)
          ORDER BY m.name
     LOOP
-        CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended(next.name, 0));
+        IF NOT pg_try_advisory_xact_lock(hashtextextended(next.name, 0)) THEN
+            -- Many may ask for this name without waiting: stand in line with them for a moment, or its waiters starve.
+            BEGIN
+                PERFORM set_config('lock_timeout', '20ms', true);
+                PERFORM pg_advisory_xact_lock(hashtextextended(next.name, 0));
+                PERFORM set_config('lock_timeout', '0', true);
+            EXCEPTION WHEN lock_not_available THEN
+                CONTINUE;
+            END;
+        END IF;
         PERFORM 1 FROM distributed_locks l WHERE l.lock_name = next.name FOR UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND AND EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = next.name);
         RETURN QUERY SELECT * FROM acquire_lock(next.name, next.owner, instance, next.ttl, next.about, false) a
@@ -316,7 +325,7 @@ CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval) RET
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR UPDATE;
+    PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR NO KEY UPDATE;
     RETURN QUERY
         UPDATE distributed_locks SET expires_at = clock_timestamp() + ttl, heartbeat_at = clock_timestamp()
          WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp()
@@ -339,13 +348,31 @@ BEGIN
     RETURN done;
 END $$;
 
+-- Takes back a grant of which its owner was not told; not if it has asked again since, and was told then.
+CREATE OR REPLACE FUNCTION take_back_lock(name text, token bigint, untouched timestamptz) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM 1 FROM distributed_locks WHERE lock_name = name AND fencing_token = token AND heartbeat_at = untouched
+        FOR UPDATE;
+    IF FOUND THEN
+        PERFORM release_lock(name, token, 'released', NULL);
+    END IF;
+END $$;
+
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
 -- keeps its row locked until commit, so that no later grant can be made, nor its holder write, before this commits.
 CREATE OR REPLACE FUNCTION loom_fence(name text, token bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     ends timestamptz;
 BEGIN
-    SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
+    IF current_setting('transaction_isolation') = 'read committed' THEN
+        -- Whoever takes the lock or deletes its row waits for this; its holder's renewals do not.
+        SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
+    ELSE
+        -- An older snapshot must not hide a changed end: 40001 after a renewal, and the caller tries again.
+        SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
+    END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN
         RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001';
     END IF;

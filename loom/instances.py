@@ -29,6 +29,7 @@ log = logging.getLogger("loom.instances")
 
 HEARTBEAT_PERIOD = 5.0  # seconds, jittered by a fifth; note_outage() in schema.sql counts in threes of it
 RETRY_PERIOD = 1.0  # seconds, after a heartbeat that failed
+BRIEF = 3.0  # seconds for the schema while somebody waits: a start, a request
 TRUST = 30.0  # seconds since the last good heartbeat within which we believe that we are still registered
 BOOT_ERROR = 3  # the exit status that stops gunicorn instead of letting it fork for ever (its WORKER_BOOT_ERROR)
 
@@ -88,14 +89,14 @@ class Instance:
         Raises SchemaError.
         """
         with contextlib.suppress(errors.Unavailable):
-            self.beat()
+            self.beat(BRIEF)
         threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
 
-    def beat(self) -> None:
+    def beat(self, patience: float = 10.0) -> None:
         """One heartbeat, with a new identity if ours was removed or declared dead. Raises Unavailable, SchemaError."""
         sent = time.clock_gettime(_CLOCK)
         if not self._registered:
-            db.migrate(self.database.dsn, timeout=10)
+            db.migrate(self.database.dsn, timeout=patience)
         with self._line.connection() as conn:
             if self._registered:
                 row = db.one(
@@ -128,12 +129,14 @@ class Instance:
             raise errors.Unavailable()
         try:
             if not self.fresh:
-                self.beat()
+                self.beat(BRIEF)
         finally:
             self._beating.release()
 
     def drain(self) -> None:
         """Marks the instance as draining; safe in a signal handler. The heartbeat tells the others."""
+        if self.status == "draining":  # a second signal in the midst of this: Event.set would wait for itself
+            return
         self.status = "draining"
         self._wake.set()
 
@@ -278,25 +281,29 @@ def child_died(worker: Any, dsn: str) -> None:
     if messages and messages[-1] == b"left in order...":
         return
     identities = [worker.loom_id, *(str(uuid.UUID(bytes=m)) for m in messages)]
+    master = os.getpid()
     if os.fork() == 0:
         try:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(60)
             os.closerange(3, 4096)
-            _mark_dead(dsn, identities)
+            _mark_dead(dsn, identities, master)
         finally:
             os._exit(0)
 
 
-def _mark_dead(dsn: str, identities: list[str]) -> None:
+def _mark_dead(dsn: str, identities: list[str], master: int) -> None:
     while True:
         try:
-            conn = db.Connection(dsn, "loom master", 5)
-            conn.execute(
-                "UPDATE instances SET status = 'dead' WHERE instance_id = ANY(%(ids)s::uuid[]) AND status <> 'dead'",
-                {"ids": identities},
-            )
+            with contextlib.closing(db.Connection(dsn, "loom master", 5)) as conn:
+                conn.execute(
+                    "UPDATE instances SET status = 'dead'"
+                    " WHERE instance_id = ANY(%(ids)s::uuid[]) AND status <> 'dead'",
+                    {"ids": identities},
+                )
             return
         except psycopg2.Error:
+            if os.getppid() != master:  # the whole gunicorn has ended: nothing of it may stay behind
+                return
             time.sleep(RETRY_PERIOD)

@@ -46,11 +46,18 @@ class Upkeep:
             identity = self._instance.instance_id
             owner = f"instance:{identity}"
             election = locks.hold(LOCK, LEASE, owner=owner, instance_id=identity, database=self._database)
-            with contextlib.suppress(errors.LockHeld, errors.LockLost, errors.Unavailable), election:
-                while not election.lost and not self._instance.draining and self._instance.instance_id == identity:
-                    self.clean()
-                    if self._over.wait(PERIOD * random.uniform(0.8, 1.2)):
-                        return
+            try:
+                with contextlib.suppress(errors.LockHeld, errors.LockLost, errors.Unavailable), election:
+                    self._serve(election, identity)
+            except Exception:
+                log.exception("upkeep-failed")
+
+    def _serve(self, election: locks.Hold, identity: str) -> None:
+        """Cleans for as long as we are elected."""
+        while not election.lost and not self._instance.draining and self._instance.instance_id == identity:
+            self.clean()
+            if self._over.wait(PERIOD * random.uniform(0.8, 1.2)):
+                return
 
     def clean(self) -> None:
         """One round. A failure of one part is logged and leaves the others alone."""
@@ -58,6 +65,8 @@ class Upkeep:
             try:
                 with self._line.connection() as conn:
                     part(conn)
+            except errors.Busy:
+                continue
             except errors.Unavailable:
                 return
             except Exception as exc:
@@ -91,6 +100,7 @@ class Upkeep:
     def _instances(self, conn: db.Connection) -> None:
         """Marks who has been silent for a minute, removes who has been for five: never itself, nor after an outage."""
         mine = {"id": self._instance.instance_id}
+        db.run(conn, "SELECT note_outage()")  # we may be the first to get through after one
         died = db.all(
             conn,
             """

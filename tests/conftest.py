@@ -17,7 +17,7 @@ from harness import AppClient, Cluster, PgBouncer, Postgres, version
 from harness.postgres import postgres_version, query
 
 from loom import db, http, instances
-from loom.config import Config, DatabaseConfig
+from loom.config import Config, DatabaseConfig, ServerConfig
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -148,7 +148,7 @@ def instance(database: db.Database) -> Iterator[instances.Instance]:
 def app(dsn: str, instance: instances.Instance) -> Flask:
     """The application, served by this process as an instance."""
     http.locks._queue.cache_clear()
-    return http.create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn)))
+    return http.create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=32)))
 
 
 @pytest.fixture

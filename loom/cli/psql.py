@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import click
+from psycopg2.extensions import make_dsn, parse_dsn
 
 from loom import config as configuration
 from loom import embedded
@@ -20,4 +21,6 @@ def psql(arguments: tuple[str, ...]) -> None:
     dsn = database.dsn or embedded.use(Path(database.folder))
     # The embedded one has no TLS.
     program = (shutil.which("psql") if database.dsn else None) or str(embedded.binaries() / "psql")
-    os.execv(program, [program, dsn, *arguments])
+    connection = parse_dsn(dsn)
+    secret = {"PGPASSWORD": connection.pop("password")} if "password" in connection else {}  # ps shows arguments
+    os.execve(program, [program, make_dsn(**connection), *arguments], configuration.environment(**secret))

@@ -40,8 +40,11 @@ def _utc(text: str | bytes | None, cursor: Any) -> datetime | None:
 
 pgx.register_type(pgx.new_type((1184,), "TIMESTAMPTZ_UTC", _utc))
 
+WRONG_SERVER = ("25006", "0A000")  # read-only, or in recovery: a demoted primary, a standby
+
 # SQLSTATE -> what it means to the caller. Two characters are a class; the longer match wins.
 _CLASSES: dict[str, type[errors.Error]] = {
+    "0A000": errors.Unavailable,  # an unlogged table in recovery: a standby
     "08": errors.Unavailable,  # connection exception
     "25006": errors.Unavailable,  # read-only: a demoted server, so the wrong one
     "53": errors.Unavailable,  # insufficient resources, too many clients
@@ -92,7 +95,7 @@ class Watchdog:
             time.sleep(TICK)
             now = time.monotonic()
             with self._lock:
-                overdue = [c for c in self._watched if c.cut_at is not None and c.cut_at < now]
+                overdue = [c for c in self._watched if (at := c.cut_at) is not None and at < now]
             for conn in overdue:
                 conn.cut()
 
@@ -169,6 +172,8 @@ class Connection:
             try:
                 with self.raw.cursor() as cursor:
                     cursor.execute(how)
+                    if cursor.statusmessage != how:  # COMMIT of a transaction in which a statement failed
+                        raise psycopg2.InternalError("a statement of the transaction failed: rolled back")
             finally:
                 self.cut_at = None
 

@@ -19,7 +19,7 @@ import psycopg2.extensions as pgx
 
 from loom import errors
 from loom.config import mask
-from loom.db.connection import SILENCE, SLACK, Connection, translate
+from loom.db.connection import SILENCE, SLACK, WRONG_SERVER, Connection, translate
 
 log = logging.getLogger("loom.db")
 
@@ -106,7 +106,10 @@ class Database:
 
     def dial(self, application_name: str) -> Connection:
         if self._before_dial is not None:
-            self._before_dial()
+            try:
+                self._before_dial()
+            except Exception as exc:
+                raise psycopg2.OperationalError(str(exc)) from exc
         return Connection(self.dsn, application_name, self.timeout - SLACK)
 
     def take(self) -> Connection:
@@ -161,9 +164,11 @@ class Database:
         their server is dead, so nobody gets one of them before a new one shows that it is there.
         """
         with self._lock:
-            if conn.fell_silent or exc.pgcode == "25006":
+            if conn.fell_silent or exc.pgcode in WRONG_SERVER:
                 conn.was_cut = True
-                self._set_away("the server is read-only" if exc.pgcode == "25006" else "the server does not answer")
+                self._set_away(
+                    "the server is read-only" if exc.pgcode in WRONG_SERVER else "the server does not answer"
+                )
             elif conn.lost and self._away is None:
                 self._lost_at = self._lost_at or time.monotonic()
                 while self._idle:
@@ -285,7 +290,7 @@ class Dedicated:
             yield self._conn
         except psycopg2.Error as exc:
             # A holder's own bound may be short, and then a cut says nothing about the server.
-            if self._conn is not None and self._conn.took > SILENCE:
+            if self._conn is not None and (self._conn.took > SILENCE or exc.pgcode in WRONG_SERVER):
                 self._database.judge(self._conn, exc)
             if not isinstance(exc, pgx.QueryCanceledError):
                 self.close()

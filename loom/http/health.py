@@ -25,7 +25,7 @@ def _look() -> tuple[int | None, dict[str, Any]]:
     try:
         with db.connection() as conn:
             count = instances.active(conn)
-    except errors.Unavailable as exc:
+    except errors.Error as exc:  # also a database without our tables
         return None, {"status": "unhealthy", "message": db.default().away or exc.detail or exc.title}
     return count, {"status": "healthy", "latency_ms": round((time.monotonic() - started) * 1000)}
 

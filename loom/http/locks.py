@@ -42,7 +42,7 @@ class RenewLock(parse.Body):
 
 @functools.cache
 def _queue() -> Queue:
-    """The worker's waiters; eight threads stay free of them."""
+    """The worker's waiters: half of the threads, or all but eight where that is more."""
     threads = current_app.config["LOOM"].server.threads
     return Queue(max(1, threads - 8, threads // 2), _instance_id, _draining)
 
@@ -101,7 +101,7 @@ def _wait(waiter: Waiter, seconds: int, first: locks.Attempt, ask: Callable[[], 
         return first if waiter.gone() else ask()
     if granted.grant is not None and waiter.gone():
         with db.connection() as conn:
-            locks.release(conn, waiter.name, granted.grant.fencing_token)
+            locks.take_back(conn, granted.grant)
     return granted
 
 
@@ -121,7 +121,7 @@ def release(_: str) -> Response:
             locks.force_release(conn, name, token, reason)
         else:
             locks.release(conn, name, token)
-    _queue().nudge()
+    _queue().nudge(name)
     return answer.nothing()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
+from collections import Counter
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,6 +37,8 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 def body(kind: type[T]) -> T:
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge."""
     raw = request.get_data(cache=False) or b"{}"
+    if request.content_length is None and len(raw) >= (request.max_content_length or math.inf):
+        raise errors.TooLarge("A body may have 1 MiB.")  # in chunks it is cut off there
     try:
         value = msgspec.json.decode(raw, type=kind)
         json.loads(raw, object_pairs_hook=_object, parse_int=_int)
@@ -60,8 +64,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond 64 bits, and one key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise errors.Invalid.field(next(k for k in names if names.count(k) > 1), "stands there twice")
+        times = Counter(key for key, _ in pairs)
+        raise errors.Invalid.field(next(key for key in times if times[key] > 1), "stands there twice")
     for key, value in pairs:
         problem = _problem(key) or _problem(value)
         if problem:

@@ -11,6 +11,7 @@ from loom.locks.grants import (
     history,
     release,
     renew,
+    take_back,
     waiting,
 )
 from loom.locks.hold import Hold, hold
@@ -28,5 +29,6 @@ __all__ = [
     "hold",
     "release",
     "renew",
+    "take_back",
     "waiting",
 ]

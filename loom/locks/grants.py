@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
+import psycopg2
 
 from loom import db, errors
 from loom.db import Connection
@@ -105,6 +106,17 @@ def release(conn: Connection, name: str, token: int) -> None:
         raise lost(conn, name, token, past)
 
 
+def take_back(conn: Connection, grant: Grant) -> None:
+    """Ends a grant of which its owner was not told, unless it has asked for the lock again since."""
+    db.run(
+        conn,
+        "SELECT take_back_lock(%(name)s, %(token)s, %(untouched)s)",
+        name=grant.lock_name,
+        token=grant.fencing_token,
+        untouched=grant.heartbeat_at,
+    )
+
+
 def force_release(conn: Connection, name: str, token: int, reason: str | None = None) -> None:
     """Ends somebody else's grant; once more does no harm.
 
@@ -124,7 +136,12 @@ def check(conn: Connection, name: str, token: int) -> None:
 
     Raises LockLost unless the grant is held now; else no later grant can be made before the transaction ends.
     """
-    db.run(conn, "SELECT loom_fence(%(name)s, %(token)s)", name=name, token=token)
+    try:
+        db.run(conn, "SELECT loom_fence(%(name)s, %(token)s)", name=name, token=token)
+    except psycopg2.DatabaseError as exc:
+        if exc.pgcode != "L0001":
+            raise
+        raise errors.LockLost(lock_name=name, fencing_token=token) from exc
 
 
 def get(conn: Connection, name: str) -> Grant | None:

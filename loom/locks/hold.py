@@ -66,7 +66,13 @@ class Hold:
             raise errors.LockLost(lock_name=self.name, fencing_token=self.fencing_token)
 
     def __enter__(self) -> Hold:
-        give_up = time.monotonic() + self._wait
+        try:
+            return self._acquire(time.monotonic() + self._wait)
+        except BaseException:
+            self._line.close()
+            raise
+
+    def _acquire(self, give_up: float) -> Hold:
         while True:
             sent = _clock()
             with self._line.connection() as conn:
@@ -85,7 +91,6 @@ class Hold:
                 threading.Thread(target=self._watch, name=f"watch {self.name}", daemon=True).start()
                 return self
             if time.monotonic() >= give_up:
-                self._line.close()
                 raise errors.LockHeld(lock_name=self.name, holder=attempt.grant, waiting=attempt.waiting)
             time.sleep(min(POLL_PERIOD, max(0.0, give_up - time.monotonic())))
 
@@ -115,7 +120,7 @@ class Hold:
             except errors.LockLost:
                 self._say_lost()
                 return
-            except errors.Error:
+            except Exception:
                 pause = min(1.0, self._ttl / 10)
             else:
                 self._trusted_until = sent + self._ttl

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from loom import db, errors
-from loom.locks.grants import Attempt, attempt
+from loom.locks.grants import Attempt, attempt, take_back
 
 log = logging.getLogger("loom.locks")
 
@@ -68,9 +68,11 @@ class Queue:
             raise waiter.error
         return waiter.granted
 
-    def nudge(self) -> None:
-        """A lock was released here: poll now."""
-        self._nudged.set()
+    def nudge(self, name: str) -> None:
+        """This lock was released here: poll now if someone waits for it."""
+        with self._change:
+            if any(waiter.name == name for waiter in self._waiters):
+                self._nudged.set()
 
     def _poll_for_all(self) -> None:
         line = db.default().dedicated("waiters")
@@ -85,9 +87,11 @@ class Queue:
                 waiter.woken.set()
             try:
                 self._poll(line, waiters)
-            except errors.Error as exc:
-                for waiter in waiters:
-                    waiter.error = exc
+            except Exception as exc:
+                if not isinstance(exc, errors.Unavailable):
+                    log.exception("poll-failed")
+                for waiter in [w for w in waiters if w.granted is None]:
+                    waiter.error = exc if isinstance(exc, errors.Error) else errors.Unavailable()
                     waiter.woken.set()
             self._nudged.wait(max(0.0, POLL_PERIOD - (time.monotonic() - started)))
             self._nudged.clear()
@@ -95,20 +99,25 @@ class Queue:
     def _poll(self, line: db.Dedicated, waiters: list[Waiter]) -> None:
         if not waiters:
             return
+        # One owner may wait in two requests; it asks once.
+        asks = list({(w.name, w.owner): w for w in waiters}.values())
         with line.connection() as conn:
             rows = db.all(
                 conn,
                 "SELECT * FROM poll_waiters(%(names)s, %(owners)s, %(ttls)s::interval[], %(abouts)s::jsonb[],"
                 " %(instance)s::uuid)",
-                names=[w.name for w in waiters],
-                owners=[w.owner for w in waiters],
-                ttls=[w.ttl for w in waiters],
-                abouts=[w.metadata for w in waiters],
+                names=[w.name for w in asks],
+                owners=[w.owner for w in asks],
+                ttls=[w.ttl for w in asks],
+                abouts=[w.metadata for w in asks],
                 instance=self._instance_id(),
             )
-        for row in rows:
-            got = attempt(row)
-            for waiter in waiters:
-                if got.grant is not None and (waiter.name, waiter.owner) == (got.grant.lock_name, got.grant.owner):
-                    waiter.granted = got
-                    waiter.woken.set()
+            for got in map(attempt, rows):
+                assert got.grant is not None
+                with self._change:
+                    theirs = [w for w in self._waiters if (w.name, w.owner) == (got.grant.lock_name, got.grant.owner)]
+                    for waiter in theirs:
+                        waiter.granted = got
+                        waiter.woken.set()
+                if not theirs:  # told otherwise while the poll was under way
+                    take_back(conn, got.grant)

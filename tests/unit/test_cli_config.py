@@ -39,7 +39,7 @@ def test_check_prints_every_value_as_yaml_with_its_source():
     assert lines["format:", '"text"'] == "config.yaml:2"
     assert lines["enabled:", "true"] == "config.yaml:3"
     assert lines["pool_max:", "3"] == "environment DATABASE_DSN, pool_max_conns"
-    assert lines["threads:", "32"] == "default"
+    assert lines["threads:", "8"] == "default"
 
 
 @pytest.mark.parametrize("password", PASSWORDS)
