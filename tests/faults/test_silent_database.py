@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from harness import Cluster, PgBouncer, Postgres
 from harness.network import Network
-from outage import assert_at_once, assert_bounded, assert_healed, identities, loaded
+from outage import AT_ONCE, assert_at_once, assert_bounded, assert_healed, identities, loaded
 
 Silence = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -86,3 +86,17 @@ def test_a_pgbouncer_before_a_server_whose_processes_are_stopped(
         judge(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), own_postgres.frozen, long)
     finally:
         bouncer.close()
+
+
+def test_an_instance_that_nobody_asks_has_found_out_when_somebody_does(
+    own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
+) -> None:
+    if not long:
+        pytest.skip("waits for heartbeats: --long")
+    cluster = start_cluster(1, dsn=own_postgres.dsn(own_postgres.database()))
+    with own_postgres.frozen():
+        time.sleep(12)  # a heartbeat is due after 6 s at most, and cut after 5
+        started = time.monotonic()
+        assert cluster.client(0).get("/api/v1/locks").status == 503
+        assert time.monotonic() - started < AT_ONCE
+    cluster.wait_healthy(timeout=5)
