@@ -29,7 +29,7 @@ def renew(token: int) -> Job:
 
 def leave_to_expire(name: str) -> Job:
     """Takes a lock for a second, and forgets it."""
-    return lambda call: call("POST", LOCKS + name, {"ttl_seconds": 1, "wait_seconds": 2})
+    return lambda call: call("POST", LOCKS + name, {"ttl_seconds": 1, "wait_seconds": 5})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_guides_two_deletes_break_no_promise_under_load(
     for i in range(2):
         past = grants(sql, f"left-{i}")
         assert_one_holder(past)
-        assert len(past) > 3
+        assert len(past) > 2
         assert {grant.ended_how for grant in past[:-1]} == {"expired"}
     assert {str(row[0]) for row in sql("SELECT instance_id FROM instances")} == ids
     assert [grant.ended_how for grant in grants(sql, "of-the-stale")] == ["owner-died"]
