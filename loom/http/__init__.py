@@ -12,7 +12,7 @@ from loom import db
 from loom import instances as registry
 from loom.config import Config, load
 from loom.http import grants, health, instances, locks, problems
-from loom.http.parse import NameConverter
+from loom.http.parse import NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 ALWAYS_SERVED = ("/health", "/api/v1/health")
@@ -66,4 +66,5 @@ def create_app(config: Config | None = None) -> Flask:
     for routes in (health, instances, locks, grants):
         app.register_blueprint(routes.bp)
     problems.register(app)
+    prepare()
     return app

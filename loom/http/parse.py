@@ -34,6 +34,18 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     """A request body; keys that it does not know are refused."""
 
 
+def prepare(kind: type = msgspec.Struct) -> None:
+    """Has msgspec look at every Struct there is, before there are threads.
+
+    It does so at a Struct's first use, and two threads that use one for the first time at once crash the process
+    (msgspec 0.22: the second reads what the first is still building).
+    """
+    for struct in kind.__subclasses__():
+        if struct.__module__.split(".")[0] != "msgspec":
+            msgspec.json.Decoder(struct)
+        prepare(struct)
+
+
 def body(kind: type[T]) -> T:
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge."""
     raw = request.get_data(cache=False) or b"{}"
