@@ -1,4 +1,4 @@
--- Loom's whole database, in the order in which a reader meets it. Schema version 1.
+-- Loom's whole database, in the order in which a reader meets it. Schema version 2.
 --
 -- Applied by `loom migrate` and by every instance at its start (under one advisory lock, and only when it changed),
 -- or by hand: psql -1 -f schema.sql. Safe to run again. PostgreSQL 12 to 18, READ COMMITTED.
@@ -16,7 +16,7 @@ CREATE TABLE IF NOT EXISTS schema_version (
     checksum   text,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-INSERT INTO schema_version (version) VALUES (1)
+INSERT INTO schema_version (version) VALUES (2)
     ON CONFLICT (only_row) DO UPDATE SET version = excluded.version, checksum = NULL, applied_at = clock_timestamp();
 
 
@@ -29,8 +29,11 @@ CREATE TABLE IF NOT EXISTS cluster (
     outage_ended_at  timestamptz NOT NULL DEFAULT '-infinity',
     -- which history of this database the fencing tokens belong to, and the least one of it; see next_fencing_token()
     fencing_identity text        COLLATE "C",
-    fencing_base     bigint      NOT NULL DEFAULT 0
+    fencing_base     bigint      NOT NULL DEFAULT 0,
+    -- the greatest id of an event that retention has removed
+    events_forgotten bigint      NOT NULL DEFAULT 0
 );
+ALTER TABLE cluster ADD COLUMN IF NOT EXISTS events_forgotten bigint NOT NULL DEFAULT 0;
 INSERT INTO cluster DEFAULT VALUES ON CONFLICT DO NOTHING;
 
 
@@ -374,7 +377,7 @@ BEGIN
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
     END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN
-        RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001';
+        RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001', DETAIL = name;
     END IF;
 END $$;
 
@@ -403,4 +406,1056 @@ BEGIN
     PERFORM 1 FROM instances WHERE instance_id = id FOR UPDATE;
     PERFORM end_grants_of_instance(id, 'released');
     DELETE FROM instances WHERE instance_id = id;
+END $$;
+
+
+-- Events ----------------------------------------------------------------------------------------------------------
+
+-- One row per version of every entity of the shared state: the feed, and the entity's history. Written by the triggers
+-- of the entities and by the functions that claim beads; bounded by retention alone.
+CREATE TABLE IF NOT EXISTS events (
+    place       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY, -- the order of insertion: one entity's versions stand right
+    id          bigint,     -- its position in the feed and its cursor; null until a reader has numbered it
+    type        text        NOT NULL,
+    entity_type text        NOT NULL,
+    entity_id   text        COLLATE "C" NOT NULL,
+    version     bigint      NOT NULL,
+    project_id  text        COLLATE "C",
+    actor       text        NOT NULL,
+    instance_id uuid,
+    request_id  text        COLLATE "C",
+    timestamp   timestamptz NOT NULL,
+    changes     jsonb       NOT NULL -- the fields that changed, with their new values
+) WITH (fillfactor = 90, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
+        autovacuum_vacuum_cost_delay = 0);
+CREATE UNIQUE INDEX IF NOT EXISTS events_id ON events (id) WHERE id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS events_unnumbered ON events (place) WHERE id IS NULL;
+CREATE INDEX IF NOT EXISTS events_entity ON events (entity_type, entity_id, place);
+
+-- Who acts in this transaction, for its events. By hand in psql nobody says so: then it is the database's user.
+CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
+            set_config('loom.instance_id', COALESCE(instance::text, ''), true),
+            set_config('loom.request_id', COALESCE(request, ''), true);
+END $$;
+
+CREATE OR REPLACE FUNCTION write_event(type text, entity_type text, entity_id text, version bigint, project_id text,
+                                       at timestamptz, changes jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO events (type, entity_type, entity_id, version, project_id, actor, instance_id, request_id, timestamp, changes)
+    VALUES (type, entity_type, entity_id, version, project_id,
+            COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user),
+            NULLIF(current_setting('loom.instance_id', true), '')::uuid,
+            NULLIF(current_setting('loom.request_id', true), ''), at, changes);
+END $$;
+
+
+-- Entities --------------------------------------------------------------------------------------------------------
+
+-- Each kind of shared state is a table with id, version, created_at and updated_at. Every UPDATE adds 1 to the version and
+-- writes one event, also by hand; but not one of columns that are derived or belong to a lease (they are listed with the
+-- triggers, below). A function that sets the version itself writes its event itself.
+CREATE TABLE IF NOT EXISTS projects (
+    id                 text        COLLATE "C" PRIMARY KEY,
+    name               text        NOT NULL,
+    description        text        NOT NULL DEFAULT '',
+    git_repo           text        NOT NULL DEFAULT '',
+    branch             text        NOT NULL DEFAULT '',
+    beads_path         text        NOT NULL DEFAULT '',
+    bead_prefix        text        COLLATE "C" NOT NULL DEFAULT 'bd',
+    parent_id          text        COLLATE "C" REFERENCES projects,
+    is_perpetual       boolean     NOT NULL DEFAULT false,
+    is_sticky          boolean     NOT NULL DEFAULT false,
+    git_strategy       text        NOT NULL DEFAULT 'direct' CHECK (git_strategy IN ('direct', 'branch-pr')),
+    git_auth_method    text        NOT NULL DEFAULT 'none'
+                                   CHECK (git_auth_method IN ('none', 'ssh', 'token', 'basic', 'git-helper')),
+    git_credential_id  text        COLLATE "C",
+    git_config_options jsonb       NOT NULL DEFAULT '{}',
+    work_dir           text,
+    last_sync_at       timestamptz,
+    last_commit_hash   text,
+    status             text        NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'closed', 'reopened')),
+    context            jsonb       NOT NULL DEFAULT '{}',
+    attributes         jsonb       NOT NULL DEFAULT '{}',
+    due_date           timestamptz,
+    closed_at          timestamptz,
+    version            bigint      NOT NULL DEFAULT 1,
+    created_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at         timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE SEQUENCE IF NOT EXISTS project_numbers;
+CREATE INDEX IF NOT EXISTS projects_parent ON projects (parent_id) WHERE parent_id IS NOT NULL;
+
+CREATE TABLE IF NOT EXISTS providers (
+    id                        text        COLLATE "C" PRIMARY KEY,
+    name                      text        NOT NULL,
+    type                      text        NOT NULL DEFAULT '',
+    endpoint                  text        NOT NULL DEFAULT '',
+    model                     text        NOT NULL DEFAULT '',
+    configured_model          text        NOT NULL DEFAULT '',
+    selected_model            text        NOT NULL DEFAULT '',
+    selection_reason          text        NOT NULL DEFAULT '',
+    model_score               float8      NOT NULL DEFAULT 0,
+    selected_gpu              text        NOT NULL DEFAULT '',
+    gpu_constraints           jsonb,
+    description               text        NOT NULL DEFAULT '',
+    requires_key              boolean     NOT NULL DEFAULT false,
+    key_id                    text        COLLATE "C" NOT NULL DEFAULT '',
+    owner_id                  text        COLLATE "C" NOT NULL DEFAULT '',
+    is_shared                 boolean     NOT NULL DEFAULT true,
+    status                    text        NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'active', 'error')),
+    last_heartbeat_at         timestamptz,
+    last_heartbeat_latency_ms bigint      NOT NULL DEFAULT 0,
+    last_heartbeat_error      text        NOT NULL DEFAULT '',
+    cost_per_mtoken           float8      NOT NULL DEFAULT 0,
+    context_window            bigint      NOT NULL DEFAULT 0,
+    supports_function         boolean     NOT NULL DEFAULT false,
+    supports_vision           boolean     NOT NULL DEFAULT false,
+    supports_streaming        boolean     NOT NULL DEFAULT false,
+    tags                      text[]      NOT NULL DEFAULT '{}',
+    metrics                   jsonb       NOT NULL DEFAULT '{}',
+    attributes                jsonb       NOT NULL DEFAULT '{}',
+    version                   bigint      NOT NULL DEFAULT 1,
+    created_at                timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at                timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- heartbeat_at is null until the agent's first heartbeat: only then can it die of missing them. open_claims bounds the
+-- beads that it has in progress; changed in the transaction that claims or ends a claim.
+CREATE TABLE IF NOT EXISTS agents (
+    id           text        COLLATE "C" PRIMARY KEY,
+    name         text        NOT NULL,
+    role         text        NOT NULL DEFAULT '',
+    persona_name text        NOT NULL DEFAULT '',
+    persona      jsonb,
+    provider_id  text        COLLATE "C" REFERENCES providers ON DELETE SET NULL,
+    status       text        NOT NULL DEFAULT 'idle'
+                             CHECK (status IN ('paused', 'idle', 'working', 'deciding', 'blocked', 'dead')),
+    current_bead text        COLLATE "C",
+    project_id   text        COLLATE "C" REFERENCES projects,
+    position_id  text        COLLATE "C",
+    capabilities text[]      NOT NULL DEFAULT '{}',
+    attributes   jsonb       NOT NULL DEFAULT '{}',
+    open_claims  integer     NOT NULL DEFAULT 0 CHECK (open_claims >= 0),
+    started_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    last_active  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    heartbeat_at timestamptz,
+    version      bigint      NOT NULL DEFAULT 1,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at   timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (fillfactor = 50);
+CREATE INDEX IF NOT EXISTS agents_project ON agents (project_id, id);
+CREATE INDEX IF NOT EXISTS agents_provider ON agents (provider_id) WHERE provider_id IS NOT NULL;
+
+-- A shared setting; it beats the environment and the file of every instance.
+CREATE TABLE IF NOT EXISTS config (
+    key        text        COLLATE "C" PRIMARY KEY,
+    value      jsonb       NOT NULL,
+    updated_by text        NOT NULL DEFAULT '',
+    version    bigint      NOT NULL DEFAULT 1,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE TABLE IF NOT EXISTS comments (
+    id              text        COLLATE "C" PRIMARY KEY DEFAULT md5(random()::text || clock_timestamp()::text)::uuid::text,
+    entity_type     text        NOT NULL CHECK (entity_type IN ('bead', 'project')),
+    entity_id       text        COLLATE "C" NOT NULL,
+    parent_id       text        COLLATE "C" REFERENCES comments ON DELETE CASCADE,
+    project_id      text        COLLATE "C" NOT NULL,
+    author_id       text        COLLATE "C" NOT NULL DEFAULT '',
+    author_username text        NOT NULL DEFAULT '',
+    content         text        NOT NULL,
+    version         bigint      NOT NULL DEFAULT 1,
+    created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at      timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX IF NOT EXISTS comments_entity ON comments (entity_type, entity_id, created_at, id);
+
+
+-- Beads -----------------------------------------------------------------------------------------------------------
+
+-- A unit of work. blocked_by is the truth about dependencies, bead_blockers its index. A claim is fencing_token and the
+-- lease; who has one is assigned_to. assigned_to of an open bead reserves it. open_blockers and open_children count what
+-- keeps it from being ready; the triggers below keep them.
+CREATE TABLE IF NOT EXISTS beads (
+    id               text        COLLATE "C" PRIMARY KEY,
+    type             text        NOT NULL DEFAULT 'task',
+    title            text        NOT NULL,
+    description      text        NOT NULL DEFAULT '',
+    status           text        NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'in_progress', 'blocked', 'closed')),
+    priority         smallint    NOT NULL DEFAULT 2 CHECK (priority BETWEEN 0 AND 3),
+    project_id       text        COLLATE "C" NOT NULL REFERENCES projects,
+    assigned_to      text        COLLATE "C",
+    parent           text        COLLATE "C" REFERENCES beads ON DELETE SET NULL,
+    blocked_by       text[]      COLLATE "C" NOT NULL DEFAULT '{}',
+    related_to       text[]      COLLATE "C" NOT NULL DEFAULT '{}',
+    tags             text[]      NOT NULL DEFAULT '{}',
+    context          jsonb       NOT NULL DEFAULT '{}',
+    attributes       jsonb       NOT NULL DEFAULT '{}',
+    due_date         timestamptz,
+    estimated_time   bigint,     -- minutes
+    milestone_id     text        COLLATE "C",
+    attempts         integer     NOT NULL DEFAULT 0,
+    failures         integer     NOT NULL DEFAULT 0,
+    blocked_reason   text,
+    close_reason     text,
+    closed_at        timestamptz,
+    fencing_token    bigint,
+    claimed_at       timestamptz,
+    lease_seconds    integer,
+    lease_expires_at timestamptz,
+    not_before       timestamptz, -- delayed until then, after a failure
+    open_blockers    integer     NOT NULL DEFAULT 0 CHECK (open_blockers >= 0),
+    open_children    integer     NOT NULL DEFAULT 0 CHECK (open_children >= 0),
+    version          bigint      NOT NULL DEFAULT 1,
+    created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    updated_at       timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
+        autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0.02);
+CREATE SEQUENCE IF NOT EXISTS bead_numbers;
+
+-- The best ready bead is the first of these: all, of one project, reserved for one agent.
+CREATE INDEX IF NOT EXISTS beads_ready ON beads (priority, COALESCE(due_date, 'infinity'), created_at, id)
+    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL;
+CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at, id)
+    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL;
+CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at, id)
+    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NOT NULL;
+CREATE INDEX IF NOT EXISTS beads_delayed ON beads (not_before) WHERE status = 'open' AND not_before IS NOT NULL;
+CREATE INDEX IF NOT EXISTS beads_lease ON beads (lease_expires_at) WHERE fencing_token IS NOT NULL;
+-- Lists.
+CREATE INDEX IF NOT EXISTS beads_project ON beads (project_id, id);
+CREATE INDEX IF NOT EXISTS beads_unfinished ON beads (status, id) WHERE status <> 'closed';
+CREATE INDEX IF NOT EXISTS beads_assigned_to ON beads (assigned_to, id) WHERE assigned_to IS NOT NULL AND status <> 'closed';
+CREATE INDEX IF NOT EXISTS beads_parent ON beads (parent, id) WHERE parent IS NOT NULL;
+
+-- The index of blocked_by, for both directions. Written by the triggers alone.
+CREATE TABLE IF NOT EXISTS bead_blockers (
+    bead_id    text COLLATE "C" NOT NULL,
+    blocker_id text COLLATE "C" NOT NULL,
+    PRIMARY KEY (blocker_id, bead_id)
+);
+
+-- One row per claim that has ended, as grants has for locks. Written by the trigger alone; kept for locks.history_days.
+CREATE TABLE IF NOT EXISTS claims (
+    fencing_token    bigint      PRIMARY KEY,
+    bead_id          text        COLLATE "C" NOT NULL,
+    agent_id         text        COLLATE "C" NOT NULL,
+    claimed_at       timestamptz NOT NULL,
+    lease_expires_at timestamptz NOT NULL,
+    ended_at         timestamptz NOT NULL,
+    ended_how        text        NOT NULL
+                     CHECK (ended_how IN ('completed', 'failed', 'released', 'lapsed', 'agent-died', 'changed')),
+    reason           text
+);
+CREATE INDEX IF NOT EXISTS claims_bead ON claims (bead_id, fencing_token);
+
+-- Dependencies are changed by one transaction at a time, while none closes or reopens a bead: else two could make a
+-- cycle together, or a bead that is closed while another comes to wait for it would keep that one waiting for ever. It
+-- is taken before any bead's row.
+CREATE OR REPLACE FUNCTION lock_bead_graph(to_change boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF to_change THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended('loom:bead-graph', 0));
+    ELSE
+        PERFORM pg_advisory_xact_lock_shared(hashtextextended('loom:bead-graph', 0));
+    END IF;
+END $$;
+
+-- Raises L0002 when the bead waits for itself: for its blockers and its children, for theirs, and so on. Only one that
+-- has just come to wait for others can have closed a cycle, so every way back from it leads to it.
+CREATE OR REPLACE FUNCTION check_bead_cycle(start text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    came_from jsonb;
+    cycle text[] := ARRAY[start];
+BEGIN
+    WITH RECURSIVE waits (id, via) AS (
+        SELECT start, NULL::text COLLATE "C"
+        UNION
+        SELECT next.id, waits.id FROM waits
+          CROSS JOIN LATERAL (
+              SELECT unnest(b.blocked_by) AS id FROM beads b WHERE b.id = waits.id
+              UNION ALL SELECT c.id FROM beads c WHERE c.parent = waits.id) AS next
+         WHERE waits.via IS NULL OR waits.id <> start)
+    SELECT jsonb_object_agg(id, via) INTO came_from FROM waits WHERE via IS NOT NULL;
+    IF came_from ? start THEN
+        LOOP
+            cycle := (came_from ->> cycle[1]) || cycle;
+            EXIT WHEN cycle[1] = start;
+        END LOOP;
+        RAISE EXCEPTION 'beads would wait for each other: %', array_to_string(cycle, ' -> ')
+            USING ERRCODE = 'L0002', DETAIL = to_jsonb(cycle)::text;
+    END IF;
+END $$;
+
+-- A reference to what is not there, told as a foreign key tells it.
+CREATE OR REPLACE FUNCTION raise_unknown(field text, value text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% % does not exist', field, value
+        USING ERRCODE = '23503', CONSTRAINT = 'beads_' || field || '_fkey',
+              DETAIL = format('Key (%s)=(%s) is not present.', field, value);
+END $$;
+
+-- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
+-- follow, and what it refers to is there.
+CREATE OR REPLACE FUNCTION on_bead_written() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    missing text;
+BEGIN
+    IF TG_OP = 'UPDATE' AND OLD.fencing_token IS NOT NULL
+       AND (NEW.status, NEW.assigned_to) IS DISTINCT FROM (OLD.status, OLD.assigned_to) THEN
+        IF NEW.status = OLD.status THEN
+            NEW.status := 'open';
+        ELSIF NEW.status <> 'closed' AND NEW.assigned_to = OLD.assigned_to THEN
+            NEW.assigned_to := NULL;
+        END IF;
+        NEW.fencing_token := NULL;
+        NEW.claimed_at := NULL;
+        NEW.lease_seconds := NULL;
+        NEW.lease_expires_at := NULL;
+    END IF;
+    IF TG_OP = 'INSERT' OR NEW.status <> OLD.status THEN
+        NEW.closed_at := CASE WHEN NEW.status = 'closed' THEN COALESCE(NEW.closed_at, clock_timestamp()) END;
+        NEW.not_before := NULL;
+        IF NEW.status <> 'closed' THEN
+            NEW.close_reason := NULL;
+        END IF;
+        IF TG_OP = 'UPDATE' AND OLD.status = 'blocked' THEN
+            NEW.blocked_reason := NULL;
+            NEW.attempts := 0;
+            NEW.failures := 0;
+        END IF;
+    END IF;
+    IF NEW.assigned_to IS NOT NULL AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to) THEN
+        PERFORM 1 FROM agents WHERE id = NEW.assigned_to FOR KEY SHARE;
+        IF NOT FOUND THEN
+            PERFORM raise_unknown('assigned_to', NEW.assigned_to);
+        END IF;
+    END IF;
+    IF NEW.blocked_by <> COALESCE(OLD.blocked_by, '{}') THEN
+        PERFORM lock_bead_graph(true);
+        NEW.blocked_by := ARRAY(SELECT b FROM unnest(NEW.blocked_by) WITH ORDINALITY AS u (b, n) GROUP BY b ORDER BY min(n));
+        SELECT b INTO missing FROM unnest(NEW.blocked_by) AS b WHERE NOT EXISTS (SELECT 1 FROM beads WHERE id = b);
+        IF FOUND AND missing <> NEW.id THEN
+            PERFORM raise_unknown('blocked_by', missing);
+        END IF;
+        SELECT count(*) FILTER (WHERE locked.status <> 'closed') INTO NEW.open_blockers
+          FROM (SELECT status FROM beads WHERE id = ANY (NEW.blocked_by) AND id <> NEW.id ORDER BY id FOR SHARE) AS locked;
+    END IF;
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_bead_inserted ON beads;
+CREATE TRIGGER a_bead_inserted BEFORE INSERT ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_written();
+DROP TRIGGER IF EXISTS a_bead_updated ON beads;
+CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, assigned_to, blocked_by ON beads FOR EACH ROW
+    WHEN (OLD.version = NEW.version) EXECUTE FUNCTION on_bead_written();
+
+CREATE OR REPLACE FUNCTION on_bead_blockers_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM bead_blockers WHERE bead_id = NEW.id AND blocker_id = ANY (CASE WHEN TG_OP = 'UPDATE' THEN OLD.blocked_by END)
+        AND blocker_id <> ALL (NEW.blocked_by);
+    INSERT INTO bead_blockers (bead_id, blocker_id) SELECT NEW.id, unnest(NEW.blocked_by) ON CONFLICT DO NOTHING;
+    IF TG_OP = 'UPDATE' OR NEW.parent IS NOT NULL OR NEW.id = ANY (NEW.blocked_by) THEN
+        PERFORM check_bead_cycle(NEW.id);
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS bead_inserted_with_blockers ON beads;
+CREATE TRIGGER bead_inserted_with_blockers AFTER INSERT ON beads FOR EACH ROW
+    WHEN (NEW.blocked_by <> '{}') EXECUTE FUNCTION on_bead_blockers_changed();
+DROP TRIGGER IF EXISTS bead_blockers_changed ON beads;
+CREATE TRIGGER bead_blockers_changed AFTER UPDATE OF blocked_by ON beads FOR EACH ROW
+    WHEN (NEW.blocked_by <> OLD.blocked_by) EXECUTE FUNCTION on_bead_blockers_changed();
+
+-- The counters of those that wait for a bead, when it is closed, reopened, moved or gone.
+CREATE OR REPLACE FUNCTION on_bead_counts() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    was_open boolean := TG_OP <> 'INSERT' AND OLD.status <> 'closed';
+    is_open boolean := TG_OP <> 'DELETE' AND NEW.status <> 'closed';
+    old_parent text := CASE WHEN was_open THEN OLD.parent END;
+    new_parent text := CASE WHEN is_open THEN NEW.parent END;
+BEGIN
+    IF TG_OP = 'UPDATE' AND was_open <> is_open THEN
+        WITH waiting AS MATERIALIZED (
+            SELECT id FROM beads WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = NEW.id)
+             ORDER BY id FOR NO KEY UPDATE)
+        UPDATE beads SET open_blockers = open_blockers + CASE WHEN is_open THEN 1 ELSE -1 END
+          FROM waiting WHERE beads.id = waiting.id;
+    ELSIF TG_OP = 'DELETE' THEN
+        UPDATE beads SET blocked_by = array_remove(blocked_by, OLD.id)
+         WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = OLD.id);
+        DELETE FROM bead_blockers WHERE blocker_id = ANY (OLD.blocked_by) AND bead_id = OLD.id;
+    END IF;
+    IF old_parent IS DISTINCT FROM new_parent THEN
+        UPDATE beads SET open_children = open_children - 1 WHERE id = old_parent;
+        UPDATE beads SET open_children = open_children + 1 WHERE id = new_parent;
+    END IF;
+    IF TG_OP = 'UPDATE' AND NEW.parent IS NOT NULL AND NEW.parent IS DISTINCT FROM OLD.parent THEN
+        PERFORM check_bead_cycle(NEW.parent);
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS bead_inserted_with_parent ON beads;
+CREATE TRIGGER bead_inserted_with_parent AFTER INSERT ON beads FOR EACH ROW
+    WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION on_bead_counts();
+DROP TRIGGER IF EXISTS bead_closed_or_moved ON beads;
+CREATE TRIGGER bead_closed_or_moved AFTER UPDATE ON beads FOR EACH ROW
+    WHEN ((OLD.status = 'closed') <> (NEW.status = 'closed') OR OLD.parent IS DISTINCT FROM NEW.parent)
+    EXECUTE FUNCTION on_bead_counts();
+DROP TRIGGER IF EXISTS bead_deleted ON beads;
+CREATE TRIGGER bead_deleted AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_counts();
+
+-- A claim has ended, however: its history, its agent's counter, and the file locks that were taken for it.
+CREATE OR REPLACE FUNCTION on_claim_ended() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO claims VALUES (
+        OLD.fencing_token, OLD.id, OLD.assigned_to, OLD.claimed_at, OLD.lease_expires_at, clock_timestamp(),
+        COALESCE(NULLIF(current_setting('loom.claim_ended', true), ''), 'changed'),
+        NULLIF(current_setting('loom.claim_reason', true), ''));
+    UPDATE agents SET open_claims = open_claims - 1,
+                      current_bead = CASE WHEN current_bead = OLD.id THEN (
+                          SELECT b.id FROM beads b WHERE b.assigned_to = OLD.assigned_to AND b.status = 'in_progress'
+                             AND b.fencing_token IS NOT NULL AND b.id <> OLD.id ORDER BY b.claimed_at DESC LIMIT 1)
+                          ELSE current_bead END
+     WHERE id = OLD.assigned_to;
+    PERFORM set_config('loom.ended_how', 'released', true);
+    DELETE FROM distributed_locks WHERE metadata ->> 'bead_id' = OLD.id AND metadata ? 'file_path';
+    PERFORM set_config('loom.ended_how', '', true);
+    RETURN NULL;
+END $$;
+CREATE INDEX IF NOT EXISTS distributed_locks_bead ON distributed_locks ((metadata ->> 'bead_id')) WHERE metadata ? 'file_path';
+DROP TRIGGER IF EXISTS claim_ended ON beads;
+CREATE TRIGGER claim_ended AFTER UPDATE ON beads FOR EACH ROW
+    WHEN (OLD.fencing_token IS NOT NULL AND NEW.fencing_token IS DISTINCT FROM OLD.fencing_token)
+    EXECUTE FUNCTION on_claim_ended();
+DROP TRIGGER IF EXISTS claimed_bead_deleted ON beads;
+CREATE TRIGGER claimed_bead_deleted AFTER DELETE ON beads FOR EACH ROW
+    WHEN (OLD.fencing_token IS NOT NULL) EXECUTE FUNCTION on_claim_ended();
+
+-- An agent that is gone has no beads: what it had claimed is open again.
+CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM give_back(b, 'agent-died', NULL, NULL, setting('beads.max_failures', 5), setting('beads.max_attempts', 20))
+       FROM (SELECT * FROM beads WHERE assigned_to = OLD.id AND status = 'in_progress' AND fencing_token IS NOT NULL
+              ORDER BY id FOR UPDATE) AS b;
+    IF TG_OP = 'DELETE' THEN
+        UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status <> 'closed';
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS agent_deleted ON agents;
+CREATE TRIGGER agent_deleted AFTER DELETE ON agents FOR EACH ROW EXECUTE FUNCTION on_agent_ended();
+DROP TRIGGER IF EXISTS agent_died ON agents;
+CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
+    WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
+
+-- A shared setting of config, or else the fallback.
+CREATE OR REPLACE FUNCTION setting(name text, fallback integer) RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT COALESCE((SELECT (value #>> '{}')::integer FROM config WHERE key = name), fallback);
+$$;
+
+
+-- Changes of entities ---------------------------------------------------------------------------------------------
+
+-- The types are those of the original.
+CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT kind || '.' || CASE
+        WHEN op = 'DELETE' THEN 'deleted'
+        WHEN kind = 'config' THEN 'updated'
+        WHEN op = 'INSERT' THEN CASE kind WHEN 'agent' THEN 'spawned' WHEN 'provider' THEN 'registered' ELSE 'created' END
+        WHEN kind = 'bead' AND becomes ->> 'status' = 'closed' AND was ->> 'status' <> 'closed' THEN 'completed'
+        WHEN kind = 'bead' AND becomes ->> 'assigned_to' <> COALESCE(was ->> 'assigned_to', '') THEN 'assigned'
+        WHEN kind IN ('bead', 'agent') AND becomes ->> 'status' <> was ->> 'status' THEN 'status_change'
+        ELSE 'updated' END;
+$$;
+
+-- The version and the event of a change. Arguments: the kind, and the columns that have no version.
+CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    kind text := TG_ARGV[0];
+    silent text[] := TG_ARGV[1]::text[];
+    was jsonb := '{}';
+    becomes jsonb := '{}';
+    entity jsonb;
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        NEW.version := OLD.version + 1;
+        NEW.updated_at := clock_timestamp();
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        was := to_jsonb(OLD);
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        becomes := to_jsonb(NEW);
+    END IF;
+    entity := was || becomes;
+    PERFORM write_event(
+        event_type(kind, TG_OP, was, becomes), kind, COALESCE(entity ->> 'id', entity ->> 'key'),
+        (entity ->> 'version')::bigint + (TG_OP = 'DELETE')::int,
+        CASE kind WHEN 'project' THEN entity ->> 'id' ELSE entity ->> 'project_id' END,
+        CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END,
+        (SELECT COALESCE(jsonb_object_agg(e.key, e.value), '{}') FROM jsonb_each(becomes) AS e
+          WHERE e.value IS DISTINCT FROM COALESCE(was -> e.key, 'null') AND e.key <> ALL (silent)));
+    RETURN NEW;
+END $$;
+
+DO $$
+DECLARE
+    kind text;
+    tbl text;
+    silent text[];
+BEGIN
+    FOR kind, tbl, silent IN VALUES
+        ('project', 'projects', '{}'::text[]),
+        ('provider', 'providers', '{}'),
+        ('agent', 'agents', '{current_bead, open_claims, last_active, heartbeat_at}'),
+        ('bead', 'beads', '{lease_seconds, lease_expires_at, claimed_at, not_before, open_blockers, open_children}'),
+        ('config', 'config', '{}'),
+        ('comment', 'comments', '{}')
+    LOOP
+        silent := silent || '{version, updated_at}';
+        EXECUTE format('DROP TRIGGER IF EXISTS entity_updated ON %I', tbl);
+        EXECUTE format('CREATE TRIGGER entity_updated BEFORE UPDATE OF %s ON %I FOR EACH ROW'
+                       ' WHEN (OLD.version = NEW.version) EXECUTE FUNCTION on_entity_changed(%L, %L)',
+                       (SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
+                         WHERE attrelid = tbl::regclass AND attnum > 0 AND NOT attisdropped AND attname <> ALL (silent)),
+                       tbl, kind, silent);
+        EXECUTE format('DROP TRIGGER IF EXISTS entity_created_or_deleted ON %I', tbl);
+        EXECUTE format('CREATE TRIGGER entity_created_or_deleted AFTER INSERT OR DELETE ON %I FOR EACH ROW'
+                       ' EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
+    END LOOP;
+END $$;
+
+-- An entity as it is answered.
+CREATE OR REPLACE FUNCTION as_json(t projects) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(t) || jsonb_build_object(
+        'agents', ARRAY(SELECT id FROM agents WHERE project_id = t.id ORDER BY id),
+        'comments', (SELECT COALESCE(jsonb_agg(c ORDER BY c.created_at, c.id), '[]') FROM comments c
+                      WHERE c.entity_type = 'project' AND c.entity_id = t.id));
+$$;
+CREATE OR REPLACE FUNCTION as_json(t providers) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
+CREATE OR REPLACE FUNCTION as_json(t agents) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
+CREATE OR REPLACE FUNCTION as_json(t config) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
+CREATE OR REPLACE FUNCTION as_json(t comments) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
+CREATE OR REPLACE FUNCTION as_json(t beads) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(t) || jsonb_build_object(
+        'not_before', CASE WHEN t.not_before > clock_timestamp() THEN t.not_before END,
+        'blocks', ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = t.id ORDER BY bead_id),
+        'children', ARRAY(SELECT id FROM beads WHERE parent = t.id ORDER BY id));
+$$;
+
+-- An id of our own for a new entity.
+CREATE OR REPLACE FUNCTION new_entity_id(kind text, given jsonb) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    stem text;
+    made text;
+    taken boolean;
+BEGIN
+    FOR n IN 1 .. 1000000 LOOP
+        made := CASE kind
+            WHEN 'bead' THEN COALESCE((SELECT bead_prefix FROM projects WHERE id = given ->> 'project_id'), 'bd') || '-'
+                             || to_char(nextval('bead_numbers'), 'FM000000000000000000')
+            WHEN 'project' THEN 'proj-' || nextval('project_numbers')
+            WHEN 'agent' THEN 'agent-' || floor(extract(epoch FROM clock_timestamp())) || '-' || (given ->> 'name')
+                              || CASE WHEN n > 1 THEN '-' || n ELSE '' END
+            WHEN 'provider' THEN (given ->> 'name') || CASE WHEN n > 1 THEN '-' || n ELSE '' END
+            ELSE md5(random()::text || clock_timestamp()::text)::uuid::text END;
+        IF kind = 'bead' THEN
+            made := regexp_replace(made, '-0{1,15}(\d{3,})$', '-\1');
+        END IF;
+        EXECUTE format('SELECT EXISTS (SELECT 1 FROM %I WHERE id = $1)', kind || 's') INTO taken USING made;
+        EXIT WHEN NOT taken;
+    END LOOP;
+    RETURN made;
+END $$;
+
+-- RFC 7396: what a JSON merge patch makes of a value.
+CREATE OR REPLACE FUNCTION merge_patch(target jsonb, patch jsonb) RETURNS jsonb LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF jsonb_typeof(patch) <> 'object' THEN
+        RETURN patch;
+    END IF;
+    IF target IS NULL OR jsonb_typeof(target) <> 'object' THEN
+        target := '{}';
+    END IF;
+    RETURN COALESCE(
+        (SELECT jsonb_object_agg(COALESCE(p.key, t.key), CASE WHEN p.key IS NULL THEN t.value ELSE merge_patch(t.value, p.value) END)
+           FROM jsonb_each(target) AS t FULL JOIN jsonb_each(patch) AS p ON p.key = t.key
+          WHERE p.value IS DISTINCT FROM 'null'), '{}');
+END $$;
+
+-- Enters a change: takes the names of what it changes, in order, and fences it by the grants that the request presents.
+-- Returns a grant that holds one of the names from outside, if there is one.
+CREATE OR REPLACE FUNCTION enter_names(names text[], fences jsonb) RETURNS distributed_locks LANGUAGE plpgsql AS $$
+DECLARE
+    name text;
+    held distributed_locks;
+BEGIN
+    FOR name IN SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n ORDER BY 1 LOOP
+        PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+        IF fences IS NULL OR NOT fences ? name THEN
+            SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp();
+            IF FOUND THEN
+                RETURN held;
+            END IF;
+        END IF;
+    END LOOP;
+    IF fences IS NOT NULL THEN
+        PERFORM loom_fence(f.key, f.value::bigint) FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- What has changed of an entity since a version, and who did it; NULL when the events of that time are gone.
+CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, until bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN count(DISTINCT e.version) = until - since THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place)
+           FILTER (WHERE c.field IS NOT NULL), '{}') END
+      FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes) AS c (field) ON true
+     WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
+       AND e.place > (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1);
+$$;
+
+-- Changes one entity, in one round trip: names, rows, decision, change and event. action: 'create', 'upsert', 'put' (what is
+-- given replaces), 'patch' (objects are merged), 'delete'. expected: the version that the writer has seen, or null; with
+-- merge, later changes of other fields do no harm. replay: the request's id when it may be sent twice.
+-- outcome: 'created', 'updated', 'deleted'; 'replayed' (this request had done it before); 'lock-held' (detail: the grant),
+-- 'not-found', 'taken', 'stale' (detail: who changed which field).
+CREATE OR REPLACE FUNCTION change_entity(
+    kind text, key text, action text, patch jsonb, expected bigint, merge boolean, fences jsonb, replay text,
+    OUT outcome text, OUT entity jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+DECLARE
+    tbl text := CASE kind WHEN 'config' THEN 'config' ELSE kind || 's' END;
+    key_column text := CASE kind WHEN 'config' THEN 'key' ELSE 'id' END;
+    own jsonb := patch - '{blocks, children}'::text[];
+    blocks text[] := ARRAY(SELECT jsonb_array_elements_text(NULLIF(patch -> 'blocks', 'null')));
+    children text[] := ARRAY(SELECT jsonb_array_elements_text(NULLIF(patch -> 'children', 'null')));
+    others text[] := '{}';
+    columns text;
+    held distributed_locks;
+    found jsonb;
+    last events;
+    other text;
+BEGIN
+    IF key IS NULL THEN
+        key := new_entity_id(kind, patch);
+    END IF;
+    IF patch ? 'blocks' THEN
+        others := others || blocks || ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = key);
+    END IF;
+    IF patch ? 'children' THEN
+        others := others || children || ARRAY(SELECT id FROM beads WHERE parent = key);
+    END IF;
+    held := enter_names(ARRAY(SELECT kind || ':' || k FROM unnest(others || key) AS k), fences);
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    IF kind = 'bead' AND (action = 'delete' OR patch ?| '{blocked_by, parent, blocks, children}') THEN
+        PERFORM lock_bead_graph(true);
+    ELSIF kind = 'bead' AND patch ? 'status' THEN
+        PERFORM lock_bead_graph(false);
+    ELSIF kind = 'agent' AND (action = 'delete' OR patch ->> 'status' = 'dead') THEN
+        -- Beads before agents, as in a claim.
+        PERFORM 1 FROM beads WHERE assigned_to = key AND status <> 'closed' ORDER BY id FOR UPDATE;
+    END IF;
+
+    EXECUTE format('SELECT to_jsonb(t) FROM %I t WHERE %I = $1 FOR %s', tbl, key_column,
+                   CASE action WHEN 'delete' THEN 'UPDATE' ELSE 'NO KEY UPDATE' END) INTO found USING key;
+    IF replay IS NOT NULL THEN
+        SELECT * INTO last FROM events e WHERE e.entity_type = kind AND e.entity_id = key ORDER BY e.place DESC LIMIT 1;
+        IF last.request_id = replay THEN
+            outcome := 'replayed';
+            IF found IS NOT NULL THEN
+                EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+            END IF;
+            RETURN;
+        END IF;
+    END IF;
+    IF found IS NULL AND (action NOT IN ('create', 'upsert') OR expected IS NOT NULL) THEN
+        outcome := 'not-found';
+        RETURN;
+    ELSIF found IS NOT NULL AND action = 'create' THEN
+        outcome := 'taken';
+        RETURN;
+    ELSIF expected <> (found ->> 'version')::bigint THEN
+        detail := changes_since(kind, key, expected, (found ->> 'version')::bigint);
+        IF NOT merge OR detail IS NULL OR detail ?| ARRAY(SELECT jsonb_object_keys(patch)) THEN
+            outcome := 'stale';
+            EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+            RETURN;
+        END IF;
+    END IF;
+
+    IF action = 'delete' THEN
+        EXECUTE format('DELETE FROM %I WHERE %I = $1', tbl, key_column) USING key;
+        outcome := 'deleted';
+        RETURN;
+    END IF;
+    IF found IS NULL THEN
+        own := own || jsonb_build_object(key_column, key);
+    ELSIF action = 'patch' THEN
+        own := (SELECT jsonb_object_agg(p.key, CASE jsonb_typeof(p.value) WHEN 'object' THEN merge_patch(found -> p.key, p.value)
+                                               ELSE p.value END) FROM jsonb_each(own) AS p);
+    END IF;
+    SELECT string_agg(quote_ident(k), ', ') INTO columns FROM jsonb_object_keys(own) AS k;
+    IF found IS NULL THEN
+        EXECUTE format('INSERT INTO %1$I (%2$s) SELECT %2$s FROM jsonb_populate_record(NULL::%1$I, $1)', tbl, columns) USING own;
+    ELSIF columns IS NOT NULL THEN
+        EXECUTE format('UPDATE %1$I SET (%2$s) = (SELECT %2$s FROM jsonb_populate_record(NULL::%1$I, $1)) WHERE %3$I = $2',
+                       tbl, columns, key_column) USING own, key;
+    END IF;
+
+    FOREACH other IN ARRAY ARRAY(SELECT DISTINCT o COLLATE "C" FROM unnest(others) AS o ORDER BY 1) LOOP
+        IF NOT EXISTS (SELECT 1 FROM beads WHERE id = other) THEN
+            PERFORM raise_unknown(CASE WHEN other = ANY (blocks) THEN 'blocks' ELSE 'children' END, other);
+        END IF;
+        IF patch ? 'blocks' THEN
+            UPDATE beads SET blocked_by = CASE WHEN other = ANY (blocks) THEN blocked_by || key ELSE array_remove(blocked_by, key) END
+             WHERE id = other AND (key = ANY (blocked_by)) <> (other = ANY (blocks));
+        END IF;
+        IF patch ? 'children' THEN
+            UPDATE beads SET parent = CASE WHEN other = ANY (children) THEN key END
+             WHERE id = other AND (parent IS NOT DISTINCT FROM key) <> (other = ANY (children));
+        END IF;
+    END LOOP;
+    outcome := CASE WHEN found IS NULL THEN 'created' ELSE 'updated' END;
+    EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+END $$;
+
+
+-- Claims ----------------------------------------------------------------------------------------------------------
+
+-- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database was
+-- away meanwhile.
+CREATE OR REPLACE FUNCTION agent_is_dead(a agents, dead_after interval) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT a.status = 'dead' OR (a.heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count());
+$$;
+
+-- Ends a claim that was not completed: the bead is open again, or blocked when it has failed too often. The caller has the
+-- bead's row locked. how: as in claims.ended_how.
+CREATE OR REPLACE FUNCTION give_back(b beads, how text, why text, delay interval, max_failures integer, max_attempts integer)
+RETURNS beads LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+    n_attempts integer := b.attempts + (how <> 'released')::int;
+    n_failures integer := b.failures + (how = 'failed')::int;
+    stop text := CASE WHEN how = 'released' THEN NULL
+                      WHEN n_failures >= max_failures THEN format('failed %s times, the last time: %s', n_failures, COALESCE(why, how))
+                      WHEN n_attempts >= max_attempts THEN format('claimed %s times without success, the last time: %s',
+                                                                  n_attempts, COALESCE(why, how)) END;
+BEGIN
+    PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(why, ''), true);
+    UPDATE beads SET status = CASE WHEN stop IS NULL THEN 'open' ELSE 'blocked' END, assigned_to = NULL, fencing_token = NULL,
+                     claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,
+                     attempts = n_attempts, failures = n_failures, blocked_reason = stop,
+                     not_before = CASE WHEN how = 'failed' AND stop IS NULL AND delay > INTERVAL '0' THEN t + delay END,
+                     version = version + 1, updated_at = t
+     WHERE id = b.id RETURNING * INTO b;
+    PERFORM set_config('loom.claim_ended', '', true), set_config('loom.claim_reason', '', true);
+    PERFORM write_event('bead.status_change', 'bead', b.id, b.version, b.project_id, t, jsonb_build_object(
+        'status', b.status, 'assigned_to', NULL, 'fencing_token', NULL, 'attempts', b.attempts, 'failures', b.failures,
+        'blocked_reason', b.blocked_reason, 'claim_ended', how, 'reason', why));
+    RETURN b;
+END $$;
+
+-- Opens again what nobody has renewed in time, a batch at a time; passes over what others are at, or hold from outside.
+CREATE OR REPLACE FUNCTION lapse_claims(batch integer, max_failures integer, max_attempts integer) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    b beads;
+    n integer := 0;
+BEGIN
+    FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()
+              ORDER BY lease_expires_at LIMIT batch FOR UPDATE SKIP LOCKED
+    LOOP
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended('bead:' || b.id, 0))
+            OR EXISTS (SELECT 1 FROM distributed_locks WHERE lock_name = 'bead:' || b.id AND expires_at > clock_timestamp());
+        PERFORM give_back(b, 'lapsed', NULL, NULL, max_failures, max_attempts);
+        n := n + 1;
+    END LOOP;
+    RETURN n;
+END $$;
+
+-- Marks agents dead who have missed their heartbeats; what they had is open again (see agent_died).
+CREATE OR REPLACE FUNCTION end_dead_agents(batch integer, dead_after interval) RETURNS SETOF text LANGUAGE plpgsql AS $$
+DECLARE
+    a text;
+BEGIN
+    FOR a IN SELECT id FROM agents WHERE status <> 'dead' AND heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count()
+              ORDER BY id LIMIT batch
+    LOOP
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended('agent:' || a, 0))
+            OR EXISTS (SELECT 1 FROM distributed_locks WHERE lock_name = 'agent:' || a AND expires_at > clock_timestamp());
+        -- Beads before agents, as in a claim.
+        PERFORM 1 FROM beads WHERE assigned_to = a AND status <> 'closed' ORDER BY id FOR UPDATE;
+        RETURN QUERY UPDATE agents SET status = 'dead'
+                      WHERE id = a AND status <> 'dead' AND heartbeat_at < clock_timestamp() - dead_after RETURNING id;
+    END LOOP;
+END $$;
+
+-- Gives the bead, whose row and name the caller has locked, to the agent.
+CREATE OR REPLACE FUNCTION take_bead(bead text, agent text, lease integer) RETURNS beads LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+    b beads;
+BEGIN
+    UPDATE beads SET status = 'in_progress', assigned_to = agent, fencing_token = next_fencing_token(), claimed_at = t,
+                     lease_seconds = lease, lease_expires_at = t + make_interval(secs => lease), not_before = NULL,
+                     version = version + 1, updated_at = t
+     WHERE id = bead RETURNING * INTO b;
+    UPDATE agents SET open_claims = open_claims + 1, current_bead = bead, last_active = t,
+                      heartbeat_at = CASE WHEN heartbeat_at IS NOT NULL THEN t END
+     WHERE id = agent;
+    PERFORM write_event('bead.assigned', 'bead', bead, b.version, b.project_id, t, jsonb_build_object(
+        'status', 'in_progress', 'assigned_to', agent, 'fencing_token', b.fencing_token));
+    RETURN b;
+END $$;
+
+-- Whether the agent may claim now, under its name's lock: only a claim of its own, which waits for it, adds to its counter.
+-- outcome: null, or 'unknown-agent', 'lock-held' (detail: the grant), 'agent-busy' (detail: its beads).
+CREATE OR REPLACE FUNCTION enter_claim(agent text, names text[], most integer, fences jsonb, OUT outcome text, OUT detail jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    a agents;
+    held distributed_locks := enter_names(ARRAY['agent:' || agent] || names, fences);
+BEGIN
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    SELECT * INTO a FROM agents WHERE id = agent;
+    IF NOT FOUND THEN
+        outcome := 'unknown-agent';
+    ELSIF a.status = 'dead' THEN -- it lives
+        UPDATE agents SET status = 'idle', heartbeat_at = clock_timestamp() WHERE id = agent;
+    END IF;
+    IF a.open_claims >= most THEN
+        outcome := 'agent-busy';
+        detail := to_jsonb(ARRAY(SELECT id FROM beads WHERE assigned_to = agent AND status <> 'closed'
+                                    AND fencing_token IS NOT NULL ORDER BY id));
+    END IF;
+END $$;
+
+-- Claims the best ready bead: by priority, then due date, then age. outcome: 'claimed', 'nothing', or as enter_claim.
+CREATE OR REPLACE FUNCTION claim_next_bead(
+    agent text, lease integer, most integer, max_failures integer, max_attempts integer, fences jsonb,
+    project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL,
+    OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+DECLARE
+    passed text[] := '{}';
+    mine record;
+    free record;
+    best text;
+BEGIN
+    SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, '{}', most, fences) AS e;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    IF EXISTS (SELECT 1 FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()) THEN
+        PERFORM lapse_claims(100, max_failures, max_attempts);
+    END IF;
+    IF EXISTS (SELECT 1 FROM beads WHERE status = 'open' AND not_before <= clock_timestamp()) THEN
+        UPDATE beads SET not_before = NULL
+         WHERE id IN (SELECT id FROM beads WHERE status = 'open' AND not_before <= clock_timestamp()
+                       ORDER BY not_before LIMIT 100 FOR UPDATE SKIP LOCKED);
+    END IF;
+    FOR n IN 1 .. 100 LOOP
+        SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO mine FROM beads b
+         WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to = agent
+           AND (project IS NULL OR project_id = project) AND (kinds IS NULL OR type = ANY (kinds))
+           AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
+         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED;
+        IF project IS NULL THEN
+            SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO free FROM beads b
+             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
+               AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
+               AND NOT EXISTS (SELECT 1 FROM distributed_locks l
+                                WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED;
+        ELSE
+            SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO free FROM beads b
+             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
+               AND project_id = project
+               AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
+               AND NOT EXISTS (SELECT 1 FROM distributed_locks l
+                                WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED;
+        END IF;
+        best := CASE WHEN mine.id IS NULL THEN free.id
+                     WHEN free.id IS NULL THEN mine.id
+                     WHEN (mine.priority, mine.due, mine.created_at, mine.id) < (free.priority, free.due, free.created_at, free.id)
+                     THEN mine.id ELSE free.id END;
+        IF best IS NULL THEN
+            outcome := 'nothing';
+            RETURN;
+        END IF;
+        -- Its name is only tried: who waits for a name with a row in hand deadlocks with who has them the other way round.
+        IF pg_try_advisory_xact_lock(hashtextextended('bead:' || best, 0)) AND NOT EXISTS (
+            SELECT 1 FROM distributed_locks WHERE lock_name = 'bead:' || best AND expires_at > clock_timestamp()) THEN
+            outcome := 'claimed';
+            bead := as_json(take_bead(best, agent, lease));
+            RETURN;
+        END IF;
+        passed := passed || best;
+    END LOOP;
+    outcome := 'nothing';
+END $$;
+
+-- Claims one bead. outcome: 'claimed', 'same' (the agent's claim of before), 'not-found', or as enter_claim; 'bead-claimed'
+-- (detail: agent_id, alive, lease_expires_at), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason),
+-- 'bead-closed'.
+CREATE OR REPLACE FUNCTION claim_bead(
+    id text, agent text, lease integer, most integer, max_failures integer, max_attempts integer, dead_after interval,
+    fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    b beads;
+    dead boolean;
+    wanted text := id;
+BEGIN
+    SELECT e.outcome, e.detail INTO outcome, detail
+      FROM enter_claim(agent, ARRAY['bead:' || wanted], 2147483647, fences) AS e;
+    IF outcome IS NOT NULL THEN
+        RETURN;
+    END IF;
+    SELECT * INTO b FROM beads WHERE beads.id = wanted FOR UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'not-found';
+        RETURN;
+    END IF;
+    IF b.fencing_token IS NOT NULL AND b.assigned_to = agent AND b.lease_expires_at > clock_timestamp() THEN
+        UPDATE beads SET lease_seconds = lease,
+                         lease_expires_at = GREATEST(lease_expires_at, clock_timestamp() + make_interval(secs => lease))
+         WHERE beads.id = wanted RETURNING * INTO b;
+        outcome := 'same';
+        bead := as_json(b);
+        RETURN;
+    END IF;
+    SELECT agent_is_dead(a, dead_after) INTO dead FROM agents a WHERE a.id = b.assigned_to;
+    IF b.fencing_token IS NOT NULL AND b.lease_expires_at <= clock_timestamp() THEN
+        b := give_back(b, 'lapsed', NULL, NULL, max_failures, max_attempts);
+    ELSIF b.fencing_token IS NOT NULL AND dead THEN
+        b := give_back(b, 'agent-died', NULL, NULL, max_failures, max_attempts);
+    END IF;
+    IF b.status = 'closed' THEN
+        outcome := 'bead-closed';
+        detail := jsonb_build_object('closed_at', b.closed_at, 'assigned_to', b.assigned_to);
+    ELSIF b.status = 'in_progress' OR b.assigned_to <> agent THEN
+        outcome := 'bead-claimed';
+        detail := jsonb_build_object('agent_id', b.assigned_to, 'alive', NOT COALESCE(dead, false),
+                                     'lease_expires_at', b.lease_expires_at);
+    ELSIF b.status = 'blocked' OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
+        outcome := 'bead-blocked';
+        detail := jsonb_build_object(
+            'blocked_by', ARRAY(SELECT x.id FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed' ORDER BY 1),
+            'children', ARRAY(SELECT x.id FROM beads x WHERE x.parent = wanted AND x.status <> 'closed' ORDER BY 1),
+            'not_before', CASE WHEN b.not_before > clock_timestamp() THEN b.not_before END,
+            'blocked_reason', b.blocked_reason);
+    ELSIF (SELECT a.open_claims FROM agents a WHERE a.id = agent) >= most THEN
+        outcome := 'agent-busy';
+        detail := to_jsonb(ARRAY(SELECT x.id FROM beads x WHERE x.assigned_to = agent AND x.status <> 'closed'
+                                    AND x.fencing_token IS NOT NULL ORDER BY 1));
+    ELSE
+        outcome := 'claimed';
+        bead := as_json(take_bead(wanted, agent, lease));
+    END IF;
+END $$;
+
+-- Extends a claim; never revives one. Null when it is lost. The row first, only then the clock.
+CREATE OR REPLACE FUNCTION renew_claim(bead text, token bigint, lease integer) RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    b beads;
+BEGIN
+    PERFORM 1 FROM beads WHERE id = bead FOR NO KEY UPDATE;
+    UPDATE beads SET lease_seconds = COALESCE(lease, lease_seconds),
+                     lease_expires_at = clock_timestamp() + make_interval(secs => COALESCE(lease, lease_seconds))
+     WHERE id = bead AND fencing_token = token AND lease_expires_at > clock_timestamp() RETURNING * INTO b;
+    RETURN CASE WHEN FOUND THEN as_json(b) END;
+END $$;
+
+-- Ends a claim by its holder. how: 'completed' (why: the close reason; more is merged into the context), 'failed' (delay: before
+-- it is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had ended in this way before),
+-- 'claim-lost', 'lock-held' (detail: the grant), 'not-found'.
+CREATE OR REPLACE FUNCTION end_claim(
+    id text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer, fences jsonb,
+    OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    b beads;
+    wanted text := id;
+    held distributed_locks := enter_names(ARRAY['bead:' || wanted], fences);
+    t timestamptz;
+BEGIN
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    IF how = 'completed' THEN
+        PERFORM lock_bead_graph(false);
+    END IF;
+    SELECT * INTO b FROM beads WHERE beads.id = wanted FOR UPDATE;
+    t := clock_timestamp();
+    IF NOT FOUND THEN
+        outcome := 'not-found';
+    ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= t THEN
+        outcome := CASE WHEN EXISTS (SELECT 1 FROM claims c WHERE c.fencing_token = token AND c.bead_id = wanted AND c.ended_how = how)
+                        THEN 'repeated' ELSE 'claim-lost' END;
+        bead := as_json(b);
+    ELSIF how = 'completed' THEN
+        outcome := 'ended';
+        PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(why, ''), true);
+        UPDATE beads SET status = 'closed', fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,
+                         closed_at = t, close_reason = why, context = CASE WHEN more IS NULL THEN context ELSE merge_patch(context, more) END,
+                         version = version + 1, updated_at = t
+         WHERE beads.id = wanted RETURNING * INTO b;
+        PERFORM set_config('loom.claim_ended', '', true), set_config('loom.claim_reason', '', true);
+        PERFORM write_event('bead.completed', 'bead', wanted, b.version, b.project_id, t, jsonb_build_object(
+            'status', 'closed', 'fencing_token', NULL, 'closed_at', b.closed_at, 'close_reason', b.close_reason)
+            || CASE WHEN more IS NULL THEN '{}' ELSE jsonb_build_object('context', b.context) END);
+        bead := as_json(b);
+    ELSE
+        outcome := 'ended';
+        bead := as_json(give_back(b, how, why, make_interval(secs => COALESCE(delay, LEAST(30 * 2 ^ LEAST(b.failures, 10), 3600))),
+                                  max_failures, max_attempts));
+    END IF;
+END $$;
+
+-- An agent says that it lives, and which of its claims it still works on: those are extended, each by its own lease. Returns each
+-- claim's bead with its new end, or null when it is lost; no row at all for an agent that does not exist.
+CREATE OR REPLACE FUNCTION heartbeat_agent(agent text, new_status text, claims jsonb)
+RETURNS TABLE (bead text, lease_expires_at timestamptz, ended_how text) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    a agents;
+    c record;
+BEGIN
+    FOR c IN SELECT key AS id, value::bigint AS token FROM jsonb_each_text(claims) ORDER BY key COLLATE "C" LOOP
+        bead := c.id;
+        PERFORM 1 FROM beads b WHERE b.id = c.id FOR NO KEY UPDATE;
+        UPDATE beads AS b SET lease_expires_at = GREATEST(b.lease_expires_at, clock_timestamp() + make_interval(secs => b.lease_seconds))
+         WHERE b.id = c.id AND b.fencing_token = c.token AND b.assigned_to = agent AND b.lease_expires_at > clock_timestamp()
+        RETURNING b.lease_expires_at INTO lease_expires_at;
+        IF NOT FOUND THEN
+            lease_expires_at := NULL;
+            ended_how := COALESCE((SELECT x.ended_how FROM claims x WHERE x.fencing_token = c.token AND x.bead_id = c.id),
+                                  (SELECT 'lapsed' FROM beads b WHERE b.id = c.id AND b.fencing_token = c.token));
+        END IF;
+        RETURN NEXT;
+        ended_how := NULL;
+    END LOOP;
+    SELECT * INTO a FROM agents WHERE id = agent;
+    new_status := COALESCE(new_status, CASE WHEN a.status = 'dead' THEN 'idle' END);
+    IF a.status <> new_status THEN
+        UPDATE agents SET status = new_status WHERE id = agent;
+    END IF;
+    UPDATE agents SET heartbeat_at = clock_timestamp(), last_active = clock_timestamp() WHERE id = agent;
+    IF FOUND THEN
+        bead := NULL;
+        RETURN NEXT;
+    END IF;
 END $$;

@@ -34,7 +34,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
     """A request body; keys that it does not know are refused."""
 
 
-def prepare(kind: type = msgspec.Struct) -> None:
+def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
     """Has msgspec look at every Struct there is, before there are threads.
 
     It does so at a Struct's first use, and two threads that use one for the first time at once crash the process

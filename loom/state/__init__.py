@@ -1,0 +1,1 @@
+"""Shared state: providers, projects, agents, beads and config that many agents and instances change at once."""
