@@ -12,7 +12,7 @@ from loom import db
 from loom import instances as registry
 from loom.config import Config, load
 from loom.http import grants, health, instances, locks, problems
-from loom.http.parse import NameConverter, prepare
+from loom.http.parse import IdConverter, NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 ALWAYS_SERVED = ("/health", "/api/v1/health")
@@ -62,7 +62,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
-    app.url_map.converters["name"] = NameConverter
+    app.url_map.converters.update(name=NameConverter, id=IdConverter)
     for routes in (health, instances, locks, grants):
         app.register_blueprint(routes.bp)
     problems.register(app)

@@ -44,11 +44,7 @@ class RenewLock(parse.Body):
 def _queue() -> Queue:
     """The worker's waiters: half of the threads, or all but eight where that is more."""
     threads = current_app.config["LOOM"].server.threads
-    return Queue(max(1, threads - 8, threads // 2), _instance_id, _draining)
-
-
-def _instance_id() -> str | None:
-    return instances.current.instance_id if instances.current is not None else None
+    return Queue(max(1, threads - 8, threads // 2), parse.instance_id, _draining)
 
 
 def _draining() -> bool:
@@ -69,7 +65,7 @@ def acquire(_: str) -> Response:
                 name,
                 owner,
                 ttl,
-                instance_id=_instance_id(),
+                instance_id=parse.instance_id(),
                 metadata=body.metadata,
                 wait=body.wait_seconds > 0,
             )

@@ -8,12 +8,14 @@ import math
 import re
 from collections import Counter
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from flask import request
 from werkzeug.routing import BaseConverter
 
-from loom import errors
+from loom import errors, instances
+from loom.state.writer import Writer
 
 T = TypeVar("T")
 
@@ -21,6 +23,8 @@ MAX_TOKEN = 2**53 - 1
 MAX_ROWS = 10_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx takes it from a client
+_FENCE = re.compile(r'\s*([0-9]{1,16})\s*(?:;\s*lock\s*=\s*"([^"]*)"\s*)?')
 
 
 class NameConverter(BaseConverter):
@@ -28,6 +32,12 @@ class NameConverter(BaseConverter):
 
     regex = r"(?s:.*)"
     part_isolating = False
+
+
+class IdConverter(BaseConverter):
+    """Lets every id reach its view, where `entity_id` reads it; what holds a / is no id."""
+
+    regex = r"[^/]+"
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -137,6 +147,11 @@ def lock_name(prefix: str = "/api/v1/locks/") -> str:
         raise errors.Invalid.field("lock_name", "is not UTF-8") from None
 
 
+def entity_id(field: str = "id") -> str:
+    """The id in a path /api/v1/KIND/ID..., from its bytes, as `lock_name` reads a name. Raises Invalid."""
+    return _plain(request.environ["PATH_INFO"].split("/")[4], field)
+
+
 def check_name(name: str, field: str = "lock_name") -> str:
     """A lock's name, if it is one. Raises Invalid."""
     if not 1 <= len(name) <= 255:
@@ -164,3 +179,59 @@ def cursor(kind: type[T], name: str = "after") -> T | None:
 
 def encode_cursor(value: Any) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+def instance_id() -> str | None:
+    """This instance's, if it is one."""
+    return instances.current.instance_id if instances.current is not None else None
+
+
+def writer(own: str, actor: str | None = None) -> Writer:
+    """Who writes, from the request's headers, and the grants that it presents.
+
+    `own`: the lock that a bare number in Loom-Lock-Token means. `actor`: who it is when Loom-Actor does not say.
+    Raises Invalid, which names the header.
+    """
+    headers = request.environ
+    named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
+    request_id = headers.get("HTTP_X_REQUEST_ID", "")
+    return Writer(
+        actor=actor if named is None else _plain(named, "Loom-Actor"),
+        instance_id=instance_id(),
+        request_id=request_id if _REQUEST_ID.fullmatch(request_id) else None,
+        fences={} if fences is None else _fences(fences, own),
+    )
+
+
+def _fences(text: str, own: str) -> dict[str, int]:
+    """From `17` and `17; lock="NAME%20ENCODED"`, separated by commas."""
+    found: dict[str, int] = {}
+    problem = 'must be NUMBER or NUMBER; lock="NAME", the name percent-encoded; several separated by commas'
+    end = -1
+    while end < len(text):
+        match = _FENCE.match(text, end + 1)
+        if match is None or not 1 <= int(match[1]) <= MAX_TOKEN:
+            raise errors.Invalid.field("Loom-Lock-Token", problem)
+        end, token = match.end(), int(match[1])
+        if end < len(text) and text[end] != ",":
+            raise errors.Invalid.field("Loom-Lock-Token", problem)
+        name = own
+        if match[2] is not None:
+            try:
+                name = check_name(unquote_to_bytes(match[2].encode("latin-1")).decode(), "Loom-Lock-Token")
+            except UnicodeDecodeError:
+                raise errors.Invalid.field("Loom-Lock-Token", "names a lock that is not UTF-8") from None
+        if found.setdefault(name, token) != token:
+            raise errors.Invalid.field("Loom-Lock-Token", f"has two tokens for {name}")
+    return found
+
+
+def _plain(text: str, field: str) -> str:
+    """A header or a part of a path as text, from bytes that WSGI gave as Latin-1."""
+    try:
+        value = text.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise errors.Invalid.field(field, "is not UTF-8") from None
+    if not 1 <= len(value) <= 255 or _CONTROL.search(value):
+        raise errors.Invalid.field(field, "must have 1 to 255 characters and no control characters")
+    return value

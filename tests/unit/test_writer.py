@@ -1,0 +1,66 @@
+"""Who writes, and under which locks: from the headers of a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from loom import errors
+from loom.http import parse
+from loom.state.writer import Writer
+
+
+def writer(actor: str | None = None, **headers: str) -> Writer:
+    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in headers.items()}
+    with Flask("test").test_request_context(environ_overrides=names):
+        return parse.writer("bead:bd-1", actor)
+
+
+def test_who_writes_is_told_by_the_request() -> None:
+    assert writer() == Writer()
+    assert writer("a 1").actor == "a 1"
+    assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer("Jürgen (ops)", None, "r-1")
+
+
+def test_a_request_id_that_nginx_would_replace_is_none() -> None:
+    assert [writer(x_request_id=bad).request_id for bad in ("", "a b", "x" * 129, "ü")] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("header", "fences"),
+    [
+        ("17", {"bead:bd-1": 17}),
+        (' 17 ; lock = "a%20%22b%2Cc%22/%C3%BC" ', {'a "b,c"/ü': 17}),
+        ('17,18; lock="x,y",17', {"bead:bd-1": 17, "x,y": 18}),
+        (f'{2**53 - 1}; lock="ü"', {"ü": 2**53 - 1}),
+    ],
+)
+def test_a_write_is_fenced_by_every_lock_that_it_presents(header: str, fences: dict[str, int]) -> None:
+    assert writer(loom_lock_token=header).fences == fences
+
+
+BAD_TOKENS = ["", "0", "-1", "x", "1,", ",1", "1;", "1 2", "1,2", "1; lock=a", '1; lock=""', str(2**53), "9" * 17]
+BAD_NAMES = ["%FF", "%00", "a//b", "x" * 256, 'a"; x="b']
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"loom_lock_token": bad} for bad in BAD_TOKENS]
+    + [{"loom_lock_token": f'1; lock="{bad}"'} for bad in BAD_NAMES]
+    + [{"loom_actor": bad} for bad in ("", "a\x00", "a\nb", "x" * 256)],
+)
+def test_a_bad_header_is_named_and_never_taken_for_none(headers: dict[str, Any]) -> None:
+    with pytest.raises(errors.Invalid) as caught:
+        writer(**headers)
+    (problem,) = caught.value.members["errors"]
+    assert problem["field"].lower().replace("-", "_") in headers
+
+
+def test_a_header_in_broken_utf8_is_refused() -> None:
+    with (
+        Flask("test").test_request_context(environ_overrides={"HTTP_LOOM_ACTOR": "\xff"}),
+        pytest.raises(errors.Invalid, match="Loom-Actor: is not UTF-8"),
+    ):
+        parse.writer("bead:bd-1")
