@@ -19,6 +19,7 @@ from loom.dsn import mask, parse, take_pool
 
 Text = Annotated[str, Meta(min_length=1, description="text")]
 Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
+Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,33 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class AgentsConfig:
-    """`max_concurrent` bounds the beads in progress per agent."""
+    """`max_concurrent` bounds the beads in progress per agent; the others are seconds."""
 
     max_concurrent: Count = 20
+    dead_after: Annotated[int, Meta(ge=10, le=86400, description="seconds from 10 to 86400")] = 120
+    file_lock_timeout: Annotated[int, Meta(ge=1, le=86400, description="seconds from 1 to 86400")] = 600
+
+
+@dataclass(frozen=True)
+class BeadsConfig:
+    """After so many failures, or claims without success, a bead is given to nobody."""
+
+    max_failures: Count = 5
+    max_attempts: Count = 20
 
 
 @dataclass(frozen=True)
 class LocksConfig:
-    """How many days the history of grants is kept."""
+    """How many days the history of grants and of claims is kept."""
 
-    history_days: Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")] = 7
+    history_days: Days = 7
+
+
+@dataclass(frozen=True)
+class EventsConfig:
+    """How many days events are kept, and with them the history of every entity."""
+
+    history_days: Days = 30
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,9 @@ class Config:
     database: DatabaseConfig = DatabaseConfig()
     server: ServerConfig = ServerConfig()
     agents: AgentsConfig = AgentsConfig()
+    beads: BeadsConfig = BeadsConfig()
     locks: LocksConfig = LocksConfig()
+    events: EventsConfig = EventsConfig()
     logging: LoggingConfig = LoggingConfig()
     sources: Mapping[str, str] = field(default_factory=dict)
 
