@@ -1459,3 +1459,37 @@ BEGIN
         RETURN NEXT;
     END IF;
 END $$;
+
+
+-- Idempotency keys ------------------------------------------------------------------------------------------------
+
+-- One row per answered request that bore an Idempotency-Key, kept for a day. Written by loom.state.idempotency, in the
+-- transaction of what the request did. The primary key is the promise: it is applied once. `scope` is a hash of key,
+-- method, path and caller, which stand beside it for people; `fingerprint` one of all else that the request says.
+CREATE TABLE IF NOT EXISTS idempotency_keys (
+    scope       uuid        PRIMARY KEY,
+    key         text        NOT NULL,
+    method      text        NOT NULL,
+    path        text        NOT NULL,
+    caller      text        NOT NULL,
+    fingerprint bytea       NOT NULL,
+    status      integer     NOT NULL,
+    headers     jsonb       NOT NULL,
+    body        bytea       NOT NULL,
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
+
+-- The answer of before, if there is one. `alone`: nobody else looks until our transaction ends. First that, and then a
+-- look with a new snapshot: in one statement it would miss an answer that was committed in between.
+CREATE OR REPLACE FUNCTION find_answer(wanted uuid, alone boolean)
+RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF alone AND NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
+        RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
+    ELSE
+        RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k
+                      WHERE k.scope = wanted;
+    END IF;
+END $$;

@@ -69,6 +69,20 @@ class LockLost(Conflict):
     type = "lock-lost"
 
 
+class InProgress(Conflict):
+    """A request with this Idempotency-Key is being answered now."""
+
+    type = "in-progress"
+    retry_after = 1
+
+
+class KeyReused(Error):
+    """This Idempotency-Key came with another request before."""
+
+    status = 422
+    type = "key-reused"
+
+
 class Unavailable(Error):
     """The database cannot be reached now."""
 
@@ -81,6 +95,10 @@ class Busy(Unavailable):
     """The database is too busy to answer in time."""
 
     type = "busy"
+
+
+class Undone(Busy):
+    """Others were at the same rows, each time; nothing was done."""
 
 
 class SchemaError(Exception):

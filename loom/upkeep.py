@@ -1,4 +1,4 @@
-"""What one elected instance cleans: expired locks, grants of the dead, stale instances, old history.
+"""What one elected instance cleans: expired locks, grants of the dead, stale instances, old history, old answers.
 
 Elected through our own lock. Batches are small, and the clean-up of one kind never holds up another.
 """
@@ -61,7 +61,7 @@ class Upkeep:
 
     def clean(self) -> None:
         """One round. A failure of one part is logged and leaves the others alone."""
-        for part in (self._locks, self._waiters, self._instances, self._history):
+        for part in (self._locks, self._waiters, self._instances, self._history, self._answers):
             try:
                 with self._line.connection() as conn:
                     part(conn)
@@ -132,6 +132,18 @@ class Upkeep:
             RETURNING 1 AS gone
             """,
             keep=timedelta(days=self._config.locks.history_days),
+        )
+
+    def _answers(self, conn: db.Connection) -> None:
+        self._in_batches(
+            conn,
+            """
+            WITH old AS MATERIALIZED (
+                SELECT scope FROM idempotency_keys WHERE created_at < clock_timestamp() - INTERVAL '24 hours'
+                 ORDER BY created_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+            DELETE FROM idempotency_keys AS k USING old WHERE k.scope = old.scope
+            RETURNING 1 AS gone
+            """,
         )
 
     def _in_batches(self, conn: db.Connection, sql: str, **params: object) -> None:

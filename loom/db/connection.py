@@ -41,6 +41,8 @@ def _utc(text: str | bytes | None, cursor: Any) -> datetime | None:
 pgx.register_type(pgx.new_type((1184,), "TIMESTAMPTZ_UTC", _utc))
 
 WRONG_SERVER = ("25006", "0A000")  # read-only, or in recovery: a demoted primary, a standby
+UNDONE = ("40001", "40P01")  # serialization failure, deadlock: rolled back as a whole, and may succeed when repeated
+REPEATS = 3
 
 # SQLSTATE -> what it means to the caller. Two characters are a class; the longer match wins.
 _CLASSES: dict[str, type[errors.Error]] = {
@@ -51,7 +53,8 @@ _CLASSES: dict[str, type[errors.Error]] = {
     "57": errors.Unavailable,  # operator intervention: shut down, starting up
     "57014": errors.Busy,  # statement_timeout
     "55P03": errors.Busy,  # lock_not_available
-    "40": errors.Busy,  # serialization failure, deadlock
+    "40": errors.Busy,  # a transaction that was rolled back
+    **dict.fromkeys(UNDONE, errors.Undone),
     "22": errors.Invalid,  # data exception
     "23": errors.Invalid,  # a constraint
     "23505": errors.Conflict,  # unique
@@ -124,6 +127,7 @@ class Connection:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._prefix = ""
+        self._begun = False
         self._names: dict[str, list[str]] = {}  # of each statement's columns: asking the cursor takes 6 us
         self.was_cut = False
         self.last_used = self.took = 0.0  # the clock after the last statement, and its seconds
@@ -137,8 +141,25 @@ class Connection:
             self.close()
             raise
 
-    def execute(self, sql: str, params: dict[str, Any] | None = None) -> list[Row]:
-        """Runs one statement with what is left until `deadline`, and returns its rows. Raises psycopg2.Error."""
+    def execute(self, sql: str, params: dict[str, Any] | None = None, *, commit: bool = False) -> list[Row]:
+        """Runs one statement with what is left until `deadline`, and returns its rows. Raises psycopg2.Error.
+
+        One that is a transaction of its own is repeated after a deadlock or a serialization failure. `commit` ends the
+        transaction that was begun, in the same message.
+        """
+        if commit:
+            rows = self._execute(f"{sql}; COMMIT", params)
+            self._begun = False
+            return rows
+        for _ in range(0 if self._begun else REPEATS):
+            try:
+                return self._execute(sql, params)
+            except pgx.TransactionRollbackError as exc:
+                if exc.pgcode not in UNDONE:
+                    raise
+        return self._execute(sql, params)
+
+    def _execute(self, sql: str, params: dict[str, Any] | None) -> list[Row]:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise errors.Busy()
@@ -162,12 +183,14 @@ class Connection:
     def begin(self) -> None:
         """Opens a transaction together with the next statement."""
         self._prefix = "BEGIN; "
+        self._begun = True
 
     def end(self, how: str) -> None:
-        """COMMIT or ROLLBACK, if the transaction was begun at all."""
+        """COMMIT or ROLLBACK, if the transaction was begun at all, and not ended with its last statement."""
+        begun, self._begun = self._begun, False
         if self._prefix:
             self._prefix = ""
-        elif not self.raw.closed:
+        elif begun and not self.raw.closed:
             self.cut_at = max(self.deadline, time.monotonic() + SLACK)
             try:
                 with self.raw.cursor() as cursor:

@@ -52,7 +52,7 @@ class Database:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # the dialer has something to do
         self._turns: deque[Turn] = deque()
-        self._request = threading.local()
+        self._request = Request()
 
     def open(self) -> None:
         threading.Thread(target=self._dial_for_all, name="db-dialer", daemon=True).start()
@@ -78,27 +78,46 @@ class Database:
     def start_request(self) -> None:
         """Sets this thread's deadline for all that follows, the wait for a connection included."""
         self._request.deadline = time.monotonic() + self.timeout - SLACK
+        self._request.untouched = True
+
+    @property
+    def untouched(self) -> bool:
+        """Whether this thread's request may be repeated: nothing that it did can have been committed."""
+        return self._request.untouched
 
     def connection(self) -> Lease:
-        """A connection on which each statement is a transaction of its own.
+        """A connection on which each statement is a transaction of its own; inside `transaction()`, that one's.
 
         Raises Unavailable when the database is away or goes away meanwhile (then the outcome is unknown), Busy when
         there is no time left, Invalid or Conflict for what PostgreSQL refuses.
         """
+        if self._request.transaction is None:
+            self._request.untouched = False
         return Lease(self)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A connection in one transaction: BEGIN travels with the first statement. Raises as `connection`."""
-        with self.connection() as conn:
+        """A connection in one transaction: BEGIN travels with the first statement. Raises as `connection`.
+
+        What this thread asks for inside, be it a connection or a transaction, is this one: all of it or nothing.
+        """
+        request = self._request
+        with Lease(self) as conn:
+            if request.transaction is not None:
+                yield conn
+                return
             conn.begin()
+            request.transaction = conn
             try:
                 yield conn
             except BaseException:
                 with contextlib.suppress(psycopg2.Error):
                     conn.end("ROLLBACK")
                 raise
+            finally:
+                request.transaction = None
             conn.end("COMMIT")
+            request.untouched = False
 
     def dedicated(self, name: str) -> Dedicated:
         """A connection for one background thread, that requests cannot use up."""
@@ -117,7 +136,7 @@ class Database:
 
         Raises Unavailable, Busy.
         """
-        deadline = getattr(self._request, "deadline", None) or time.monotonic() + self.timeout - SLACK
+        deadline = self._request.deadline or time.monotonic() + self.timeout - SLACK
         with self._lock:
             if self._away is not None:
                 raise errors.Unavailable()
@@ -234,6 +253,14 @@ class Database:
                 time.sleep(PROBE_PERIOD * random.uniform(0.8, 1.2))
 
 
+class Request(threading.local):
+    """What a thread is at: its deadline, its open transaction, and whether it may have committed something."""
+
+    deadline: float | None = None
+    transaction: Connection | None = None
+    untouched = True
+
+
 class Turn:
     """A request that waits for a connection; its turn comes with one, or with none when nobody gets any."""
 
@@ -255,19 +282,21 @@ class Turn:
 class Lease:
     """`with` this: a connection of the pool for a while. A class, since a generator takes three times as long."""
 
-    __slots__ = ("_conn", "_database")
+    __slots__ = ("_conn", "_database", "_joined")
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def __enter__(self) -> Connection:
-        self._conn = self._database.take()
+        self._joined = self._database._request.transaction
+        self._conn = self._joined or self._database.take()
         return self._conn
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if isinstance(exc, psycopg2.Error):
             self._database.judge(self._conn, exc)
-        self._database.give(self._conn)
+        if self._joined is None:
+            self._database.give(self._conn)
         if isinstance(exc, psycopg2.Error):
             raise translate(exc) from exc
 

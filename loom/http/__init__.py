@@ -8,10 +8,11 @@ from typing import Any, cast
 from flask import Flask, request
 from flask.wrappers import Response
 
-from loom import db
+from loom import db, errors
 from loom import instances as registry
 from loom.config import Config, load
-from loom.http import grants, health, instances, locks, problems
+from loom.db.connection import REPEATS
+from loom.http import grants, health, idempotency, instances, locks, problems
 from loom.http.parse import IdConverter, NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
@@ -28,10 +29,21 @@ class Application(Flask):
         """Every view and every error handler gives a Response."""
         try:
             self.preprocess_request()
-            answer = self.dispatch_request()
+            answer = self.dispatch_undisturbed()
         except Exception as exc:
-            answer = self.handle_user_exception(exc)
-        return self.process_response(cast(Response, answer))
+            answer = cast(Response, self.handle_user_exception(exc))
+        return self.process_response(answer)
+
+    def dispatch_undisturbed(self) -> Response:
+        """Once more after a deadlock or a serialization failure that undid all that the view had done."""
+        view = cast(Callable[[], Response], self.dispatch_request)
+        for _ in range(REPEATS):
+            try:
+                return idempotency.once(view)
+            except errors.Undone:
+                if not db.default().untouched:
+                    raise
+        return idempotency.once(view)
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func

@@ -13,7 +13,7 @@ from flask import Blueprint, Response, current_app, request
 from msgspec import Meta
 
 from loom import db, errors, instances, locks
-from loom.http import answer, parse
+from loom.http import answer, idempotency, parse
 from loom.http.worker import client_gone
 from loom.locks.queue import Queue, Waiter
 
@@ -51,7 +51,18 @@ def _draining() -> bool:
     return instances.current is not None and instances.current.draining
 
 
+def _again(first: dict[str, Any], made: dict[str, Any] | None = None) -> locks.Grant:
+    """The grant that this request's first answer told of, extended. Raises LockLost when it has ended."""
+    if made is not None and made["fencing_token"] != first["fencing_token"]:
+        with db.connection() as conn:
+            locks.take_back(conn, msgspec.convert(made, locks.Grant))
+    ttl = timedelta(seconds=parse.body(AcquireLock).ttl_seconds)
+    with db.transaction() as conn:
+        return locks.extend(conn, first["lock_name"], first["fencing_token"], ttl)
+
+
 @bp.post("/<name:_>")
+@idempotency.checked(_again, by_itself=True)
 def acquire(_: str) -> Response:
     name, body = parse.lock_name(), parse.body(AcquireLock)
     owner, ttl = _owner(body.owner), timedelta(seconds=body.ttl_seconds)
@@ -93,12 +104,12 @@ def _wait(waiter: Waiter, seconds: int, first: locks.Attempt, ask: Callable[[], 
         return first
     granted = queue.wait(waiter, seconds)
     db.default().start_request()
-    if granted is None:
-        return first if waiter.gone() else ask()
-    if granted.grant is not None and waiter.gone():
+    if not waiter.gone():
+        return granted or ask()
+    if granted is not None and granted.grant is not None and not waiter.shared:
         with db.connection() as conn:
             locks.take_back(conn, granted.grant)
-    return granted
+    return first
 
 
 @bp.put("/<name:_>")
@@ -143,7 +154,7 @@ def held() -> Response:
 
 def _owner(owner: str | None) -> str:
     if owner is None:
-        return str(uuid.uuid4())
+        return idempotency.owner() or str(uuid.uuid4())
     if owner.startswith(RESERVED_OWNER):
         raise errors.Invalid.field("owner", f"must not begin with {RESERVED_OWNER}, which instances use for themselves")
     return owner

@@ -58,7 +58,7 @@ def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
 
 def body(kind: type[T]) -> T:
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge."""
-    raw = request.get_data(cache=False) or b"{}"
+    raw = request.get_data() or b"{}"
     if request.content_length is None and len(raw) >= (request.max_content_length or math.inf):
         raise errors.TooLarge("A body may have 1 MiB.")  # in chunks it is cut off there
     try:

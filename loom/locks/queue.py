@@ -27,6 +27,7 @@ class Waiter:
         self.name, self.owner, self.ttl, self.gone = name, owner, ttl, gone
         self.metadata = None if metadata is None else json.dumps(metadata)
         self.granted: Attempt | None = None
+        self.shared = False  # with another request of the same owner, which was told of the grant, too
         self.error: errors.Error | None = None
         self.woken = threading.Event()
 
@@ -117,7 +118,7 @@ class Queue:
                 with self._change:
                     theirs = [w for w in self._waiters if (w.name, w.owner) == (got.grant.lock_name, got.grant.owner)]
                     for waiter in theirs:
-                        waiter.granted = got
+                        waiter.granted, waiter.shared = got, len(theirs) > 1
                         waiter.woken.set()
                 if not theirs:  # told otherwise while the poll was under way
                     take_back(conn, got.grant)

@@ -247,6 +247,25 @@ def test_a_transaction_is_all_or_nothing(pool: Pool, sql: Sql) -> None:
     assert database.usage()["idle"] == database.usage()["open"]
 
 
+def test_what_is_asked_for_inside_a_transaction_is_part_of_it(pool: Pool, sql: Sql) -> None:
+    database = pool(pool_min=1, pool_max=1)
+    sql("CREATE TABLE written (n int)")
+    with pytest.raises(RuntimeError), database.transaction() as outer:  # noqa: PT012
+        with database.connection() as conn:
+            assert conn is outer
+            db.run(conn, "INSERT INTO written VALUES (1)")
+        with database.transaction() as conn:
+            db.run(conn, "INSERT INTO written VALUES (2)")
+        assert ask(database, "SELECT count(*) FROM written") == 2
+        assert sql("SELECT n FROM written") == []
+        raise RuntimeError
+    assert ask(database, "SELECT count(*) FROM written") == 0
+    with pytest.raises(errors.Invalid), database.transaction():
+        ask(database, "SELECT 1 / 0")
+    assert ask(database) == 1
+    assert database.usage() == {"open": 1, "idle": 1, "waiting": 0, "max": 1}
+
+
 def test_a_transaction_that_failed_does_not_go_on_in_the_next(pool: Pool, sql: Sql) -> None:
     database = pool(pool_min=1, pool_max=1)
     sql("CREATE TABLE written (n int)")
@@ -267,8 +286,8 @@ def test_a_transaction_that_failed_does_not_go_on_in_the_next(pool: Pool, sql: S
         ("INSERT INTO schema_version SELECT * FROM schema_version", errors.Conflict),
         ("SELECT loom_fence('build', 1)", errors.LockLost),
         ("DO 'BEGIN RAISE lock_not_available; END'", errors.Busy),
-        ("DO 'BEGIN RAISE deadlock_detected; END'", errors.Busy),
-        ("DO 'BEGIN RAISE serialization_failure; END'", errors.Busy),
+        ("DO 'BEGIN RAISE deadlock_detected; END'", errors.Undone),
+        ("DO 'BEGIN RAISE serialization_failure; END'", errors.Undone),
         ("DO 'BEGIN RAISE too_many_connections; END'", errors.Unavailable),
         ("DO 'BEGIN RAISE admin_shutdown; END'", errors.Unavailable),
         ("SELECT * FROM no_such_table", errors.Error),

@@ -1,0 +1,460 @@
+"""A retry is safe: one Idempotency-Key is applied once and answered the same, but never with what has become untrue."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import psycopg2.extensions
+import pytest
+from flask import Blueprint, Flask, Response
+from harness import AppClient, wait_until
+from harness.client import Answer
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost, assert_problem, force, release, seconds, wait_expired
+
+from loom import db, errors, locks
+from loom.config import Config
+from loom.db.connection import Connection
+from loom.http import answer, idempotency, parse
+from loom.instances import Instance
+from loom.upkeep import Upkeep
+
+Session = Callable[[], psycopg2.extensions.connection]
+
+THINGS = "/things"
+COUNT = "SELECT n, count(*) FROM things GROUP BY n ORDER BY n"
+
+
+class Things:
+    """A blueprint with views that write, each in its own way; `runs` counts how often one ran."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.bp = Blueprint("things", __name__, url_prefix=THINGS)
+        self.bp.post("")(self.make)
+        self.bp.post("/<name>")(self.make)
+        self.bp.post("/both")(self.both)
+        self.bp.post("/after")(self.after)
+        self.bp.put("")(self.make)
+        self.bp.post("/claim")(idempotency.checked(self.still)(claim))
+
+    def make(self, name: str = "") -> Response:
+        """Two rows on two connections of their own; then fails if it is told to."""
+        self.runs += 1
+        body = parse.body(dict[str, Any])
+        for _ in range(2):
+            with db.connection() as conn:
+                db.run(conn, "INSERT INTO things VALUES (%(n)s)", n=body["n"])
+        self.meanwhile()
+        if body.get("fail"):
+            raise errors.NotFound("Told to fail.")
+        if body.get("status"):
+            return answer.json({}, body["status"])
+        return answer.json({"made": str(uuid.uuid4())}, 201, {"ETag": '"1"', "Location": "/things/1"})
+
+    def both(self) -> Response:
+        """Counts up in two rows, in the order that the request tells: two such in two orders deadlock."""
+        self.runs += 1
+        body = parse.body(dict[str, Any])
+        if body["how"] == "statement":
+            with db.connection() as conn:
+                db.run(conn, "SELECT count_both(%(a)s, %(b)s)", a=body["rows"][0], b=body["rows"][1])
+        else:
+            with db.transaction() as conn:
+                for row in body["rows"]:
+                    db.run(conn, "UPDATE counters SET n = n + 1 WHERE id = %(id)s", id=row)
+                    self.meanwhile()
+        return answer.json({}, 201)
+
+    def after(self) -> Response:
+        """Fails as it is told to, in a transaction; before that, if told to, it commits one row."""
+        self.runs += 1
+        body = parse.body(dict[str, Any])
+        if body.get("first"):
+            with db.connection() as conn:
+                db.run(conn, "INSERT INTO things VALUES (1)")
+        with db.transaction() as conn:
+            db.run(conn, body["sql"])
+        return answer.json({}, 201)
+
+    def still(self, first: dict[str, Any]) -> dict[str, Any] | None:
+        self.runs += 1
+        with db.connection() as conn:
+            row = db.one(conn, "SELECT n FROM things WHERE n = %(n)s", n=first["claimed"])
+        if row is None:
+            raise errors.LockLost("The thing has gone.")
+        return {"claimed": row["n"], "again": True} if row["n"] < 10 else None
+
+
+def claim() -> Response:
+    with db.connection() as conn:
+        row = db.one(conn, "SELECT n FROM things ORDER BY n LIMIT 1")
+    return answer.json({"claimed": row["n"]}) if row else answer.nothing()
+
+
+@pytest.fixture
+def things(app: Flask, sql: Sql) -> Things:
+    sql("CREATE TABLE things (n int)")
+    things = Things()
+    app.register_blueprint(things.bp)
+    return things
+
+
+def keyed(client: AppClient, path: str, body: Any = None, key: str = "k") -> Answer:
+    return client.post(path, body, headers={"Idempotency-Key": key})
+
+
+def assert_replays(first: Answer, again: Answer) -> None:
+    assert (again.status, again.body) == (first.status, first.body)
+    assert again.headers["Idempotency-Replayed"] == "true"
+    assert "Idempotency-Replayed" not in first.headers
+    assert {n: v for n, v in again.headers.items() if n != "Idempotency-Replayed"} == dict(first.headers.items())
+
+
+# Applied once, answered the same
+
+
+@pytest.mark.usefixtures("things")
+def test_a_retry_gets_the_same_answer_byte_for_byte_and_changes_nothing(client: AppClient, sql: Sql) -> None:
+    first = keyed(client, THINGS, {"n": 1})
+    assert first.status == 201
+    for _ in range(3):
+        again = keyed(client, THINGS, {"n": 1})
+        assert_replays(first, again)
+        assert (again.headers["ETag"], again.headers["Location"]) == ('"1"', "/things/1")
+    assert sql(COUNT) == [(1, 2)]
+
+
+@pytest.mark.usefixtures("things")
+def test_another_key_another_path_and_no_key_have_nothing_to_do_with_it(client: AppClient, sql: Sql) -> None:
+    keyed(client, THINGS, {"n": 1}, "a")
+    keyed(client, THINGS, {"n": 1}, "b")
+    keyed(client, THINGS + "/x", {"n": 1}, "a")
+    for _ in range(2):
+        client.post(THINGS, {"n": 1})
+    assert sql(COUNT) == [(1, 10)]
+
+
+def test_keys_of_another_caller_have_nothing_to_do_with_it(
+    client: AppClient, things: Things, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for who in ("one", "other"):
+        monkeypatch.setattr(idempotency, "caller", lambda who=who: who)
+        assert keyed(client, THINGS, {"n": 1}).status == 201
+    assert things.runs == 2
+
+
+@pytest.mark.usefixtures("things")
+def test_a_key_is_for_post_alone(client: AppClient, sql: Sql) -> None:
+    for _ in range(2):
+        client.put(THINGS, {"n": 1}, headers={"Idempotency-Key": "k"})
+    assert sql(COUNT) == [(1, 4)]
+
+
+@pytest.mark.usefixtures("things")
+@pytest.mark.parametrize(("path", "body"), [(THINGS, {"n": 2}), (THINGS, b'{"n":1} '), (THINGS + "?x=1", {"n": 1})])
+def test_the_key_of_another_request_is_refused(client: AppClient, sql: Sql, path: str, body: Any) -> None:
+    first = keyed(client, THINGS, {"n": 1})
+    assert_problem(keyed(client, path, body), 422, "key-reused")
+    assert sql(COUNT) == [(1, 2)]
+    assert_replays(first, keyed(client, THINGS, {"n": 1}))
+
+
+@pytest.mark.usefixtures("things")
+@pytest.mark.parametrize("key", ["", " ", "a b", "\x7f", "\xfc", "x" * 256])
+def test_a_key_that_is_none_is_refused_by_name(client: AppClient, sql: Sql, key: str) -> None:
+    problem = assert_problem(keyed(client, THINGS, {"n": 1}, key), 400, "invalid")
+    assert problem["errors"][0]["field"] == "Idempotency-Key"
+    assert sql(COUNT) == []
+
+
+@pytest.mark.usefixtures("things")
+@pytest.mark.parametrize("key", ["!", '"8e03978e-40d5-43dd-bc93-6894a57f9324"', "~" * 255])
+def test_the_shortest_and_the_longest_key_are_kept(client: AppClient, key: str) -> None:
+    assert_replays(keyed(client, THINGS, {"n": 1}, key), keyed(client, THINGS, {"n": 1}, key))
+
+
+@pytest.mark.usefixtures("things")
+@pytest.mark.parametrize("how", [{"fail": True}, {"status": 409}])
+def test_only_success_is_kept(client: AppClient, things: Things, how: dict[str, Any]) -> None:
+    for _ in range(2):
+        assert keyed(client, THINGS, {"n": 1, **how}).status in (404, 409)
+    assert things.runs == 2
+
+
+@pytest.mark.usefixtures("things")
+def test_what_failed_on_its_way_has_done_nothing(client: AppClient, sql: Sql) -> None:
+    assert keyed(client, THINGS, {"n": 1, "fail": True}).status == 404
+    assert sql(COUNT) == []
+
+
+def test_a_twin_in_flight_is_told_so_and_then_the_answer(
+    client: AppClient, things: Things, sql: Sql, session: Session
+) -> None:
+    blocker = session()
+    blocker.cursor().execute("LOCK TABLE things IN SHARE MODE")
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(keyed, client, THINGS, {"n": 1})
+        wait_until(lambda: things.runs == 1)
+        twin = keyed(client, THINGS, {"n": 1})
+        assert_problem(twin, 409, "in-progress")
+        assert twin.headers["Retry-After"] == "1"
+        blocker.rollback()
+        first = future.result(5)
+    assert first.status == 201
+    assert_replays(first, keyed(client, THINGS, {"n": 1}))
+    assert sql(COUNT) == [(1, 2)]
+
+
+def test_of_many_at_once_one_is_applied(client: AppClient, things: Things, sql: Sql) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        for n in range(20):
+            answers = list(threads.map(lambda _, n=n: keyed(client, THINGS, {"n": n}, f"k{n}"), range(8)))
+            assert {a.status for a in answers} <= {201, 409}
+            assert len({a.body for a in answers if a.status == 201}) == 1
+    assert sql(COUNT) == [(n, 2) for n in range(20)]
+
+
+@pytest.mark.usefixtures("things")
+def test_an_answer_is_kept_for_a_day(client: AppClient, sql: Sql, instance: Instance) -> None:
+    first = keyed(client, THINGS, {"n": 1}, "young")
+    keyed(client, THINGS, {"n": 2}, "old")
+    for key, age in (("young", timedelta(hours=23, minutes=59)), ("old", timedelta(hours=24, minutes=1))):
+        sql("UPDATE idempotency_keys SET created_at = created_at - %s WHERE key = %s", age, key)
+    Upkeep(Config(), instance).clean()
+    assert_replays(first, keyed(client, THINGS, {"n": 1}, "young"))
+    assert keyed(client, THINGS, {"n": 2}, "old").status == 201
+    assert sql(COUNT) == [(1, 2), (2, 4)]
+
+
+@pytest.mark.usefixtures("things")
+def test_a_key_costs_two_messages(client: AppClient, sent: list[str]) -> None:
+    """BEGIN with the look at the key, and the answer with COMMIT."""
+    keyed(client, THINGS, {"n": 1})
+    assert [text.split()[0] for text in sent] == ["SELECT", "INSERT", "INSERT", "INSERT"]
+    assert sent[-1].endswith("; COMMIT")
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The messages that requests send to the database from now on."""
+    texts: list[str] = []
+    execute, end = Connection._execute, Connection.end
+
+    def note(conn: Connection, sql: str, params: Any) -> Any:
+        texts.append(sql.strip())
+        return execute(conn, sql, params)
+
+    def note_end(conn: Connection, how: str) -> None:
+        if conn._begun:
+            texts.append(how)
+        end(conn, how)
+
+    monkeypatch.setattr(Connection, "_execute", note)
+    monkeypatch.setattr(Connection, "end", note_end)
+    return texts
+
+
+# Never a success that is no longer true
+
+
+def test_a_view_may_say_what_became_of_its_answer(client: AppClient, things: Things, sql: Sql) -> None:
+    sql("INSERT INTO things VALUES (1)")
+    first = keyed(client, THINGS + "/claim", key="a")
+    again = keyed(client, THINGS + "/claim", key="a")
+    assert (first.json, again.json) == ({"claimed": 1}, {"claimed": 1, "again": True})
+    assert again.headers["Idempotency-Replayed"] == "true"
+    sql("UPDATE things SET n = 10")
+    assert_problem(keyed(client, THINGS + "/claim", key="a"), 409, "lock-lost")
+    assert_replays(keyed(client, THINGS + "/claim", key="b"), keyed(client, THINGS + "/claim", key="b"))
+
+
+def test_that_there_was_nothing_to_claim_is_not_kept(client: AppClient, things: Things, sql: Sql) -> None:
+    assert keyed(client, THINGS + "/claim").status == 204
+    sql("INSERT INTO things VALUES (1)")
+    assert keyed(client, THINGS + "/claim").json == {"claimed": 1}
+
+
+def test_the_key_of_an_acquire_finds_its_grant(client: AppClient, sql: Sql) -> None:
+    first = keyed(client, BUILD, {"owner": "a", "ttl_seconds": 60})
+    again = keyed(client, BUILD, {"owner": "a", "ttl_seconds": 60})
+    assert (first.status, again.status) == (201, 201)
+    assert again.headers["Idempotency-Replayed"] == "true"
+    assert again.json["fencing_token"] == first.json["fencing_token"]
+    assert seconds(again.json) == 60, "its client counts from when it asked last"
+    client.put(BUILD, {"fencing_token": first.json["fencing_token"], "ttl_seconds": 600})
+    assert (
+        keyed(client, BUILD, {"owner": "a", "ttl_seconds": 60}).json["expires_at"]
+        == client.get(BUILD).json["expires_at"]
+    )
+    assert sql("SELECT extract(epoch FROM expires_at - clock_timestamp()) > 590 FROM distributed_locks") == [(True,)]
+
+
+def test_the_key_of_a_grant_that_ended_never_gets_another(client: AppClient, sql: Sql) -> None:
+    def ask(name: str) -> Answer:
+        return keyed(client, LOCKS + name, {"owner": "a", "ttl_seconds": 1 if name == "expired" else 60})
+
+    tokens = {name: ask(name).json["fencing_token"] for name in ("released", "forced", "taken", "expired")}
+    release(client, tokens["released"], "released")
+    force(client, tokens["forced"], "forced")
+    release(client, tokens["taken"], "taken")
+    acquire(client, "taken", owner="b")
+    wait_expired(sql, "expired")
+    for _ in range(2):
+        assert_lost(ask("released"), "released")
+        assert_lost(ask("forced"), "forced")
+        assert_lost(ask("taken"), "released", "b")
+        assert_lost(ask("expired"), "expired")
+    assert [held["lock_name"] for held in client.get(LOCKS[:-1]).json] == ["taken"]
+
+
+def test_a_refused_acquire_may_be_tried_again_with_its_key(client: AppClient) -> None:
+    held = acquire(client, owner="b")
+    assert_problem(keyed(client, BUILD), 409, "lock-held")
+    release(client, held["fencing_token"])
+    assert keyed(client, BUILD).status == 201
+
+
+def test_the_owner_that_is_made_for_a_key_is_the_same_each_time(client: AppClient, sql: Sql) -> None:
+    """A crash after the grant and before its key was kept costs nothing."""
+    first = keyed(client, BUILD)
+    sql("DELETE FROM idempotency_keys")
+    again = keyed(client, BUILD)
+    assert (first.status, again.status) == (201, 200)
+    assert again.json["fencing_token"] == first.json["fencing_token"]
+    assert keyed(client, LOCKS + "other").json["owner"] != first.json["owner"]
+    assert_problem(keyed(client, BUILD, key="other"), 409, "lock-held")
+
+
+def test_the_key_of_another_acquire_is_refused(client: AppClient) -> None:
+    keyed(client, BUILD, {"ttl_seconds": 10})
+    assert_problem(keyed(client, BUILD, {"ttl_seconds": 20}), 422, "key-reused")
+
+
+def test_twins_that_wait_share_one_grant_and_no_transaction(client: AppClient, sql: Sql) -> None:
+    held = acquire(client, owner="holder")
+    with ThreadPoolExecutor(2) as threads:
+        twins = [threads.submit(keyed, client, BUILD, {"wait_seconds": 20}) for _ in range(2)]
+        wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
+        assert sql("SELECT 1 FROM pg_stat_activity WHERE state LIKE 'idle in%%' AND datname = current_database()") == []
+        release(client, held["fencing_token"])
+        answers = [twin.result(20) for twin in twins]
+    assert {a.status for a in answers} <= {200, 201}
+    assert len({a.json["fencing_token"] for a in answers}) == 1
+    assert client.get(BUILD).json["fencing_token"] == answers[0].json["fencing_token"]
+
+
+def test_the_late_twin_of_a_request_takes_nothing(client: AppClient, monkeypatch: pytest.MonkeyPatch, sql: Sql) -> None:
+    """It looked for its key before the first was answered, and asks for the lock when that has been released."""
+    real, first = locks.acquire, []
+
+    def late(*args: Any, **more: Any) -> locks.Attempt:
+        monkeypatch.setattr(locks, "acquire", real)
+        first.append(keyed(client, BUILD).json["fencing_token"])
+        release(client, first[0])
+        return real(*args, **more)
+
+    monkeypatch.setattr(locks, "acquire", late)
+    assert_lost(keyed(client, BUILD), "released")
+    assert client.get(BUILD).status == 404
+
+
+def test_who_hung_up_while_it_waited_may_ask_again_with_its_key(app: Flask, client: AppClient, sql: Sql) -> None:
+    held = acquire(client, owner="holder")
+    near, far = socket.socketpair()
+    with near, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})
+        wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
+        far.close()
+        waiting.result(5)
+    release(client, held["fencing_token"])
+    assert keyed(client, BUILD, {"wait_seconds": 20}).status in (200, 201)
+
+
+# Deadlocks and serialization failures are repeated inside
+
+
+BOTH = """
+    CREATE TABLE counters (id int PRIMARY KEY, n int NOT NULL DEFAULT 0);
+    INSERT INTO counters VALUES (1), (2);
+    CREATE FUNCTION count_both(a int, b int) RETURNS void LANGUAGE plpgsql AS $$
+    BEGIN
+        UPDATE counters SET n = n + 1 WHERE id = a;
+        PERFORM pg_sleep(0.5);
+        UPDATE counters SET n = n + 1 WHERE id = b;
+    END $$
+"""
+DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+# Fails so many times, and then no more: a sequence counts on though everything else is undone.
+FAILS = "DO $$ BEGIN IF nextval('tries') <= {} THEN RAISE {}; END IF; INSERT INTO things VALUES (2); END $$"
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize("how", ["statement", "transaction"])
+def test_two_that_deadlock_are_both_done_once(
+    client: AppClient, things: Things, sql: Sql, key: str | None, how: str
+) -> None:
+    sql(BOTH)
+    both_have_one = threading.Barrier(2)
+
+    def meanwhile() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_one.wait(0.5)
+
+    things.meanwhile = meanwhile
+    with ThreadPoolExecutor(2) as threads:
+        asked = [
+            threads.submit(
+                client.post,
+                THINGS + "/both",
+                {"how": how, "rows": rows},
+                headers={} if key is None else {"Idempotency-Key": key + str(rows[0])},
+            )
+            for rows in ([1, 2], [2, 1])
+        ]
+        assert [future.result(10).status for future in asked] == [201, 201]
+    assert sql("SELECT n FROM counters") == [(2,), (2,)]
+    wait_until(lambda: sql(DEADLOCKS) >= [(1,)])
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize("state", ["deadlock_detected", "serialization_failure"])
+def test_a_transaction_that_was_undone_is_repeated_three_times(
+    client: AppClient, things: Things, sql: Sql, key: str | None, state: str
+) -> None:
+    headers = {} if key is None else {"Idempotency-Key": key}
+    for fails, status, runs in ((3, 201, 4), (4, 503, 4)):
+        sql("DROP SEQUENCE IF EXISTS tries; CREATE SEQUENCE tries; DELETE FROM idempotency_keys; DELETE FROM things")
+        things.runs = 0
+        answered = client.post(THINGS + "/after", {"sql": FAILS.format(fails, state)}, headers=headers)
+        assert (answered.status, things.runs) == (status, runs)
+        assert sql(COUNT) == ([(2, 1)] if status == 201 else [])
+    assert_problem(answered, 503, "busy")
+    assert answered.headers["Retry-After"] == "1"
+
+
+def test_a_request_that_has_committed_something_is_not_repeated(client: AppClient, things: Things, sql: Sql) -> None:
+    sql("CREATE SEQUENCE tries")
+    body = {"sql": FAILS.format(1, "deadlock_detected"), "first": True}
+    assert client.post(THINGS + "/after", body).status == 503
+    assert (things.runs, sql(COUNT)) == (1, [(1, 1)])
+    sql("SELECT setval('tries', 1, false)")
+    assert keyed(client, THINGS + "/after", body).status == 201, "with a key it has not: all is one transaction"
+    assert (things.runs, sql(COUNT)) == (3, [(1, 2), (2, 1)])
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize(
+    "sql_text", ["DO 'BEGIN RAISE lock_not_available; END'", "SELECT pg_terminate_backend(pg_backend_pid())"]
+)
+def test_nothing_else_is_repeated(client: AppClient, things: Things, key: str | None, sql_text: str) -> None:
+    headers = {} if key is None else {"Idempotency-Key": key}
+    assert client.post(THINGS + "/after", {"sql": sql_text}, headers=headers).status == 503
+    assert things.runs == 1
