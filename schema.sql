@@ -485,6 +485,16 @@ CREATE TABLE IF NOT EXISTS projects (
     updated_at         timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE SEQUENCE IF NOT EXISTS project_numbers;
+
+CREATE OR REPLACE FUNCTION on_project_written() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.closed_at := CASE WHEN NEW.status = 'closed' THEN COALESCE(NEW.closed_at, clock_timestamp()) END;
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_project_written ON projects;
+CREATE TRIGGER a_project_written BEFORE INSERT OR UPDATE OF status ON projects FOR EACH ROW
+    EXECUTE FUNCTION on_project_written();
+
 CREATE INDEX IF NOT EXISTS projects_parent ON projects (parent_id) WHERE parent_id IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS providers (
@@ -929,16 +939,20 @@ BEGIN
 END $$;
 
 -- An entity as it is answered.
+CREATE OR REPLACE FUNCTION as_json(t comments) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(t) || CASE t.entity_type
+        WHEN 'bead' THEN jsonb_build_object('bead_id', t.entity_id, 'edited', t.version > 1)
+        ELSE jsonb_build_object('comment', t.content, 'timestamp', t.created_at) END;
+$$;
 CREATE OR REPLACE FUNCTION as_json(t projects) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT to_jsonb(t) || jsonb_build_object(
         'agents', ARRAY(SELECT id FROM agents WHERE project_id = t.id ORDER BY id),
-        'comments', (SELECT COALESCE(jsonb_agg(c ORDER BY c.created_at, c.id), '[]') FROM comments c
+        'comments', (SELECT COALESCE(jsonb_agg(as_json(c) ORDER BY c.created_at, c.id), '[]') FROM comments c
                       WHERE c.entity_type = 'project' AND c.entity_id = t.id));
 $$;
 CREATE OR REPLACE FUNCTION as_json(t providers) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
 CREATE OR REPLACE FUNCTION as_json(t agents) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
 CREATE OR REPLACE FUNCTION as_json(t config) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
-CREATE OR REPLACE FUNCTION as_json(t comments) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
 CREATE OR REPLACE FUNCTION as_json(t beads) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT to_jsonb(t) || jsonb_build_object(
         'not_before', CASE WHEN t.not_before > clock_timestamp() THEN t.not_before END,
@@ -1095,7 +1109,8 @@ BEGIN
         RETURN;
     END IF;
     IF found IS NULL THEN
-        own := own || jsonb_build_object(key_column, key);
+        own := own || jsonb_build_object(key_column, key, 'created_at', clock_timestamp());
+        own := own || jsonb_build_object('updated_at', own -> 'created_at');
     ELSIF action = 'patch' THEN
         own := (SELECT jsonb_object_agg(p.key, CASE jsonb_typeof(p.value) WHEN 'object' THEN merge_patch(found -> p.key, p.value)
                                                ELSE p.value END) FROM jsonb_each(own) AS p);

@@ -56,6 +56,31 @@ class Conflict(Error):
     type = "conflict"
 
 
+class Taken(Conflict):
+    """The id is taken."""
+
+    type = "taken"
+
+
+class InUse(Conflict):
+    """It is still in use."""
+
+    type = "in-use"
+
+
+class Cycle(Conflict):
+    """These would wait for each other for ever."""
+
+    type = "cycle"
+
+
+class Stale(Error):
+    """It has changed since you read it."""
+
+    status = 412
+    type = "stale"
+
+
 class LockHeld(Conflict):
     """The lock is held by another."""
 

@@ -12,7 +12,18 @@ from loom import db, errors
 from loom import instances as registry
 from loom.config import Config, load
 from loom.db.connection import REPEATS
-from loom.http import grants, health, idempotency, instances, locks, problems
+from loom.http import (
+    agents,
+    beads,
+    grants,
+    health,
+    idempotency,
+    instances,
+    locks,
+    problems,
+    projects,
+    providers,
+)
 from loom.http.parse import IdConverter, NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
@@ -75,7 +86,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
     app.url_map.converters.update(name=NameConverter, id=IdConverter)
-    for routes in (health, instances, locks, grants):
+    for routes in (health, instances, locks, grants, providers, projects, agents, beads):
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()

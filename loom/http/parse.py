@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 import re
 from collections import Counter
-from typing import Any, TypeVar
+from collections.abc import Collection
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
+import msgspec.inspect
 from flask import request
+from msgspec import Meta
 from werkzeug.routing import BaseConverter
 
 from loom import errors, instances
 from loom.state.writer import Writer
 
 T = TypeVar("T")
+
+Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+Time = Annotated[datetime, Meta(tz=True)]
 
 MAX_TOKEN = 2**53 - 1
 MAX_ROWS = 10_000
@@ -56,22 +65,28 @@ def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
         prepare(struct)
 
 
-def body(kind: type[T]) -> T:
-    """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge."""
+def body(kind: type[T], known: Collection[str] | None = None) -> T:
+    """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge.
+
+    known: the keys that it may have, where the `kind` itself ignores others.
+    """
     raw = request.get_data() or b"{}"
     if request.content_length is None and len(raw) >= (request.max_content_length or math.inf):
         raise errors.TooLarge("A body may have 1 MiB.")  # in chunks it is cut off there
     try:
         value = msgspec.json.decode(raw, type=kind)
-        json.loads(raw, object_pairs_hook=_object, parse_int=_int)
+        found = json.loads(raw, object_pairs_hook=_object, parse_int=_int)
     except msgspec.ValidationError as exc:
-        raise _invalid(str(exc)) from None
+        raise _invalid(str(exc), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise errors.Invalid("The body is not valid JSON.", error="Invalid request body") from None
+    for key in found:
+        if known is not None and key not in known:
+            raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
     return value
 
 
-def _invalid(text: str) -> errors.Invalid:
+def _invalid(text: str, kind: type) -> errors.Invalid:
     """From msgspec's "Expected `int`, got `str` - at `$.ttl_seconds`"; an unknown field stands in the text itself."""
     match = _PATH.match(text)
     assert match is not None
@@ -79,7 +94,21 @@ def _invalid(text: str) -> errors.Invalid:
     named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
-    return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:])
+    allowed = _allowed(kind).get(field)
+    return errors.Invalid.field(
+        field or "body", problem[:1].lower() + problem[1:], **({"allowed": allowed} if allowed else {})
+    )
+
+
+@functools.cache
+def _allowed(kind: type) -> dict[str, list[Any]]:
+    """The values that a field of a Struct may have, where they are few."""
+    allowed = {}
+    for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
+        for hint in getattr(field.type, "types", (field.type,)):
+            if isinstance(hint, msgspec.inspect.LiteralType):
+                allowed[field.encode_name] = list(hint.values)
+    return allowed
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,6 +190,13 @@ def check_name(name: str, field: str = "lock_name") -> str:
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise errors.Invalid.field(field, "must not hold an empty part, . or .. between slashes")
     return name
+
+
+def key(value: str) -> str:
+    """An entity's id from the path. Raises Invalid for what can't be one."""
+    if not 1 <= len(value) <= 200 or _CONTROL.search(value) or "\ufffd" in value:
+        raise errors.Invalid.field("id", "must have 1 to 200 characters of UTF-8 and no control characters")
+    return value
 
 
 def cursor(kind: type[T], name: str = "after") -> T | None:

@@ -165,7 +165,8 @@ def test_names_and_ids_do_not_depend_on_the_c_library(sql: Sql) -> None:
     """An upgrade of it changes collations, which corrupts their unique indexes: then a lock has two holders."""
     rows = sql(
         "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
-        " AND (column_name IN ('lock_name', 'owner', 'id', 'key', 'parent', 'assigned_to') OR column_name LIKE '%%_id') AND data_type = 'text'"
+        " AND (column_name IN ('lock_name', 'owner', 'id', 'key', 'parent', 'assigned_to') OR column_name LIKE '%%_id')"
+        " AND data_type = 'text'"
         " AND collation_name IS DISTINCT FROM 'C'"
     )
     assert rows == []

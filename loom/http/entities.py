@@ -1,0 +1,143 @@
+"""The routes that every kind of shared state has: list, one, create, change, delete. Each kind adds its own to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgspec
+from flask import Blueprint, Response, request
+from msgspec import UNSET
+
+from loom import db, errors
+from loom.http import answer, parse
+from loom.state import entities
+from loom.state.entities import Action, Versioned
+
+MOST_VALUES = 100  # of one filter
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """What a client may write of an entity; a key that is absent stays as it is."""
+
+
+class Kind(NamedTuple):
+    """What distinguishes one kind of entity from the others over HTTP."""
+
+    entity: type[Versioned]
+    body: type[Body]
+    required: tuple[str, ...]  # of a new one
+    filters: tuple[str, ...]  # of the list: `a,b` is either
+    original: frozenset[str]  # methods of the original's routes, on which unknown keys are ignored
+    create: Action = "create"
+    # Adapts a patch in place, before it is written: (patch, id or None for a new one).
+    adapt: Callable[[dict[str, Any], str | None], None] = lambda patch, key: None
+
+    @property
+    def name(self) -> str:
+        return entities.kind_name(self.entity)
+
+
+def blueprint(kind: Kind) -> Blueprint:
+    """The routes under /api/v1/<kind>s."""
+    bp = Blueprint(kind.name + "s", __name__, url_prefix=f"/api/v1/{kind.name}s")
+    for rule, view, methods in (
+        ("", some, ["GET"]),
+        ("", create, ["POST"]),
+        ("/<key>", one, ["GET"]),
+        ("/<key>", change, ["PUT", "PATCH"]),
+        ("/<key>", delete, ["DELETE"]),
+    ):
+        bp.add_url_rule(rule, view.__name__, partial(view, kind), methods=methods)
+    return bp
+
+
+def some(kind: Kind) -> Response:
+    filters = {}
+    for column in kind.filters:
+        value = parse.text(column, 10_000)
+        if value:
+            filters[column] = value.split(",")[:MOST_VALUES]
+    after = parse.cursor(str)
+    with db.connection() as conn:
+        return answer.page(
+            lambda limit: entities.some(conn, kind.entity, filters=filters, after=after, limit=limit),
+            entities.key_of,
+        )
+
+
+def one(kind: Kind, key: str) -> Response:
+    with db.connection() as conn:
+        return versioned(entities.get(conn, kind.entity, parse.key(key)))
+
+
+def create(kind: Kind) -> Response:
+    patch = given(kind, None)
+    for field in kind.required:
+        if not patch.get(field):
+            raise errors.Invalid.field(field, "is required")
+    key = patch.pop("id", None)
+    writer = parse.writer(f"{kind.name}:{key or ''}")
+    with db.connection() as conn:
+        made = entities.change(conn, writer, kind.entity, key, kind.create, patch, expected=if_match())
+    return versioned(made.entity, 201)
+
+
+def change(kind: Kind, key: str) -> Response:
+    key, action = parse.key(key), request.method.lower()
+    patch = given(kind, key)
+    patch.pop("id", None)
+    writer = parse.writer(f"{kind.name}:{key}")
+    with db.connection() as conn:
+        done = entities.change(
+            conn,
+            writer,
+            kind.entity,
+            key,
+            action,  # type: ignore[arg-type]
+            patch,
+            expected=if_match(),
+            merge=action == "patch" and "conflict=merge" in request.headers.get("Prefer", ""),
+            replay=writer.request_id if action == "put" else None,
+        )
+    return versioned(done.entity)
+
+
+def delete(kind: Kind, key: str) -> Response:
+    key = parse.key(key)
+    writer = parse.writer(f"{kind.name}:{key}")
+    with db.connection() as conn:
+        entities.change(conn, writer, kind.entity, key, "delete", expected=if_match(), replay=writer.request_id)
+    return answer.nothing()
+
+
+def given(kind: Kind, key: str | None) -> dict[str, Any]:
+    """What the request wants written, checked and adapted. Read-only keys are left out."""
+    known = None
+    if request.method not in kind.original:
+        known = {*kind.body.__struct_fields__, *kind.entity.__struct_fields__}
+    body = parse.body(kind.body, known)
+    patch = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not UNSET}
+    kind.adapt(patch, key)
+    return patch
+
+
+def if_match() -> int | None:
+    """The version that the writer has seen, from If-Match; None when it does not say."""
+    if "If-Match" not in request.headers or request.if_match.star_tag:
+        return None
+    tags = request.if_match.as_set(include_weak=True)
+    if len(tags) != 1:
+        raise errors.Invalid.field("If-Match", "must be one ETag, or *")
+    tag = tags.pop()
+    return int(tag) if tag.isascii() and tag.isdigit() and len(tag) < 19 else 0
+
+
+def versioned(entity: Versioned, status: int = 200) -> Response:
+    """The entity with its version as the ETag; 304 when the client has it."""
+    response = answer.json(entity, status)
+    response.set_etag(str(entity.version))
+    if request.method == "GET" and "If-None-Match" in request.headers:
+        response.make_conditional(request)
+    return response

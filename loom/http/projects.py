@@ -1,0 +1,140 @@
+"""/api/v1/projects: what agents and beads belong to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from flask import Response
+from msgspec import UNSET, UnsetType
+
+from loom import db, errors
+from loom.http import answer, entities, parse
+from loom.http.entities import versioned
+from loom.http.parse import Key, Time
+from loom.state import comments, projects
+from loom.state.agents import Agent
+from loom.state.entities import change, get
+from loom.state.projects import Project
+
+
+class ProjectBody(entities.Body):
+    id: Key | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    git_repo: str | UnsetType = UNSET
+    branch: str | UnsetType = UNSET
+    beads_path: str | UnsetType = UNSET
+    bead_prefix: Key | UnsetType = UNSET
+    parent_id: str | UnsetType | None = UNSET
+    is_perpetual: bool | UnsetType = UNSET
+    is_sticky: bool | UnsetType = UNSET
+    git_strategy: Literal["direct", "branch-pr", ""] | UnsetType = UNSET
+    git_auth_method: Literal["none", "ssh", "token", "basic", "git-helper", ""] | UnsetType = UNSET
+    git_credential_id: str | UnsetType | None = UNSET
+    git_config_options: dict[str, Any] | UnsetType = UNSET
+    work_dir: str | UnsetType | None = UNSET
+    last_sync_at: Time | UnsetType | None = UNSET
+    last_commit_hash: str | UnsetType | None = UNSET
+    status: Literal["open", "closed", "reopened", ""] | UnsetType = UNSET
+    context: dict[str, Any] | UnsetType = UNSET
+    attributes: dict[str, Any] | UnsetType = UNSET
+    due_date: Time | UnsetType | None = UNSET
+
+
+def _adapt(patch: dict[str, Any], key: str | None) -> None:
+    """An empty text leaves the field as it is, as in the original."""
+    for field in [field for field, value in patch.items() if value == ""]:
+        del patch[field]
+
+
+KIND = entities.Kind(
+    Project,
+    ProjectBody,
+    required=("name", "git_repo", "branch"),
+    filters=("status", "parent_id"),
+    original=frozenset({"POST", "PUT"}),
+    adapt=_adapt,
+)
+bp = entities.blueprint(KIND)
+
+
+class Assignment(entities.Body):
+    agent_id: str = ""
+    action: str = "assign"
+
+
+class Remark(entities.Body):
+    author_id: str = ""
+    comment: str = ""
+
+
+@bp.post("/<key>/agents")
+def assign(key: str) -> Response:
+    """Moves an agent into the project, or out of it."""
+    body = parse.body(Assignment)
+    if body.action not in ("assign", "unassign"):
+        raise errors.Invalid.field("action", "is neither assign nor unassign", allowed=["assign", "unassign"])
+    if not body.agent_id:
+        raise errors.Invalid.field("agent_id", "is required")
+    writer = parse.writer(f"agent:{body.agent_id}")
+    with db.transaction() as conn:
+        get(conn, Project, parse.key(key))
+        try:
+            agent = get(conn, Agent, body.agent_id)
+        except errors.NotFound:
+            raise errors.Invalid.field("agent_id", f"{body.agent_id} does not exist") from None
+        if body.action == "assign" or agent.project_id == key:
+            patch = {"project_id": key if body.action == "assign" else None}
+            change(conn, writer, Agent, body.agent_id, "put", patch)
+        return versioned(get(conn, Project, key))
+
+
+@bp.post("/<key>/close")
+def close(key: str) -> Response:
+    """409 with what is left to do, unless everything is done."""
+    return _move(key, "closed")
+
+
+@bp.post("/<key>/reopen")
+def reopen(key: str) -> Response:
+    return _move(key, "reopened")
+
+
+def _move(key: str, status: str) -> Response:
+    body = parse.body(Remark)
+    if not body.author_id:
+        raise errors.Invalid.field("author_id", "is required")
+    writer = parse.writer(f"project:{parse.key(key)}")
+    with db.transaction() as conn:
+        state = projects.state(conn, key)
+        if status == "closed" and not state.can_close:
+            raise errors.Conflict("The project cannot be closed yet.", readiness_issues=state.readiness_issues)
+        done = change(conn, writer, Project, key, "put", {"status": status})
+        if body.comment:
+            comments.on_project(conn, writer, key, body.author_id, body.comment)
+            return versioned(get(conn, Project, key))
+        return versioned(done.entity)
+
+
+@bp.get("/<key>/state")
+def state(key: str) -> Response:
+    with db.connection() as conn:
+        return answer.json(projects.state(conn, parse.key(key)))
+
+
+@bp.get("/<key>/comments")
+def remarks(key: str) -> Response:
+    with db.connection() as conn:
+        return answer.json(get(conn, Project, parse.key(key)).comments)
+
+
+@bp.post("/<key>/comments")
+def remark(key: str) -> Response:
+    body = parse.body(Remark)
+    for field in ("author_id", "comment"):
+        if not getattr(body, field):
+            raise errors.Invalid.field(field, "is required")
+    with db.transaction() as conn:
+        get(conn, Project, parse.key(key))
+        made = comments.on_project(conn, parse.writer(""), key, body.author_id, body.comment)
+        return answer.json(made, 201)

@@ -1,0 +1,94 @@
+"""Remarks on beads and projects, which change neither."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+
+from loom import db
+from loom.state.beads import Bead
+from loom.state.entities import Versioned, change, get
+from loom.state.writer import Writer
+
+
+class Comment(Versioned, kw_only=True):
+    """A remark on a bead; `replies` are those that name it as their parent."""
+
+    id: str
+    bead_id: str
+    parent_id: str | None = None
+    author_id: str
+    author_username: str
+    content: str
+    edited: bool
+    replies: list[Comment] = []
+
+
+class ProjectComment(Versioned, kw_only=True):
+    """A remark on a project."""
+
+    id: str
+    project_id: str
+    author_id: str
+    comment: str
+    timestamp: datetime
+
+
+def on_bead(conn: db.Connection, writer: Writer, bead_id: str, content: str, parent_id: str | None) -> Comment:
+    """Adds one, by the writer. Raises NotFound for the bead, Invalid for a parent that is not there."""
+    bead = get(conn, Bead, bead_id)
+    author = writer.actor or ""
+    return change(
+        conn,
+        writer,
+        Comment,
+        None,
+        "create",
+        {
+            "entity_type": "bead",
+            "entity_id": bead_id,
+            "project_id": bead.project_id,
+            "parent_id": parent_id,
+            "author_id": author,
+            "author_username": author,
+            "content": content,
+        },
+    ).entity
+
+
+def of_bead(conn: db.Connection, bead_id: str) -> list[Comment]:
+    """All of a bead, oldest first, replies under what they reply to. Raises NotFound."""
+    get(conn, Bead, bead_id)
+    rows = db.all(
+        conn,
+        """
+        SELECT as_json(c)::text AS it FROM comments c WHERE entity_type = 'bead' AND entity_id = %(bead)s
+         ORDER BY created_at, id
+        """,
+        bead=bead_id,
+    )
+    found = {c.id: c for c in (msgspec.json.decode(row["it"], type=Comment) for row in rows)}
+    for comment in found.values():
+        if comment.parent_id in found:
+            found[comment.parent_id].replies.append(comment)
+    return [comment for comment in found.values() if comment.parent_id not in found]
+
+
+def on_project(conn: db.Connection, writer: Writer, project_id: str, author: str, content: str) -> ProjectComment:
+    """Adds one. The project must be there."""
+    return change(
+        conn,
+        writer,
+        ProjectComment,
+        None,
+        "create",
+        {
+            "entity_type": "project",
+            "entity_id": project_id,
+            "project_id": project_id,
+            "author_id": author,
+            "author_username": author,
+            "content": content,
+        },
+    ).entity

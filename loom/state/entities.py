@@ -1,0 +1,161 @@
+"""What providers, projects, agents, beads and config have in common: versions, conflicts, changes in one round trip."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import psycopg2
+
+from loom import db, errors
+from loom.state.writer import Writer, call
+
+E = TypeVar("E", bound="Versioned")
+Action = Literal["create", "upsert", "put", "patch", "delete"]
+
+
+class Versioned(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One piece of shared state, as it is answered. What has a default is left out when it is empty."""
+
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class Entity(Versioned, kw_only=True):
+    """Shared state with an id."""
+
+    id: str
+    attributes: dict[str, Any] = {}
+
+
+class Change(msgspec.Struct):
+    """What a change came to: 'created', 'updated', 'deleted', or 'replayed' when this request had done it before."""
+
+    outcome: str
+    entity: Any = None
+
+
+def get(conn: db.Connection, kind: type[E], key: str) -> E:
+    """One entity. Raises NotFound."""
+    row = db.one(conn, f"SELECT as_json(t)::text AS it FROM {_table(kind)} t WHERE {_key(kind)} = %(key)s", key=key)
+    if row is None:
+        raise not_found(kind, key)
+    return msgspec.json.decode(row["it"], type=kind)
+
+
+def some(
+    conn: db.Connection, kind: type[E], *, filters: Mapping[str, Sequence[str]], after: str | None, limit: int
+) -> list[E]:
+    """Entities in the order of their ids, those after `after` only; of each filtered column, one of the values."""
+    where = "".join(f" AND {column} = ANY (%({column})s)" for column in filters)
+    rows = db.all(
+        conn,
+        f"""
+        SELECT as_json(t)::text AS it FROM {_table(kind)} t
+         WHERE {_key(kind)} > %(after)s{where} ORDER BY {_key(kind)} LIMIT %(limit)s
+        """,
+        after=after or "",
+        limit=limit,
+        **{column: list(values) for column, values in filters.items()},
+    )
+    return [msgspec.json.decode(row["it"], type=kind) for row in rows]
+
+
+def change(
+    conn: db.Connection,
+    writer: Writer,
+    kind: type[E],
+    key: str | None,
+    action: Action,
+    patch: Mapping[str, Any] | None = None,
+    *,
+    expected: int | None = None,
+    merge: bool = False,
+    replay: str | None = None,
+) -> Change:
+    """Changes one entity, in one round trip; the promises are kept in change_entity() of schema.sql.
+
+    patch: the new values. 'put' replaces those given, 'patch' merges objects as a JSON merge patch does.
+    expected: the version that the writer has seen; with `merge`, later changes of other fields do no harm.
+    replay: the request's id, if it may arrive twice.
+    Raises NotFound, Taken, Stale, LockHeld, LockLost, Cycle, InUse, and Invalid for a reference to what is not there.
+    """
+    name = kind_name(kind)
+    try:
+        row = call(
+            conn,
+            writer,
+            """
+            SELECT outcome, entity::text AS entity, detail FROM change_entity(
+                %(kind)s, %(key)s, %(action)s, %(patch)s, %(expected)s, %(merge)s, %(fences)s, %(replay)s)
+            """,
+            kind=name,
+            key=key,
+            action=action,
+            patch=json.dumps(patch or {}, default=_text),
+            expected=expected,
+            merge=merge,
+            replay=replay,
+        )
+    except psycopg2.DatabaseError as exc:
+        raise refusal(exc, deleting=action == "delete") from exc
+    entity = None if row["entity"] is None else msgspec.json.decode(row["entity"], type=kind)
+    if row["outcome"] == "not-found":
+        raise not_found(kind, key or "")
+    if row["outcome"] == "taken":
+        raise errors.Taken(f"The id {key} is taken.", id=key)
+    if row["outcome"] == "stale":
+        changed = row["detail"]
+        conflicting = sorted(set(patch or {}) & set(changed)) if merge and changed is not None else None
+        raise errors.Stale(
+            f"The {name} has changed since the version in If-Match.",
+            current=entity,
+            changed=None if changed is None else sorted(changed),
+            changed_by=changed,
+            **({} if conflicting is None else {"conflicting": conflicting}),
+        )
+    return Change(row["outcome"], entity)
+
+
+def key_of(entity: Versioned) -> str:
+    return getattr(entity, _key(type(entity)))
+
+
+def kind_name(kind: type[Versioned]) -> str:
+    return kind.__name__.lower().removeprefix("project") or "project"
+
+
+def not_found(kind: type[Versioned], key: str) -> errors.NotFound:
+    return errors.NotFound(f"{kind.__name__} not found", id=key)
+
+
+def refusal(exc: psycopg2.DatabaseError, *, deleting: bool = False) -> Exception:
+    """What PostgreSQL refused of a change, as the caller's error; anything else stays as it is."""
+    if exc.pgcode == "L0002":
+        cycle = json.loads(exc.diag.message_detail or "[]")
+        return errors.Cycle(exc.diag.message_primary, cycle=cycle)
+    if exc.pgcode in ("23503", "23001"):
+        table, _, field = (exc.diag.constraint_name or "").removesuffix("_fkey").partition("_")
+        if deleting:
+            return errors.InUse(f"Some {table} still refer to it: move or delete them first.", used_by=table)
+        value = re.search(r"=\((.*)\)", exc.diag.message_detail or "", re.DOTALL)
+        return errors.Invalid.field(field, f"{value[1] if value else 'it'} does not exist")
+    return exc
+
+
+def _table(kind: type[Versioned]) -> str:
+    name = kind_name(kind)
+    return name if name == "config" else name + "s"
+
+
+def _key(kind: type[Versioned]) -> str:
+    return "key" if kind_name(kind) == "config" else "id"
+
+
+def _text(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else msgspec.to_builtins(value)

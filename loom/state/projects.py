@@ -1,0 +1,80 @@
+"""Projects: what agents and beads belong to."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from loom import db
+from loom.state.comments import ProjectComment
+from loom.state.entities import Entity, not_found
+
+
+class Project(Entity, kw_only=True):
+    """What agents and beads belong to. `agents` are ids; they and `comments` are derived."""
+
+    name: str
+    description: str = ""
+    git_repo: str
+    branch: str
+    beads_path: str
+    bead_prefix: str
+    parent_id: str | None = None
+    context: dict[str, Any] = {}
+    status: str
+    is_perpetual: bool
+    is_sticky: bool
+    comments: list[ProjectComment]
+    agents: list[str]
+    closed_at: datetime | None = None
+    due_date: datetime | None = None
+    git_strategy: str
+    git_auth_method: str
+    git_credential_id: str | None = None
+    git_config_options: dict[str, Any] = {}
+    work_dir: str | None = None
+    last_sync_at: datetime | None = None
+    last_commit_hash: str | None = None
+
+
+class State(msgspec.Struct):
+    """Whether a project can be closed: `readiness_issues` say what speaks against it."""
+
+    id: str
+    name: str
+    status: str
+    is_perpetual: bool
+    is_sticky: bool
+    open_beads: int
+    can_close: bool
+    readiness_ok: bool
+    readiness_issues: list[str]
+    created_at: datetime
+    updated_at: datetime
+    closed_at: datetime | None
+    comments_count: int
+
+
+def state(conn: db.Connection, key: str) -> State:
+    """How a project stands. Raises NotFound."""
+    row = db.one(
+        conn,
+        """
+        SELECT id, name, status, is_perpetual, is_sticky, created_at, updated_at, closed_at,
+               (SELECT count(*) FROM beads b WHERE b.project_id = p.id AND b.status <> 'closed') AS open_beads,
+               (SELECT count(*) FROM comments c WHERE c.entity_type = 'project' AND c.entity_id = p.id)
+                   AS comments_count
+          FROM projects p WHERE id = %(key)s
+        """,
+        key=key,
+    )
+    if row is None:
+        raise not_found(Project, key)
+    issues = []
+    if row["open_beads"]:
+        issues.append(f"{row['open_beads']} beads are not closed")
+    if row["is_perpetual"]:
+        issues.append("the project is perpetual")
+    return State(**row, can_close=not issues, readiness_ok=not issues, readiness_issues=issues)
