@@ -37,6 +37,7 @@ logconfig_dict = log.dict_config(settings.logging)
 def pre_fork(server, worker):
     worker.drain_seconds = settings.server.drain_seconds
     instances.before_fork(worker)
+    worker.before_fork()
 
 
 def post_fork(server, worker):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -18,6 +19,12 @@ from loom.http.listener import close_empty
 
 QUIT_SECONDS = 5  # Ctrl-C: from the signal to the end of the process, at most
 JOINED_BYTES = 64 * 1024  # of a body that are copied behind its headers; the rest follows uncopied
+
+# What ends a worker would be lost in the copies of its master's handlers with which it is born: these signals wait from
+# before its fork until it has its own; in the master only while it forks. Threads that it starts meanwhile leave them
+# to the main one.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+os.register_at_fork(after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING))
 
 
 def client_gone(environ: dict[str, Any]) -> bool:
@@ -82,6 +89,14 @@ class Worker(gthread.ThreadWorker):
     drain_seconds = 0.0  # how long to go on accepting, told as not ready, after SIGTERM
     drain_until: float | None = None
     quitting = False
+
+    def before_fork(self) -> None:
+        """In the master; the last thing before the fork."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: say that we drain, then stop after `drain_seconds`; a second SIGTERM does not wait for them."""

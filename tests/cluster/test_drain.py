@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import Client, Cluster, wait_until
+from harness import Client, Cluster, Postgres, wait_until
 from harness.load import Caller, Load, use_lock
+from harness.postgres import query
 
 Sql = Callable[..., list[tuple[object, ...]]]
 GOOD = {200, 201, 204}
@@ -151,6 +152,26 @@ def test_ctrl_c_is_quick_and_in_order(start_cluster: Callable[..., Cluster], sql
         cluster.masters[0].wait(10)
     assert time.monotonic() - started < 8
     assert sql("SELECT 1 FROM instances") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_end_while_it_starts_does_so(
+    start_cluster: Callable[..., Cluster], own_postgres: Postgres, number: signal.Signals
+) -> None:
+    """A silent database holds it up between its fork, at which it has its master's handlers, and its own."""
+    dsn = own_postgres.dsn(own_postgres.database())
+    cluster = start_cluster(1, dsn=dsn)
+    with own_postgres.frozen():
+        killed = cluster.kill(0)
+        wait_until(lambda: cluster.pid(0) != killed)
+        for pid in (cluster.pid(0), cluster.master(0)):
+            os.kill(pid, number)
+        wait_until(lambda: "Handling signal" in cluster.masters[0].log.read_text())  # and passes it on
+        if number == signal.SIGINT:  # the database does not come back for it
+            assert cluster.masters[0].wait(15) == 0
+    assert cluster.masters[0].wait(15) == 0
+    assert f"Worker exiting (pid: {cluster.pid(0)})" in cluster.masters[0].log.read_text()
+    assert query(dsn, "SELECT 1 FROM instances WHERE (metadata->>'pid')::int = %s", cluster.pid(0)) == []
 
 
 def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[..., Cluster]) -> None:
