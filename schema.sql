@@ -621,7 +621,9 @@ CREATE TABLE IF NOT EXISTS beads (
     open_children    integer     NOT NULL DEFAULT 0 CHECK (open_children >= 0),
     version          bigint      NOT NULL DEFAULT 1,
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at       timestamptz NOT NULL DEFAULT clock_timestamp()
+    updated_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CHECK (num_nulls(fencing_token, claimed_at, lease_seconds, lease_expires_at) IN (0, 4)),
+    CHECK (fencing_token IS NULL OR (status = 'in_progress' AND assigned_to IS NOT NULL))
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
         autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0.02);
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
@@ -847,9 +849,7 @@ CREATE TRIGGER claimed_bead_deleted AFTER DELETE ON beads FOR EACH ROW
 -- An agent that is gone has no beads: what it had claimed is open again.
 CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM give_back(b, 'agent-died', NULL, NULL, setting('beads.max_failures', 5), setting('beads.max_attempts', 20))
-       FROM (SELECT * FROM beads WHERE assigned_to = OLD.id AND status = 'in_progress' AND fencing_token IS NOT NULL
-              ORDER BY id FOR UPDATE) AS b;
+    PERFORM give_back_beads_of(OLD.id, setting('beads.max_failures', 5), setting('beads.max_attempts', 20));
     IF TG_OP = 'DELETE' THEN
         UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status <> 'closed';
     END IF;
@@ -1143,11 +1143,24 @@ END $$;
 
 -- Claims ----------------------------------------------------------------------------------------------------------
 
+-- The order of locking: names, the graph of the beads, beads by id, agents by id, then what follows from the change. Who has
+-- an agent's row without its beads' only tries for beads, names and further agents, and passes over what others are at.
+
 -- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database was
 -- away meanwhile.
 CREATE OR REPLACE FUNCTION agent_is_dead(a agents, dead_after interval) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT a.status = 'dead' OR (a.heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count());
+    SELECT a.status = 'dead' OR COALESCE(a.heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count(), false);
 $$;
+
+-- Takes the name of a change, for who has rows already and must not wait. False when others are at it or hold it from
+-- outside; a look in the same statement as the lock would miss a grant that was made in between.
+CREATE OR REPLACE FUNCTION try_name(name text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(name, 0)) THEN
+        RETURN false;
+    END IF;
+    RETURN NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp());
+END $$;
 
 -- Ends a claim that was not completed: the bead is open again, or blocked when it has failed too often. The caller has the
 -- bead's row locked. how: as in claims.ended_how.
@@ -1177,38 +1190,59 @@ BEGIN
 END $$;
 
 -- Opens again what nobody has renewed in time, a batch at a time; passes over what others are at, or hold from outside.
-CREATE OR REPLACE FUNCTION lapse_claims(batch integer, max_failures integer, max_attempts integer) RETURNS integer
+CREATE OR REPLACE FUNCTION lapse_claims(batch integer, max_failures integer, max_attempts integer) RETURNS SETOF beads
 LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
-    n integer := 0;
 BEGIN
     FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()
-              ORDER BY lease_expires_at LIMIT batch FOR UPDATE SKIP LOCKED
+                AND NOT EXISTS (SELECT 1 FROM distributed_locks l
+                                 WHERE l.lock_name = 'bead:' || beads.id AND l.expires_at > clock_timestamp())
+              ORDER BY lease_expires_at LIMIT batch FOR NO KEY UPDATE OF beads SKIP LOCKED
     LOOP
-        CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended('bead:' || b.id, 0))
-            OR EXISTS (SELECT 1 FROM distributed_locks WHERE lock_name = 'bead:' || b.id AND expires_at > clock_timestamp());
-        PERFORM give_back(b, 'lapsed', NULL, NULL, max_failures, max_attempts);
-        n := n + 1;
+        PERFORM 1 FROM agents WHERE id = b.assigned_to FOR NO KEY UPDATE SKIP LOCKED;
+        IF (FOUND OR NOT EXISTS (SELECT 1 FROM agents WHERE id = b.assigned_to)) AND try_name('bead:' || b.id) THEN
+            RETURN NEXT b;
+            PERFORM give_back(b, 'lapsed', NULL, NULL, max_failures, max_attempts);
+        END IF;
     END LOOP;
-    RETURN n;
 END $$;
 
--- Marks agents dead who have missed their heartbeats; what they had is open again (see agent_died).
-CREATE OR REPLACE FUNCTION end_dead_agents(batch integer, dead_after interval) RETURNS SETOF text LANGUAGE plpgsql AS $$
+-- Gives back what a dead agent has claimed. What others are at, or hold from outside, is left to lapse at once.
+CREATE OR REPLACE FUNCTION give_back_beads_of(agent text, max_failures integer, max_attempts integer) RETURNS void
+LANGUAGE plpgsql AS $$
 DECLARE
-    a text;
+    b beads;
 BEGIN
-    FOR a IN SELECT id FROM agents WHERE status <> 'dead' AND heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count()
-              ORDER BY id LIMIT batch
+    FOR b IN SELECT * FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
+              ORDER BY id FOR NO KEY UPDATE
     LOOP
-        CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended('agent:' || a, 0))
-            OR EXISTS (SELECT 1 FROM distributed_locks WHERE lock_name = 'agent:' || a AND expires_at > clock_timestamp());
-        -- Beads before agents, as in a claim.
-        PERFORM 1 FROM beads WHERE assigned_to = a AND status <> 'closed' ORDER BY id FOR UPDATE;
-        RETURN QUERY UPDATE agents SET status = 'dead'
-                      WHERE id = a AND status <> 'dead' AND heartbeat_at < clock_timestamp() - dead_after RETURNING id;
+        IF try_name('bead:' || b.id) THEN
+            PERFORM give_back(b, 'agent-died', NULL, NULL, max_failures, max_attempts);
+        ELSE
+            UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
+        END IF;
     END LOOP;
+END $$;
+
+-- Marks an agent dead that has missed its heartbeats; what it had is open again. False when it lives, or others are at it.
+CREATE OR REPLACE FUNCTION end_dead_agent(agent text, dead_after interval, max_failures integer, max_attempts integer)
+RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    a agents;
+BEGIN
+    IF NOT try_name('agent:' || agent) THEN
+        RETURN false;
+    END IF;
+    PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status <> 'closed'
+      ORDER BY id FOR NO KEY UPDATE;
+    SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE;
+    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a, dead_after) THEN
+        RETURN false;
+    END IF;
+    PERFORM give_back_beads_of(agent, max_failures, max_attempts);
+    UPDATE agents SET status = 'dead' WHERE id = agent;
+    RETURN true;
 END $$;
 
 -- Gives the bead, whose row and name the caller has locked, to the agent.
@@ -1229,33 +1263,46 @@ BEGIN
     RETURN b;
 END $$;
 
--- Whether the agent may claim now, under its name's lock: only a claim of its own, which waits for it, adds to its counter.
--- outcome: null, or 'unknown-agent', 'lock-held' (detail: the grant), 'agent-busy' (detail: its beads).
-CREATE OR REPLACE FUNCTION enter_claim(agent text, names text[], most integer, fences jsonb, OUT outcome text, OUT detail jsonb)
+-- Enters a claim: the names, the agent's among them, so that only one claim at a time adds to its counter.
+-- outcome: null, or 'unknown-agent', 'lock-held' (detail: the grant).
+CREATE OR REPLACE FUNCTION enter_claim(agent text, names text[], fences jsonb, OUT outcome text, OUT detail jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE
-    a agents;
     held distributed_locks := enter_names(ARRAY['agent:' || agent] || names, fences);
+    state text;
 BEGIN
     IF held.lock_name IS NOT NULL THEN
         outcome := 'lock-held';
         detail := to_jsonb(held);
         RETURN;
     END IF;
-    SELECT * INTO a FROM agents WHERE id = agent;
+    SELECT status INTO state FROM agents WHERE id = agent;
     IF NOT FOUND THEN
         outcome := 'unknown-agent';
-    ELSIF a.status = 'dead' THEN -- it lives
+    ELSIF state = 'dead' THEN -- it lives
         UPDATE agents SET status = 'idle', heartbeat_at = clock_timestamp() WHERE id = agent;
-    END IF;
-    IF a.open_claims >= most THEN
-        outcome := 'agent-busy';
-        detail := to_jsonb(ARRAY(SELECT id FROM beads WHERE assigned_to = agent AND status <> 'closed'
-                                    AND fencing_token IS NOT NULL ORDER BY id));
     END IF;
 END $$;
 
--- Claims the best ready bead: by priority, then due date, then age. outcome: 'claimed', 'nothing', or as enter_claim.
+-- Opens again what has lapsed, before a claim looks what there is. Our own agent's row first: the others are only tried.
+CREATE OR REPLACE FUNCTION lapse_before_claim(agent text, max_failures integer, max_attempts integer) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT 1 FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()) THEN
+        PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE;
+        PERFORM lapse_claims(100, max_failures, max_attempts);
+    END IF;
+END $$;
+
+-- The agent's beads, when they are as many as it may have at once; else null.
+CREATE OR REPLACE FUNCTION busy_with(agent text, most integer) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(ARRAY(SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status <> 'closed'
+                             AND b.fencing_token IS NOT NULL ORDER BY b.id))
+      FROM agents a WHERE a.id = agent AND a.open_claims >= most;
+$$;
+
+-- Claims the best ready bead: by priority, then due date, then age. outcome: 'claimed', 'nothing', 'agent-busy' (detail: its
+-- beads), 'unknown-project', or as enter_claim.
 CREATE OR REPLACE FUNCTION claim_next_bead(
     agent text, lease integer, most integer, max_failures integer, max_attempts integer, fences jsonb,
     project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL,
@@ -1263,81 +1310,87 @@ CREATE OR REPLACE FUNCTION claim_next_bead(
 DECLARE
     passed text[] := '{}';
     mine record;
-    free record;
     best text;
 BEGIN
-    SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, '{}', most, fences) AS e;
+    SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, '{}', fences) AS e;
     IF outcome IS NOT NULL THEN
         RETURN;
     END IF;
-    IF EXISTS (SELECT 1 FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()) THEN
-        PERFORM lapse_claims(100, max_failures, max_attempts);
+    PERFORM lapse_before_claim(agent, max_failures, max_attempts);
+    detail := busy_with(agent, most);
+    IF detail IS NOT NULL THEN
+        outcome := 'agent-busy';
+        RETURN;
     END IF;
     IF EXISTS (SELECT 1 FROM beads WHERE status = 'open' AND not_before <= clock_timestamp()) THEN
         UPDATE beads SET not_before = NULL
          WHERE id IN (SELECT id FROM beads WHERE status = 'open' AND not_before <= clock_timestamp()
-                       ORDER BY not_before LIMIT 100 FOR UPDATE SKIP LOCKED);
+                       ORDER BY not_before LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED);
     END IF;
     FOR n IN 1 .. 100 LOOP
+        -- The best of those reserved for the agent; not locked yet, since a free one may be better.
         SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO mine FROM beads b
          WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to = agent
            AND (project IS NULL OR project_id = project) AND (kinds IS NULL OR type = ANY (kinds))
            AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
-         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED;
+           AND NOT EXISTS (SELECT 1 FROM distributed_locks l
+                            WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
+         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1;
+        IF NOT FOUND THEN
+            SELECT NULL::text AS id, 4::smallint AS priority, timestamptz 'infinity' AS due, timestamptz 'infinity' AS created_at
+              INTO mine;
+        END IF;
         IF project IS NULL THEN
-            SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO free FROM beads b
+            SELECT id INTO best FROM beads b
              WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
+               AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine.priority, mine.due, mine.created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
                AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                 WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
-             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED;
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         ELSE
-            SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO free FROM beads b
+            SELECT id INTO best FROM beads b
              WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
                AND project_id = project
+               AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine.priority, mine.due, mine.created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
                AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                 WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
-             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED;
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         END IF;
-        best := CASE WHEN mine.id IS NULL THEN free.id
-                     WHEN free.id IS NULL THEN mine.id
-                     WHEN (mine.priority, mine.due, mine.created_at, mine.id) < (free.priority, free.due, free.created_at, free.id)
-                     THEN mine.id ELSE free.id END;
         IF best IS NULL THEN
-            outcome := 'nothing';
-            RETURN;
+            SELECT id INTO best FROM beads
+             WHERE id = mine.id AND status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL
+               AND assigned_to = agent FOR NO KEY UPDATE SKIP LOCKED;
         END IF;
         -- Its name is only tried: who waits for a name with a row in hand deadlocks with who has them the other way round.
-        IF pg_try_advisory_xact_lock(hashtextextended('bead:' || best, 0)) AND NOT EXISTS (
-            SELECT 1 FROM distributed_locks WHERE lock_name = 'bead:' || best AND expires_at > clock_timestamp()) THEN
+        IF best IS NOT NULL AND try_name('bead:' || best) THEN
             outcome := 'claimed';
             bead := as_json(take_bead(best, agent, lease));
             RETURN;
         END IF;
-        passed := passed || best;
+        EXIT WHEN best IS NULL AND mine.id IS NULL;
+        passed := passed || COALESCE(best, mine.id);
     END LOOP;
-    outcome := 'nothing';
+    outcome := CASE WHEN project IS NULL OR EXISTS (SELECT 1 FROM projects WHERE id = project) THEN 'nothing'
+                    ELSE 'unknown-project' END;
 END $$;
 
--- Claims one bead. outcome: 'claimed', 'same' (the agent's claim of before), 'not-found', or as enter_claim; 'bead-claimed'
--- (detail: agent_id, alive, lease_expires_at), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason),
--- 'bead-closed'.
+-- Claims one bead. outcome: 'claimed', 'same' (the agent's claim of before), 'not-found', 'bead-claimed' or reserved (detail:
+-- agent_id, alive, lease_expires_at), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason), 'bead-closed'
+-- (detail: closed_at), 'agent-busy' (detail: its beads), or as enter_claim.
 CREATE OR REPLACE FUNCTION claim_bead(
-    id text, agent text, lease integer, most integer, max_failures integer, max_attempts integer, dead_after interval,
+    wanted text, agent text, lease integer, most integer, max_failures integer, max_attempts integer, dead_after interval,
     fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
 DECLARE
     b beads;
     dead boolean;
-    wanted text := id;
 BEGIN
-    SELECT e.outcome, e.detail INTO outcome, detail
-      FROM enter_claim(agent, ARRAY['bead:' || wanted], 2147483647, fences) AS e;
+    SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, ARRAY['bead:' || wanted], fences) AS e;
     IF outcome IS NOT NULL THEN
         RETURN;
     END IF;
-    SELECT * INTO b FROM beads WHERE beads.id = wanted FOR UPDATE;
+    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         outcome := 'not-found';
         RETURN;
@@ -1345,63 +1398,72 @@ BEGIN
     IF b.fencing_token IS NOT NULL AND b.assigned_to = agent AND b.lease_expires_at > clock_timestamp() THEN
         UPDATE beads SET lease_seconds = lease,
                          lease_expires_at = GREATEST(lease_expires_at, clock_timestamp() + make_interval(secs => lease))
-         WHERE beads.id = wanted RETURNING * INTO b;
+         WHERE id = wanted RETURNING * INTO b;
         outcome := 'same';
         bead := as_json(b);
         RETURN;
     END IF;
     SELECT agent_is_dead(a, dead_after) INTO dead FROM agents a WHERE a.id = b.assigned_to;
-    IF b.fencing_token IS NOT NULL AND b.lease_expires_at <= clock_timestamp() THEN
-        b := give_back(b, 'lapsed', NULL, NULL, max_failures, max_attempts);
-    ELSIF b.fencing_token IS NOT NULL AND dead THEN
-        b := give_back(b, 'agent-died', NULL, NULL, max_failures, max_attempts);
+    IF b.fencing_token IS NOT NULL AND (dead OR b.lease_expires_at <= clock_timestamp()) THEN
+        PERFORM 1 FROM agents WHERE id IN (agent, b.assigned_to) ORDER BY id FOR NO KEY UPDATE;
+        b := give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
+                       NULL, NULL, max_failures, max_attempts);
     END IF;
     IF b.status = 'closed' THEN
         outcome := 'bead-closed';
-        detail := jsonb_build_object('closed_at', b.closed_at, 'assigned_to', b.assigned_to);
-    ELSIF b.status = 'in_progress' OR b.assigned_to <> agent THEN
+        detail := jsonb_build_object('closed_at', b.closed_at);
+    ELSIF b.assigned_to <> agent OR (b.status = 'in_progress' AND b.assigned_to IS NULL) THEN
         outcome := 'bead-claimed';
-        detail := jsonb_build_object('agent_id', b.assigned_to, 'alive', NOT COALESCE(dead, false),
-                                     'lease_expires_at', b.lease_expires_at);
+        detail := jsonb_build_object('agent_id', b.assigned_to, 'alive', NOT dead, 'lease_expires_at', b.lease_expires_at);
     ELSIF b.status = 'blocked' OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
-            'blocked_by', ARRAY(SELECT x.id FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed' ORDER BY 1),
-            'children', ARRAY(SELECT x.id FROM beads x WHERE x.parent = wanted AND x.status <> 'closed' ORDER BY 1),
+            'blocked_by', ARRAY(SELECT x.id FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed' ORDER BY x.id),
+            'children', ARRAY(SELECT x.id FROM beads x WHERE x.parent = wanted AND x.status <> 'closed' ORDER BY x.id),
             'not_before', CASE WHEN b.not_before > clock_timestamp() THEN b.not_before END,
             'blocked_reason', b.blocked_reason);
-    ELSIF (SELECT a.open_claims FROM agents a WHERE a.id = agent) >= most THEN
-        outcome := 'agent-busy';
-        detail := to_jsonb(ARRAY(SELECT x.id FROM beads x WHERE x.assigned_to = agent AND x.status <> 'closed'
-                                    AND x.fencing_token IS NOT NULL ORDER BY 1));
     ELSE
-        outcome := 'claimed';
-        bead := as_json(take_bead(wanted, agent, lease));
+        IF busy_with(agent, most) IS NOT NULL THEN
+            PERFORM lapse_before_claim(agent, max_failures, max_attempts); -- its own may be over
+        END IF;
+        detail := busy_with(agent, most);
+        IF detail IS NOT NULL THEN
+            outcome := 'agent-busy';
+        ELSE
+            outcome := 'claimed';
+            bead := as_json(take_bead(wanted, agent, lease));
+        END IF;
     END IF;
 END $$;
 
--- Extends a claim; never revives one. Null when it is lost. The row first, only then the clock.
-CREATE OR REPLACE FUNCTION renew_claim(bead text, token bigint, lease integer) RETURNS jsonb LANGUAGE plpgsql AS $$
+-- Extends a claim; never revives one, never shortens it with `extend`. The row first, only then the clock. outcome: 'renewed',
+-- 'claim-lost'.
+CREATE OR REPLACE FUNCTION renew_claim(
+    wanted text, token bigint, lease integer, extend boolean, fences jsonb, OUT outcome text, OUT bead jsonb)
+LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
 BEGIN
-    PERFORM 1 FROM beads WHERE id = bead FOR NO KEY UPDATE;
+    PERFORM enter_names('{}', fences);
+    PERFORM 1 FROM beads WHERE id = wanted FOR NO KEY UPDATE;
     UPDATE beads SET lease_seconds = COALESCE(lease, lease_seconds),
-                     lease_expires_at = clock_timestamp() + make_interval(secs => COALESCE(lease, lease_seconds))
-     WHERE id = bead AND fencing_token = token AND lease_expires_at > clock_timestamp() RETURNING * INTO b;
-    RETURN CASE WHEN FOUND THEN as_json(b) END;
+                     lease_expires_at = GREATEST(CASE WHEN extend THEN lease_expires_at END,
+                                                 clock_timestamp() + make_interval(secs => COALESCE(lease, lease_seconds)))
+     WHERE id = wanted AND fencing_token = token AND lease_expires_at > clock_timestamp() RETURNING * INTO b;
+    outcome := CASE WHEN FOUND THEN 'renewed' ELSE 'claim-lost' END;
+    IF FOUND THEN
+        bead := as_json(b);
+    END IF;
 END $$;
 
 -- Ends a claim by its holder. how: 'completed' (why: the close reason; more is merged into the context), 'failed' (delay: before
 -- it is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had ended in this way before),
 -- 'claim-lost', 'lock-held' (detail: the grant), 'not-found'.
 CREATE OR REPLACE FUNCTION end_claim(
-    id text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer, fences jsonb,
-    OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
+    wanted text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer,
+    fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
-    wanted text := id;
     held distributed_locks := enter_names(ARRAY['bead:' || wanted], fences);
     t timestamptz;
 BEGIN
@@ -1413,66 +1475,80 @@ BEGIN
     IF how = 'completed' THEN
         PERFORM lock_bead_graph(false);
     END IF;
-    SELECT * INTO b FROM beads WHERE beads.id = wanted FOR UPDATE;
+    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
     t := clock_timestamp();
     IF NOT FOUND THEN
         outcome := 'not-found';
+        RETURN;
     ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= t THEN
-        outcome := CASE WHEN EXISTS (SELECT 1 FROM claims c WHERE c.fencing_token = token AND c.bead_id = wanted AND c.ended_how = how)
+        outcome := CASE WHEN EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how)
                         THEN 'repeated' ELSE 'claim-lost' END;
         bead := as_json(b);
-    ELSIF how = 'completed' THEN
-        outcome := 'ended';
+        RETURN;
+    END IF;
+    outcome := 'ended';
+    IF NULLIF(current_setting('loom.actor', true), '') IS NULL THEN
+        PERFORM set_config('loom.actor', b.assigned_to, true);
+    END IF;
+    IF how = 'completed' THEN
         PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(why, ''), true);
         UPDATE beads SET status = 'closed', fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,
-                         closed_at = t, close_reason = why, context = CASE WHEN more IS NULL THEN context ELSE merge_patch(context, more) END,
+                         closed_at = t, close_reason = why,
+                         context = CASE WHEN more IS NULL THEN context ELSE merge_patch(context, more) END,
                          version = version + 1, updated_at = t
-         WHERE beads.id = wanted RETURNING * INTO b;
+         WHERE id = wanted RETURNING * INTO b;
         PERFORM set_config('loom.claim_ended', '', true), set_config('loom.claim_reason', '', true);
         PERFORM write_event('bead.completed', 'bead', wanted, b.version, b.project_id, t, jsonb_build_object(
             'status', 'closed', 'fencing_token', NULL, 'closed_at', b.closed_at, 'close_reason', b.close_reason)
             || CASE WHEN more IS NULL THEN '{}' ELSE jsonb_build_object('context', b.context) END);
         bead := as_json(b);
     ELSE
-        outcome := 'ended';
-        bead := as_json(give_back(b, how, why, make_interval(secs => COALESCE(delay, LEAST(30 * 2 ^ LEAST(b.failures, 10), 3600))),
-                                  max_failures, max_attempts));
+        bead := as_json(give_back(
+            b, how, why, make_interval(secs => COALESCE(delay, LEAST(30 * 2 ^ LEAST(b.failures, 10), 3600))),
+            max_failures, max_attempts));
     END IF;
 END $$;
 
--- An agent says that it lives, and which of its claims it still works on: those are extended, each by its own lease. Returns each
--- claim's bead with its new end, or null when it is lost; no row at all for an agent that does not exist.
-CREATE OR REPLACE FUNCTION heartbeat_agent(agent text, new_status text, claims jsonb)
-RETURNS TABLE (bead text, lease_expires_at timestamptz, ended_how text) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
+-- An agent says that it lives, and which of its claims (bead -> token) it still works on: those are extended, each by its own
+-- lease. It takes no name: who holds agent:ID from outside must not let the agent die. extended: bead -> its new end; lost:
+-- bead -> how its claim ended, or null. outcome: 'alive', 'unknown-agent'.
+CREATE OR REPLACE FUNCTION heartbeat_agent(
+    agent text, new_status text, claims jsonb, fences jsonb, OUT outcome text, OUT extended jsonb, OUT lost jsonb)
+LANGUAGE plpgsql AS $$
 DECLARE
-    a agents;
+    state text;
     c record;
+    ends timestamptz;
 BEGIN
-    FOR c IN SELECT key AS id, value::bigint AS token FROM jsonb_each_text(claims) ORDER BY key COLLATE "C" LOOP
-        bead := c.id;
-        PERFORM 1 FROM beads b WHERE b.id = c.id FOR NO KEY UPDATE;
-        UPDATE beads AS b SET lease_expires_at = GREATEST(b.lease_expires_at, clock_timestamp() + make_interval(secs => b.lease_seconds))
-         WHERE b.id = c.id AND b.fencing_token = c.token AND b.assigned_to = agent AND b.lease_expires_at > clock_timestamp()
-        RETURNING b.lease_expires_at INTO lease_expires_at;
-        IF NOT FOUND THEN
-            lease_expires_at := NULL;
-            ended_how := COALESCE((SELECT x.ended_how FROM claims x WHERE x.fencing_token = c.token AND x.bead_id = c.id),
-                                  (SELECT 'lapsed' FROM beads b WHERE b.id = c.id AND b.fencing_token = c.token));
+    PERFORM enter_names('{}', fences);
+    IF NOT EXISTS (SELECT 1 FROM agents WHERE id = agent) THEN
+        outcome := 'unknown-agent';
+        RETURN;
+    END IF;
+    extended := '{}';
+    lost := '{}';
+    FOR c IN SELECT key AS bead, value::bigint AS token FROM jsonb_each_text(claims) ORDER BY key COLLATE "C" LOOP
+        PERFORM 1 FROM beads WHERE id = c.bead FOR NO KEY UPDATE;
+        UPDATE beads SET lease_expires_at = GREATEST(lease_expires_at, clock_timestamp() + make_interval(secs => lease_seconds))
+         WHERE id = c.bead AND fencing_token = c.token AND assigned_to = agent AND lease_expires_at > clock_timestamp()
+        RETURNING lease_expires_at INTO ends;
+        IF FOUND THEN
+            extended := extended || jsonb_build_object(c.bead, ends);
+        ELSE
+            lost := lost || jsonb_build_object(c.bead, COALESCE(
+                (SELECT ended_how FROM claims WHERE fencing_token = c.token AND bead_id = c.bead AND agent_id = agent),
+                (SELECT 'lapsed' FROM beads WHERE id = c.bead AND fencing_token = c.token AND assigned_to = agent)));
         END IF;
-        RETURN NEXT;
-        ended_how := NULL;
     END LOOP;
-    SELECT * INTO a FROM agents WHERE id = agent;
-    new_status := COALESCE(new_status, CASE WHEN a.status = 'dead' THEN 'idle' END);
-    IF a.status <> new_status THEN
+    SELECT status INTO state FROM agents WHERE id = agent FOR NO KEY UPDATE;
+    IF state = 'dead' AND new_status IS NULL THEN
+        new_status := 'idle';
+    END IF;
+    IF state <> new_status THEN
         UPDATE agents SET status = new_status WHERE id = agent;
     END IF;
     UPDATE agents SET heartbeat_at = clock_timestamp(), last_active = clock_timestamp() WHERE id = agent;
-    IF FOUND THEN
-        bead := NULL;
-        RETURN NEXT;
-    END IF;
+    outcome := 'alive';
 END $$;
 
 

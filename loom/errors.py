@@ -94,6 +94,36 @@ class LockLost(Conflict):
     type = "lock-lost"
 
 
+class BeadClaimed(Conflict):
+    """The bead is another's."""
+
+    type = "bead-claimed"
+
+
+class BeadBlocked(Conflict):
+    """The bead is not ready."""
+
+    type = "bead-blocked"
+
+
+class BeadClosed(Conflict):
+    """The bead is closed."""
+
+    type = "bead-closed"
+
+
+class AgentBusy(Conflict):
+    """The agent has as many beads as it may have at once."""
+
+    type = "agent-busy"
+
+
+class ClaimLost(Conflict):
+    """The claim is no longer yours."""
+
+    type = "claim-lost"
+
+
 class InProgress(Conflict):
     """A request with this Idempotency-Key is being answered now."""
 

@@ -15,6 +15,7 @@ from loom.db.connection import REPEATS
 from loom.http import (
     agents,
     beads,
+    claims,
     grants,
     health,
     idempotency,
@@ -24,7 +25,7 @@ from loom.http import (
     projects,
     providers,
 )
-from loom.http.parse import IdConverter, NameConverter, prepare
+from loom.http.parse import NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 ALWAYS_SERVED = ("/health", "/api/v1/health")
@@ -85,8 +86,8 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
-    app.url_map.converters.update(name=NameConverter, id=IdConverter)
-    for routes in (health, instances, locks, grants, providers, projects, agents, beads):
+    app.url_map.converters["name"] = NameConverter
+    for routes in (health, instances, locks, grants, providers, projects, agents, beads, claims):
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()

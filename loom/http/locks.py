@@ -23,7 +23,6 @@ METADATA_BYTES = 8192
 RESERVED_OWNER = "instance:"  # what an instance takes for itself; ends with it
 
 Ttl = Annotated[int, Meta(ge=1, le=86400)]
-Token = Annotated[int, Meta(ge=1, le=parse.MAX_TOKEN)]
 
 
 class AcquireLock(parse.Body):
@@ -36,7 +35,7 @@ class AcquireLock(parse.Body):
 
 
 class RenewLock(parse.Body):
-    fencing_token: Token
+    fencing_token: parse.Token
     ttl_seconds: Ttl = 30
 
 

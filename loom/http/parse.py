@@ -24,11 +24,13 @@ from loom.state.writer import Writer
 
 T = TypeVar("T")
 
+MAX_TOKEN = 2**53 - 1
+
+Token = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
 Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/]+$")]
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Time = Annotated[datetime, Meta(tz=True)]
 
-MAX_TOKEN = 2**53 - 1
 MAX_ROWS = 10_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
@@ -41,12 +43,6 @@ class NameConverter(BaseConverter):
 
     regex = r"(?s:.*)"
     part_isolating = False
-
-
-class IdConverter(BaseConverter):
-    """Lets every id reach its view, where `entity_id` reads it; what holds a / is no id."""
-
-    regex = r"[^/]+"
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -176,11 +172,6 @@ def lock_name(prefix: str = "/api/v1/locks/") -> str:
         raise errors.Invalid.field("lock_name", "is not UTF-8") from None
 
 
-def entity_id(field: str = "id") -> str:
-    """The id in a path /api/v1/KIND/ID..., from its bytes, as `lock_name` reads a name. Raises Invalid."""
-    return _plain(request.environ["PATH_INFO"].split("/")[4], field)
-
-
 def check_name(name: str, field: str = "lock_name") -> str:
     """A lock's name, if it is one. Raises Invalid."""
     if not 1 <= len(name) <= 255:
@@ -263,7 +254,7 @@ def _fences(text: str, own: str) -> dict[str, int]:
 
 
 def _plain(text: str, field: str) -> str:
-    """A header or a part of a path as text, from bytes that WSGI gave as Latin-1."""
+    """A header as text, from bytes that WSGI gave as Latin-1."""
     try:
         value = text.encode("latin-1").decode()
     except UnicodeDecodeError:

@@ -1,0 +1,181 @@
+"""/api/v1/beads/claim, /api/v1/beads/{id}/claim and what ends a claim; the agents' heartbeat."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Annotated, Any, Literal
+
+import msgspec
+from flask import Blueprint, Response, request
+from msgspec import Meta
+
+from loom import db
+from loom.http import answer, entities, idempotency, parse
+from loom.http.parse import Key, Token
+from loom.http.settings import settings
+from loom.state import claims
+from loom.state import entities as state
+from loom.state.beads import Bead
+
+bp = Blueprint("claims", __name__, url_prefix="/api/v1")
+
+Lease = Annotated[int, Meta(ge=10, le=86400)]  # seconds
+Words = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=100)]
+Reason = Annotated[str, Meta(max_length=10_000)]
+
+
+class ClaimNext(parse.Body):
+    """Of `types` it is one, of `tags` it has all."""
+
+    agent_id: Key
+    lease_seconds: Lease = 1800
+    project_id: Key | None = None
+    types: Words = []
+    tags: Words = []
+
+
+class ClaimBead(msgspec.Struct):
+    agent_id: Key
+    lease_seconds: Lease = 1800
+
+
+class RenewClaim(parse.Body):
+    """Without `lease_seconds`, by the claim's own."""
+
+    fencing_token: Token
+    lease_seconds: Lease | None = None
+
+
+class Complete(parse.Body):
+    fencing_token: Token
+    close_reason: Reason | None = None
+    context: dict[str, Any] | None = None
+
+
+class Fail(parse.Body):
+    """Without `retry_after_seconds`, it waits by the number of its failures."""
+
+    fencing_token: Token
+    reason: Reason | None = None
+    retry_after_seconds: Annotated[int, Meta(ge=0, le=86400)] | None = None
+
+
+class Heartbeat(msgspec.Struct):
+    """`claims`: the beads that the agent still works on, each with its fencing token."""
+
+    claims: Annotated[dict[str, Token], Meta(max_length=1000)] = {}
+    status: Literal["paused", "idle", "working", "deciding", "blocked"] | None = None
+
+
+class Redispatch(msgspec.Struct):
+    reason: Reason | None = None
+
+
+def _again(first: dict[str, Any]) -> claims.Claim:
+    """The claim that this request's first answer told of, extended. Raises ClaimLost when it has ended."""
+    bead, agent = first["bead"]["id"], first["bead"]["assigned_to"]
+    lease = timedelta(seconds=first["bead"]["lease_seconds"])
+    with db.connection() as conn:
+        writer = parse.writer(f"bead:{bead}", agent)
+        return claims.renew(conn, writer, settings(), bead, first["fencing_token"], lease, extend=True)
+
+
+@bp.post("/beads/claim")
+@idempotency.checked(_again)
+def claim_next() -> Response:
+    body = parse.body(ClaimNext)
+    writer = parse.writer(f"agent:{body.agent_id}", body.agent_id)
+    with db.connection() as conn:
+        claim = claims.claim_next(
+            conn,
+            writer,
+            settings(),
+            body.agent_id,
+            timedelta(seconds=body.lease_seconds),
+            project=body.project_id,
+            types=body.types,
+            tags=body.tags,
+        )
+    return answer.nothing() if claim is None else answer.json(claim)
+
+
+@bp.post("/beads/<key>/claim")
+@idempotency.checked(_again)
+def claim(key: str) -> Response:
+    key, body = parse.key(key), parse.body(ClaimBead)
+    writer = parse.writer(f"bead:{key}", body.agent_id)
+    with db.connection() as conn:
+        lease = timedelta(seconds=body.lease_seconds)
+        return answer.json(claims.claim(conn, writer, settings(), key, body.agent_id, lease))
+
+
+@bp.put("/beads/<key>/claim")
+def renew(key: str) -> Response:
+    key, body = parse.key(key), parse.body(RenewClaim)
+    lease = None if body.lease_seconds is None else timedelta(seconds=body.lease_seconds)
+    with db.connection() as conn:
+        return answer.json(claims.renew(conn, parse.writer(f"bead:{key}"), settings(), key, body.fencing_token, lease))
+
+
+@bp.delete("/beads/<key>/claim")
+def release(key: str) -> Response:
+    key, token = parse.key(key), parse.integer("fencing_token", most=parse.MAX_TOKEN)
+    reason = parse.text("reason", 1000)
+    with db.connection() as conn:
+        claims.release(conn, parse.writer(f"bead:{key}"), settings(), key, token, reason)
+    return answer.nothing()
+
+
+@bp.post("/beads/<key>/complete")
+def complete(key: str) -> Response:
+    key, body = parse.key(key), parse.body(Complete)
+    writer = parse.writer(f"bead:{key}")
+    with db.connection() as conn:
+        return entities.versioned(
+            claims.complete(conn, writer, settings(), key, body.fencing_token, body.close_reason, body.context)
+        )
+
+
+@bp.post("/beads/<key>/fail")
+def fail(key: str) -> Response:
+    key, body = parse.key(key), parse.body(Fail)
+    writer, after = parse.writer(f"bead:{key}"), body.retry_after_seconds
+    with db.connection() as conn:
+        return entities.versioned(
+            claims.fail(
+                conn,
+                writer,
+                settings(),
+                key,
+                body.fencing_token,
+                body.reason,
+                None if after is None else timedelta(seconds=after),
+            )
+        )
+
+
+@bp.post("/beads/<key>/redispatch")
+def redispatch(key: str) -> Response:
+    """Whoever has the bead loses it."""
+    key, body = parse.key(key), parse.body(Redispatch)
+    asked = {
+        "redispatch_requested": "true",
+        "redispatch_requested_at": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "redispatch_reason": body.reason or "",
+    }
+    patch = {"status": "open", "assigned_to": None, "not_before": None, "context": asked}
+    with db.connection() as conn:
+        done = state.change(conn, parse.writer(f"bead:{key}"), Bead, key, "patch", patch)
+    return entities.versioned(done.entity)
+
+
+def _beat(first: object = None) -> claims.Beat:
+    key, body = parse.key((request.view_args or {})["key"]), parse.body(Heartbeat)
+    with db.connection() as conn:
+        return claims.heartbeat(conn, parse.writer(f"agent:{key}", key), key, body.claims, body.status)
+
+
+@bp.post("/agents/<key>/heartbeat")
+@idempotency.checked(_beat)
+def heartbeat(key: str) -> Response:
+    return answer.json(_beat())

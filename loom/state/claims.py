@@ -1,0 +1,312 @@
+"""Claims: which agent works on which bead, until when. One function of schema.sql decides each, in one round trip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from loom import db, errors
+from loom.config import Config
+from loom.state.agents import Agent
+from loom.state.beads import Bead
+from loom.state.entities import not_found
+from loom.state.writer import Writer, call
+
+
+class Claim(msgspec.Struct):
+    """A bead that an agent has now; `status` is 'claimed'."""
+
+    status: str
+    bead: Bead
+    fencing_token: int
+    lease_expires_at: datetime
+
+
+class Holder(msgspec.Struct):
+    """Whose a bead is. `alive` is None when it is nobody's; `lease_expires_at`, when it has it without a claim."""
+
+    agent_id: str | None
+    alive: bool | None
+    lease_expires_at: datetime | None
+
+
+class Beat(msgspec.Struct):
+    """What a heartbeat came to. extended: bead -> its claim's new end; lost: bead -> how its claim ended."""
+
+    extended: dict[str, datetime]
+    lost: dict[str, str | None]
+
+
+def claim_next(
+    conn: db.Connection,
+    writer: Writer,
+    config: Config,
+    agent: str,
+    lease: timedelta,
+    *,
+    project: str | None = None,
+    types: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> Claim | None:
+    """Claims the best ready bead (of the project, of one of the types, with all the tags), or None.
+
+    Raises Invalid for an unknown agent or project, AgentBusy, LockHeld, LockLost.
+    """
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT outcome, bead::text AS bead, detail FROM claim_next_bead(
+            %(agent)s, %(lease)s, %(most)s, %(failures)s, %(attempts)s, %(fences)s, %(project)s, %(types)s, %(tags)s)
+        """,
+        agent=agent,
+        lease=int(lease.total_seconds()),
+        most=config.agents.max_concurrent,
+        project=project,
+        types=list(types) or None,
+        tags=list(tags) or None,
+        **_limits(config),
+    )
+    if row["outcome"] == "nothing":
+        return None
+    if row["outcome"] == "unknown-project":
+        raise errors.Invalid.field("project_id", f"{project} does not exist")
+    return _claimed(row, agent)
+
+
+def claim(conn: db.Connection, writer: Writer, config: Config, bead: str, agent: str, lease: timedelta) -> Claim:
+    """Claims one bead. The same agent again gets its claim of before, which ends no earlier than it would have.
+
+    Raises NotFound, Invalid for an unknown agent, BeadClaimed, BeadBlocked, BeadClosed, AgentBusy, LockHeld, LockLost.
+    """
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT outcome, bead::text AS bead, detail FROM claim_bead(
+            %(bead)s, %(agent)s, %(lease)s, %(most)s, %(failures)s, %(attempts)s, %(dead_after)s, %(fences)s)
+        """,
+        bead=bead,
+        agent=agent,
+        lease=int(lease.total_seconds()),
+        most=config.agents.max_concurrent,
+        dead_after=_dead_after(config),
+        **_limits(config),
+    )
+    if row["outcome"] == "not-found":
+        raise not_found(Bead, bead)
+    return _claimed(row, agent)
+
+
+def renew(
+    conn: db.Connection,
+    writer: Writer,
+    config: Config,
+    bead: str,
+    token: int,
+    lease: timedelta | None,
+    *,
+    extend: bool = False,
+) -> Claim:
+    """Gives a claim a new end, by its own lease when none is given; with `extend`, never an earlier one.
+
+    Raises ClaimLost, NotFound, LockLost.
+    """
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT outcome, bead::text AS bead
+          FROM renew_claim(%(bead)s, %(token)s, %(lease)s, %(extend)s, %(fences)s)
+        """,
+        bead=bead,
+        token=token,
+        lease=None if lease is None else int(lease.total_seconds()),
+        extend=extend,
+    )
+    if row["outcome"] == "claim-lost":
+        raise _lost(conn, config, bead, token)
+    return _claim(row)
+
+
+def release(
+    conn: db.Connection, writer: Writer, config: Config, bead: str, token: int, reason: str | None = None
+) -> Bead:
+    """Gives the bead back, as if it had never been claimed; once more does no harm. Raises as `complete`."""
+    return _end(conn, writer, config, bead, token, "released", reason)
+
+
+def complete(
+    conn: db.Connection,
+    writer: Writer,
+    config: Config,
+    bead: str,
+    token: int,
+    reason: str | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> Bead:
+    """Closes the bead, and merges into its context; once more does no harm.
+
+    Raises ClaimLost when the claim ended in any other way, NotFound, LockHeld, LockLost.
+    """
+    return _end(conn, writer, config, bead, token, "completed", reason, context=context)
+
+
+def fail(
+    conn: db.Connection,
+    writer: Writer,
+    config: Config,
+    bead: str,
+    token: int,
+    reason: str | None = None,
+    retry_after: timedelta | None = None,
+) -> Bead:
+    """Gives the bead back after a failure, for a later try; once more does no harm. Raises as `complete`."""
+    return _end(conn, writer, config, bead, token, "failed", reason, retry_after=retry_after)
+
+
+def heartbeat(
+    conn: db.Connection, writer: Writer, agent: str, claims: Mapping[str, int], status: str | None = None
+) -> Beat:
+    """The agent lives, and works on these claims: bead -> fencing token. Raises NotFound, LockLost."""
+    row = call(
+        conn,
+        writer,
+        "SELECT outcome, jsonb_build_object('extended', extended, 'lost', lost)::text AS beat"
+        "  FROM heartbeat_agent(%(agent)s, %(status)s, %(claims)s, %(fences)s)",
+        agent=agent,
+        status=status,
+        claims=json.dumps(claims),
+    )
+    if row["outcome"] == "unknown-agent":
+        raise not_found(Agent, agent)
+    return msgspec.json.decode(row["beat"], type=Beat)
+
+
+def _end(
+    conn: db.Connection,
+    writer: Writer,
+    config: Config,
+    bead: str,
+    token: int,
+    how: str,
+    why: str | None,
+    *,
+    context: Mapping[str, Any] | None = None,
+    retry_after: timedelta | None = None,
+) -> Bead:
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT outcome, bead::text AS bead, detail FROM end_claim(
+            %(bead)s, %(token)s, %(how)s, %(why)s, %(context)s, %(delay)s, %(failures)s, %(attempts)s, %(fences)s)
+        """,
+        bead=bead,
+        token=token,
+        how=how,
+        why=why,
+        context=None if context is None else json.dumps(context),
+        delay=None if retry_after is None else int(retry_after.total_seconds()),
+        **_limits(config),
+    )
+    if row["outcome"] == "claim-lost":
+        raise _lost(conn, config, bead, token)
+    if row["outcome"] == "not-found":
+        raise not_found(Bead, bead)
+    return msgspec.json.decode(row["bead"], type=Bead)
+
+
+def _limits(config: Config) -> dict[str, int]:
+    return {"failures": config.beads.max_failures, "attempts": config.beads.max_attempts}
+
+
+def _dead_after(config: Config) -> timedelta:
+    return timedelta(seconds=config.agents.dead_after)
+
+
+def _claimed(row: db.Row, agent: str) -> Claim:
+    """The claim; or raises why there is none."""
+    outcome, detail = row["outcome"], row["detail"]
+    if outcome in ("claimed", "same"):
+        return _claim(row)
+    if outcome == "unknown-agent":
+        raise errors.Invalid.field("agent_id", f"{agent} does not exist")
+    if outcome == "agent-busy":
+        raise errors.AgentBusy("Complete, fail or release one of its beads first.", beads=detail)
+    for name in ("closed_at", "not_before"):
+        if detail.get(name):
+            detail[name] = msgspec.convert(detail[name], datetime)
+    if outcome == "bead-closed":
+        raise errors.BeadClosed("PATCH its status to open if there is more to do.", **detail)
+    if outcome == "bead-blocked":
+        raise errors.BeadBlocked(_why_blocked(detail), **detail)
+    assert outcome == "bead-claimed"
+    holder = msgspec.convert(detail, Holder)
+    raise errors.BeadClaimed(_why_claimed(holder), holder=holder)
+
+
+def _claim(row: db.Row) -> Claim:
+    bead = msgspec.json.decode(row["bead"], type=Bead)
+    assert bead.fencing_token is not None
+    assert bead.lease_expires_at is not None
+    return Claim("claimed", bead, bead.fencing_token, bead.lease_expires_at)
+
+
+def _why_blocked(detail: Mapping[str, Any]) -> str:
+    if detail["blocked_reason"]:
+        return f"It {detail['blocked_reason']}. PATCH its status to open to have it tried again."
+    if detail["blocked_by"]:
+        return "It waits for other beads, in blocked_by: claim those, or wait."
+    if detail["children"]:
+        return "It waits for its children: claim those, or wait."
+    if detail["not_before"]:
+        return "It failed; claim it again after not_before."
+    return "Somebody blocked it. PATCH its status to open to have it tried."
+
+
+def _why_claimed(holder: Holder) -> str:
+    if holder.agent_id is None:
+        return "A person works on it, without a claim: PATCH its status to open to take it away."
+    if holder.lease_expires_at is None:
+        return f"It is for agent {holder.agent_id}: PATCH assigned_to to take it away."
+    return f"Agent {holder.agent_id} works on it: claim another, or POST .../redispatch to take it away."
+
+
+def _lost(conn: db.Connection, config: Config, bead: str, token: int) -> errors.Error:
+    """ClaimLost with how and when the claim ended (None: never given) and who has one now; NotFound if no bead."""
+    row = db.one(
+        conn,
+        """
+        SELECT past.ended_how, past.ended_at, b.lease_expires_at > clock_timestamp() AS held,
+                 b.assigned_to AS agent_id, NOT agent_is_dead(a, %(dead_after)s) AS alive, b.lease_expires_at
+          FROM beads b LEFT JOIN agents a ON a.id = b.assigned_to
+          LEFT JOIN (
+              SELECT bead_id, ended_how, ended_at FROM claims WHERE fencing_token = %(token)s
+              UNION ALL
+              SELECT id, 'lapsed', lease_expires_at FROM beads
+               WHERE id = %(bead)s AND fencing_token = %(token)s AND lease_expires_at <= clock_timestamp()
+          ) AS past ON past.bead_id = b.id
+         WHERE b.id = %(bead)s
+        """,
+        bead=bead,
+        token=token,
+        dead_after=_dead_after(config),
+    )
+    if row is None:
+        return not_found(Bead, bead)
+    how = row["ended_how"]
+    return errors.ClaimLost(
+        f"This claim has ended: {how}. Stop working on the bead; claim it again if it is open."
+        if how
+        else "No such claim was given.",
+        bead_id=bead,
+        fencing_token=token,
+        ended_how=how,
+        ended_at=row["ended_at"],
+        holder=Holder(row["agent_id"], row["alive"], row["lease_expires_at"]) if row["held"] else None,
+    )
