@@ -25,14 +25,25 @@ class Cluster:
     """`count` instances on one database, numbered from 0; each gunicorn in a session of its own."""
 
     def __init__(
-        self, dsn: str, count: int = 3, *, nginx: bool = False, config: str = "", env: dict[str, str] | None = None
+        self,
+        dsn: str,
+        count: int = 3,
+        *,
+        nginx: bool = False,
+        config: str = "",
+        env: dict[str, str] | None = None,
+        app: str = "app:app",
     ) -> None:
-        """Start and wait until they serve. `config`: what stands in config.yaml; `env`: added to the environment."""
+        """Start and wait until they serve.
+
+        `config`: what stands in config.yaml; `env`: added to the environment; `app`: what gunicorn loads.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-cluster-"))
         self.ports = [free_port() for _ in range(count)]
         (self.folder / "config.yaml").write_text(config)
         self._env = {"DATABASE_TYPE": "postgres", "DATABASE_DSN": dsn, "LOOM_CONFIG": str(self.folder / "config.yaml")}
         self._env |= env or {}
+        self._app = app
         self._nginx: Nginx | None = None
         self._clients: list[Client] = []
         self.masters: list[Process] = []
@@ -47,7 +58,7 @@ class Cluster:
             raise
 
     def _start(self, i: int) -> Process:
-        command = [sys.executable, "-m", "gunicorn", "-c", str(resource("gunicorn.conf.py")), "app:app"]
+        command = [sys.executable, "-m", "gunicorn", "-c", str(resource("gunicorn.conf.py")), self._app]
         return Process(command, self.folder / f"{i}.log", env={**self._env, "PORT": str(self.ports[i])}, cwd=ROOT)
 
     def client(self, i: int = 0, timeout: float = 40.0) -> Client:

@@ -16,9 +16,21 @@ import pytest
 from flask import Blueprint, Flask, Response
 from harness import AppClient, wait_until
 from harness.client import Answer
-from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost, assert_problem, force, release, seconds, wait_expired
+from harness.locks import (
+    BUILD,
+    LOCKS,
+    Sql,
+    acquire,
+    assert_lost,
+    assert_problem,
+    force,
+    instant,
+    release,
+    seconds,
+    wait_expired,
+)
 
-from loom import db, errors, locks
+from loom import db, errors, http, locks
 from loom.config import Config
 from loom.db.connection import Connection
 from loom.http import answer, idempotency, parse
@@ -28,6 +40,7 @@ from loom.upkeep import Upkeep
 Session = Callable[[], psycopg2.extensions.connection]
 
 THINGS = "/things"
+GRANTED = "SELECT 1 FROM distributed_locks WHERE owner <> 'holder'"
 COUNT = "SELECT n, count(*) FROM things GROUP BY n ORDER BY n"
 
 
@@ -130,6 +143,16 @@ def test_a_retry_gets_the_same_answer_byte_for_byte_and_changes_nothing(client: 
         assert_replays(first, again)
         assert (again.headers["ETag"], again.headers["Location"]) == ('"1"', "/things/1")
     assert sql(COUNT) == [(1, 2)]
+
+
+def test_an_entity_is_made_once(client: AppClient, sql: Sql) -> None:
+    project = {"name": "one", "git_repo": "r", "branch": "main"}
+    first = keyed(client, "/api/v1/projects", project)
+    again = keyed(client, "/api/v1/projects", project)
+    assert first.status == 201
+    assert_replays(first, again)
+    assert again.headers["ETag"] == '"1"'
+    assert sql("SELECT type, count(*) FROM events GROUP BY 1") == [("project.created", 1)]
 
 
 @pytest.mark.usefixtures("things")
@@ -288,7 +311,8 @@ def test_the_key_of_an_acquire_finds_its_grant(client: AppClient, sql: Sql) -> N
     assert (first.status, again.status) == (201, 201)
     assert again.headers["Idempotency-Replayed"] == "true"
     assert again.json["fencing_token"] == first.json["fencing_token"]
-    assert seconds(again.json) == 60, "its client counts from when it asked last"
+    assert seconds(again.json) == 60
+    assert instant(again.json["expires_at"]) > instant(first.json["expires_at"]), "a client counts from its last ask"
     client.put(BUILD, {"fencing_token": first.json["fencing_token"], "ttl_seconds": 600})
     assert (
         keyed(client, BUILD, {"owner": "a", "ttl_seconds": 60}).json["expires_at"]
@@ -366,16 +390,39 @@ def test_the_late_twin_of_a_request_takes_nothing(client: AppClient, monkeypatch
     assert client.get(BUILD).status == 404
 
 
-def test_who_hung_up_while_it_waited_may_ask_again_with_its_key(app: Flask, client: AppClient, sql: Sql) -> None:
+def test_who_hung_up_when_its_grant_came_may_ask_again_with_its_key(
+    client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = acquire(client, owner="holder")
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
+        patched.setattr(http.locks, "client_gone", lambda environ: sql(GRANTED) != [])
+        waiting = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
+        wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
+        release(client, held["fencing_token"])
+        waiting.result(5)
+    assert client.get(BUILD).status == 404, "the grant was taken back"
+    assert keyed(client, BUILD, {"wait_seconds": 20}).status == 201
+
+
+def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
+    app: Flask, client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = acquire(client, owner="holder")
     near, far = socket.socketpair()
-    with near, ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})
-        wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
-        far.close()
-        waiting.result(5)
-    release(client, held["fencing_token"])
-    assert keyed(client, BUILD, {"wait_seconds": 20}).status in (200, 201)
+    with app.app_context():
+        queue = http.locks._queue()
+    with near, far, ThreadPoolExecutor(2) as threads:
+        monkeypatch.setattr(
+            http.locks, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != []
+        )
+        gone = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})
+        twin = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
+        wait_until(lambda: len(queue._waiters) == 2)
+        release(client, held["fencing_token"])
+        answered = twin.result(5)
+        gone.result(5)
+    assert answered.status == 201
+    assert client.get(BUILD).json["fencing_token"] == answered.json["fencing_token"]
 
 
 # Deadlocks and serialization failures are repeated inside
