@@ -1559,10 +1559,10 @@ END $$;
 -- method, path and caller, which stand beside it for people; `fingerprint` one of all else that the request says.
 CREATE TABLE IF NOT EXISTS idempotency_keys (
     scope       uuid        PRIMARY KEY,
-    key         text        NOT NULL,
-    method      text        NOT NULL,
-    path        text        NOT NULL,
-    caller      text        NOT NULL,
+    key         text        COLLATE "C" NOT NULL,
+    method      text        COLLATE "C" NOT NULL,
+    path        text        COLLATE "C" NOT NULL,
+    caller      text        COLLATE "C" NOT NULL,
     fingerprint bytea       NOT NULL,
     status      integer     NOT NULL,
     headers     jsonb       NOT NULL,
