@@ -49,6 +49,13 @@ class TooLarge(Error):
     type = "too-large"
 
 
+class Stalled(Error):
+    """The request did not come to its end."""
+
+    status = 408
+    type = "stalled"
+
+
 class Conflict(Error):
     """The request conflicts with what is there."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from flask import Flask, Response, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from loom import errors
 from loom.locks import Grant
@@ -43,6 +43,8 @@ def register(app: Flask) -> None:
         """404 of the router, 405, 413, and what else Flask refuses by itself."""
         if isinstance(exc, RequestEntityTooLarge):
             return answer(errors.TooLarge("A body may have 1 MiB."))
+        if isinstance(exc, ClientDisconnected):
+            return answer(errors.Stalled())
         code = exc.code or 500
         body = {
             "type": "/problems/" + (exc.name or "error").lower().replace(" ", "-"),

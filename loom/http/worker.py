@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import socket
+import struct
+import sys
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -18,6 +20,7 @@ from loom import instances
 from loom.http.listener import close_empty
 
 QUIT_SECONDS = 5  # Ctrl-C: from the signal to the end of the process, at most
+STALL_SECONDS = 15  # for the next bytes of a request, then its thread is free again; below a worker's graceful_timeout
 JOINED_BYTES = 64 * 1024  # of a body that are copied behind its headers; the rest follows uncopied
 
 # What ends a worker would be lost in the copies of its master's handlers with which it is born: these signals wait from
@@ -78,6 +81,11 @@ class Logger(glogging.Logger):
 
     def access(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def exception(self, *args: Any, **kwargs: Any) -> None:
+        """Not for a client that stalls, which is no fault of ours."""
+        if not isinstance(sys.exc_info()[1], BlockingIOError):
+            super().exception(*args, **kwargs)
 
 
 class Worker(gthread.ThreadWorker):
@@ -151,6 +159,8 @@ class Worker(gthread.ThreadWorker):
 
     def enqueue_req(self, conn: gthread.TConn) -> None:
         conn.queued_at = time.monotonic()
+        if not conn.initialized:
+            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_SECONDS, 0))
         super().enqueue_req(conn)
 
     def handle_request(self, req: Any, conn: gthread.TConn) -> bool:

@@ -17,6 +17,8 @@ from harness import Client, Cluster, Postgres, wait_until
 from harness.load import Caller, Load, use_lock
 from harness.postgres import query
 
+from loom.http.worker import STALL_SECONDS
+
 Sql = Callable[..., list[tuple[object, ...]]]
 GOOD = {200, 201, 204}
 
@@ -185,6 +187,17 @@ def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[
         started = time.monotonic()
         assert client.get("/health/live").status == 200
         assert time.monotonic() - started < 0.5
+
+
+def test_who_stalls_within_a_request_keeps_no_thread(start_cluster: Callable[..., Cluster]) -> None:
+    cluster = start_cluster(1, config="server: {threads: 2}")
+    half_a_body = b"POST /api/v1/locks/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
+    with connections(cluster.ports[0], HALF_A_REQUEST, half_a_body) as (headers, body):
+        time.sleep(0.3)
+        assert cluster.client(0, timeout=STALL_SECONDS + 10).get("/health/live").status == 200
+        assert headers.recv(100) == b""
+        assert body.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert "Traceback" not in cluster.masters[0].log.read_text()
 
 
 def test_a_request_whose_client_gave_up_in_the_queue_is_not_begun(start_cluster: Callable[..., Cluster]) -> None:
