@@ -1,4 +1,7 @@
-"""Log lines: one event a line, JSON or text, with fields. A password never gets into one."""
+"""Log lines: one event a line, JSON or text, with fields. A password never gets into one.
+
+`logger.warning("lock-lost", extra={"fields": {"lock_name": name}})`
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,6 @@ from loom.config import ConfigError, LoggingConfig
 from loom.dsn import mask
 
 FACILITY_DAEMON = 3 << 3
-
-
-def event(logger: logging.Logger, level: int, name: str, /, **fields: Any) -> None:
-    """Log what happened, with fields; the same as `logger.log(level, name, extra={"fields": fields})`."""
-    logger.log(level, name, extra={"fields": fields})
 
 
 def setup(config: LoggingConfig) -> None:

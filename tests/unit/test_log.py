@@ -42,7 +42,9 @@ def lines(tmp_path):
 
 def test_a_json_line_has_time_level_event_and_fields(lines):
     read = lines()
-    log.event(logger, logging.WARNING, "lock-lost", lock_name="build\n", fencing_token=17, why=None, level="no")
+    logger.warning(
+        "lock-lost", extra={"fields": {"lock_name": "build\n", "fencing_token": 17, "why": None, "level": "no"}}
+    )
     line = json.loads(read()[0])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
     assert line == {
@@ -57,7 +59,7 @@ def test_a_json_line_has_time_level_event_and_fields(lines):
 
 def test_a_text_line_reads_as_a_sentence_with_fields(lines):
     read = lines(format="text")
-    log.event(logger, logging.INFO, "instance registered", host="a b", port=8080, note="")
+    logger.info("instance registered", extra={"fields": {"host": "a b", "port": 8080, "note": ""}})
     assert read()[0].endswith(f' info instance registered pid={os.getpid()} host="a b" port=8080 note=""')
 
 
@@ -79,8 +81,8 @@ def test_a_password_reaches_no_line(lines, style):
     read = lines(format=style)
     dsn = "postgresql://user:hunter22@host/db?sslmode=require"
     logger.info("connecting to %s", dsn)
-    log.event(logger, logging.INFO, "pool", dsn=dsn, more=[{"conninfo": "host=h password='hunter22 x'"}])
-    log.event(logger, logging.INFO, "pool", password="hunter22", PGPASSWORD="hunter22")
+    logger.info("pool", extra={"fields": {"dsn": dsn, "more": [{"conninfo": "host=h password='hunter22 x'"}]}})
+    logger.info("pool", extra={"fields": {"password": "hunter22", "PGPASSWORD": "hunter22"}})
     try:
         raise RuntimeError(f"refused: {dsn}")
     except RuntimeError:
@@ -139,7 +141,7 @@ def test_a_syslog_server_gets_each_line_also_from_a_forked_process(lines):
         server.bind(("127.0.0.1", 0))
         server.settimeout(5)
         lines(syslog=syslog(server.getsockname()[1]))
-        log.event(logger, logging.ERROR, "from-parent", lock_name="ü")
+        logger.error("from-parent", extra={"fields": {"lock_name": "ü"}})
         received = server.recv(65536).decode()
         head, _, body = received.partition(" - - ")
         assert re.fullmatch(
