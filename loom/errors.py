@@ -42,6 +42,13 @@ class NotFound(Error):
     type = "not-found"
 
 
+class CursorExpired(Error):
+    """The cursor is older than what is kept."""
+
+    status = 410
+    type = "cursor-expired"
+
+
 class TooLarge(Error):
     """The request is too large."""
 

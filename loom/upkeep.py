@@ -1,4 +1,4 @@
-"""What one elected instance cleans: expired locks, grants of the dead, stale instances, old history, old answers.
+"""What one elected instance cleans: expired locks, what the dead have left, old history, old answers, old events.
 
 Elected through our own lock. Batches are small, and the clean-up of one kind never holds up another.
 """
@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from loom import db, errors, instances, locks
 from loom.config import Config
+from loom.state import events
 
 log = logging.getLogger("loom.upkeep")
 
@@ -61,7 +62,7 @@ class Upkeep:
 
     def clean(self) -> None:
         """One round. A failure of one part is logged and leaves the others alone."""
-        for part in (self._locks, self._waiters, self._instances, self._history, self._answers):
+        for part in (self._locks, self._waiters, self._instances, self._history, self._answers, self._events):
             try:
                 with self._line.connection() as conn:
                     part(conn)
@@ -144,6 +145,23 @@ class Upkeep:
             DELETE FROM idempotency_keys AS k USING old WHERE k.scope = old.scope
             RETURNING 1 AS gone
             """,
+        )
+
+    def _events(self, conn: db.Connection) -> None:
+        """Numbers what nobody has read; removes from the oldest number on, and none behind one that is kept."""
+        for _ in range(100):
+            if not events.number(conn) or self._over.is_set():
+                break
+        self._in_batches(
+            conn,
+            """
+            WITH oldest AS MATERIALIZED (
+                SELECT place, bool_and(timestamp < clock_timestamp() - %(keep)s) OVER (ORDER BY id) AS old
+                  FROM (SELECT * FROM feed ORDER BY id LIMIT %(batch)s) AS f)
+            DELETE FROM events USING oldest WHERE events.place = oldest.place AND oldest.old
+            RETURNING 1 AS gone
+            """,
+            keep=timedelta(days=self._config.events.history_days),
         )
 
     def _in_batches(self, conn: db.Connection, sql: str, **params: object) -> None:

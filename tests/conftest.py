@@ -147,7 +147,8 @@ def instance(database: db.Database) -> Iterator[instances.Instance]:
 @pytest.fixture
 def app(dsn: str, instance: instances.Instance) -> Flask:
     """The application, served by this process as an instance."""
-    http.locks._queue.cache_clear()
+    for cached in (http.waiting.room, http.locks._queue, http.events._watch):
+        cached.cache_clear()
     return http.create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=32)))
 
 

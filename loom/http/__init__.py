@@ -16,6 +16,7 @@ from loom.http import (
     agents,
     beads,
     claims,
+    events,
     grants,
     health,
     idempotency,
@@ -87,7 +88,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
     app.url_map.converters["name"] = NameConverter
-    for routes in (health, instances, locks, grants, providers, projects, agents, beads, claims):
+    for routes in (health, instances, locks, grants, providers, projects, agents, beads, claims, events):
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()

@@ -22,15 +22,18 @@ def nothing() -> Response:
     return Response(status=204)
 
 
-def page(fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any]) -> Response:
+def page(
+    fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any], shown: Callable[[T], Any] = lambda row: row
+) -> Response:
     """A bare array of what `fetch` gives for a number of rows; with a Link when there is more.
 
     Without `limit` in the query, up to 10,000 rows.
     """
     limit = integer("limit", most=MAX_ROWS, default=MAX_ROWS)
     rows = fetch(limit + 1)
+    found = [shown(row) for row in rows[:limit]]
     if len(rows) <= limit:
-        return json(rows)
+        return json(found)
     kept = {k: v for k, v in request.args.items() if k != "after"}
     query = urlencode({**kept, "limit": limit, "after": encode_cursor(cursor_of(rows[limit - 1]))})
-    return json(rows[:limit], headers={"Link": f'<{request.path}?{query}>; rel="next"'})
+    return json(found, headers={"Link": f'<{request.path}?{query}>; rel="next"'})

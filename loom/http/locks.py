@@ -9,12 +9,11 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 import msgspec
-from flask import Blueprint, Response, current_app, request
+from flask import Blueprint, Response
 from msgspec import Meta
 
-from loom import db, errors, instances, locks
-from loom.http import answer, idempotency, parse
-from loom.http.worker import client_gone
+from loom import db, errors, locks
+from loom.http import answer, idempotency, parse, waiting
 from loom.locks.queue import Queue, Waiter
 
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
@@ -41,13 +40,7 @@ class RenewLock(parse.Body):
 
 @functools.cache
 def _queue() -> Queue:
-    """The worker's waiters: half of the threads, or all but eight where that is more."""
-    threads = current_app.config["LOOM"].server.threads
-    return Queue(max(1, threads - 8, threads // 2), parse.instance_id, _draining)
-
-
-def _draining() -> bool:
-    return instances.current is not None and instances.current.draining
+    return Queue(waiting.room(), parse.instance_id)
 
 
 def _again(first: dict[str, Any], made: dict[str, Any] | None = None) -> locks.Grant:
@@ -82,8 +75,7 @@ def acquire(_: str) -> Response:
 
     attempt = ask()
     if not attempt.granted and body.wait_seconds:
-        environ = request.environ
-        waiter = Waiter(name, owner, ttl, body.metadata, lambda: client_gone(environ))
+        waiter = Waiter(name, owner, ttl, body.metadata, waiting.gone())
         attempt = _wait(waiter, body.wait_seconds, attempt, ask)
     if not attempt.granted:
         raise errors.LockHeld(
@@ -127,7 +119,7 @@ def release(_: str) -> Response:
             locks.force_release(conn, name, token, reason)
         else:
             locks.release(conn, name, token)
-    _queue().nudge(name)
+    _queue().nudge(lambda waiter: waiter.name == name)
     return answer.nothing()
 
 

@@ -1,0 +1,143 @@
+"""Events: one row per version of every entity. All of them are the feed, those of one entity its history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from loom import db, errors
+from loom.waiting import Line, Waiter
+
+SCAN = 10_000  # events that a read with a filter looks at; 30 ms when none of them matches
+
+NUMBER = "SELECT number_events(); "  # a statement of its own: the next one sees what it did
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """A change. `id` is its cursor, null until it is numbered; `source` and `data` are for the original's clients."""
+
+    id: int | None
+    type: str
+    entity_type: str
+    entity_id: str
+    project_id: str | None
+    version: int
+    actor: str
+    instance_id: str | None
+    timestamp: datetime
+    request_id: str | None
+    changes: dict[str, Any]
+    source: str
+    data: dict[str, Any]
+
+
+class Page(NamedTuple):
+    """Events, oldest first; `next` is where to go on, `last` the newest there is."""
+
+    events: list[Event]
+    next: int
+    last: int
+
+
+class Entry(NamedTuple):
+    """An event of an entity's history; `place` orders them."""
+
+    place: int
+    event: Event
+
+
+def number(conn: db.Connection) -> bool:
+    """Numbers a batch of what has been committed. Whether there may be more."""
+    row = db.one(conn, "SELECT number_events(10000) = 10000 AS more")
+    return row is not None and row["more"]
+
+
+def read(conn: db.Connection, after: int | None, limit: int, **filters: str | None) -> Page:
+    """The events that follow the cursor, 0 for the oldest kept; the latest ones without a cursor.
+
+    filters: `type`, `entity_id`, `project_id`. With one, it looks at SCAN events at most: `next` is then behind what it
+    has seen, and the end is reached only when that is `last`.
+    Raises CursorExpired.
+    """
+    wanted = {name: value for name, value in filters.items() if value is not None}
+    where = "".join(f" AND {name} = %({name})s" for name in wanted)
+    if after is None:
+        first = f"SELECT id FROM event_numbers ORDER BY id DESC OFFSET {SCAN - 1} LIMIT 1"
+        until, order = "last", "DESC"
+    else:
+        first = "SELECT id FROM event_numbers WHERE id > %(after)s ORDER BY id LIMIT 1"
+        until, order = f"first + {SCAN - 1}", "ASC"
+    rows = db.all(
+        conn,
+        NUMBER
+        + f"""
+        WITH here AS MATERIALIZED (
+            SELECT COALESCE(({first}), 0) AS first, COALESCE((SELECT max(id) FROM event_numbers), 0) AS last,
+                   %(after)s < events_forgotten AND %(after)s > 0
+                   AND NOT EXISTS (SELECT 1 FROM event_numbers WHERE id <= %(after)s + 1) AS expired
+              FROM cluster)
+        SELECT here.*, e.* FROM here LEFT JOIN LATERAL (
+            SELECT * FROM feed WHERE id BETWEEN first AND {until}{where}
+             ORDER BY id {order} LIMIT %(limit)s) AS e ON expired IS NOT TRUE
+         ORDER BY e.id
+        """,
+        after=after,
+        limit=limit,
+        **wanted,
+    )
+    here = rows[0]
+    if here["expired"]:
+        raise errors.CursorExpired("Events after it have been removed. after=0 is the oldest that is kept.")
+    found = [_event(row) for row in rows if row["id"] is not None]
+    if after is None:
+        return Page(found, here["last"], here["last"])
+    if len(found) == limit:
+        return Page(found, rows[-1]["id"], here["last"])
+    return Page(found, min(here["first"] + SCAN - 1, here["last"]) if here["first"] else after, here["last"])
+
+
+def history(conn: db.Connection, kind: str, key: str, *, before: int | None = None, limit: int) -> list[Entry]:
+    """What happened to one entity, newest first, also before it was deleted; `before`: a place to go on from."""
+    rows = db.all(
+        conn,
+        NUMBER
+        + f"""
+        SELECT n.id, e.* FROM events e LEFT JOIN event_numbers n ON n.place = e.place
+         WHERE e.entity_type = %(kind)s AND e.entity_id = %(key)s{" AND e.place < %(before)s" if before else ""}
+         ORDER BY e.place DESC LIMIT %(limit)s
+        """,
+        kind=kind,
+        key=key,
+        before=before,
+        limit=limit,
+    )
+    return [Entry(row["place"], _event(row)) for row in rows]
+
+
+def _event(row: db.Row) -> Event:
+    known = {name: row[name] for name in Event.__struct_fields__ if name in row}
+    data = {f"{row['entity_type']}_id": row["entity_id"], **row["changes"]}
+    return Event(**known, source=row["instance_id"] or "loom", data=data)
+
+
+class Reader(Waiter):
+    """Who waits for an event after the cursor; it is told the newest one's id."""
+
+    def __init__(self, after: int, gone: Callable[[], bool]) -> None:
+        super().__init__(gone)
+        self.after = after
+
+
+class Watch(Line[Reader]):
+    """The requests of one worker that wait for events."""
+
+    name = "events"
+    period = 0.2  # seconds; two or three index lookups a poll
+
+    def poll(self, conn: db.Connection, waiters: list[Reader]) -> None:
+        row = db.one(conn, NUMBER + "SELECT max(id) AS last FROM event_numbers")
+        last = row["last"] if row is not None and row["last"] is not None else 0
+        self.tell(lambda reader: reader.after < last, last)
