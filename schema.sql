@@ -837,12 +837,14 @@ BEGIN
     IF NEW.blocked_by <> COALESCE(OLD.blocked_by, '{}') THEN
         PERFORM lock_bead_graph(true);
         NEW.blocked_by := ARRAY(SELECT b FROM unnest(NEW.blocked_by) WITH ORDINALITY AS u (b, n) GROUP BY b ORDER BY min(n));
-        SELECT b INTO missing FROM unnest(NEW.blocked_by) AS b WHERE NOT EXISTS (SELECT 1 FROM beads WHERE id = b);
-        IF FOUND AND missing <> NEW.id THEN
-            PERFORM raise_unknown('blocked_by', missing);
-        END IF;
         SELECT count(*) FILTER (WHERE locked.status <> 'closed') INTO NEW.open_blockers
           FROM (SELECT status FROM beads WHERE id = ANY (NEW.blocked_by) AND id <> NEW.id ORDER BY id FOR SHARE) AS locked;
+        -- What is there now stays until we commit.
+        SELECT b INTO missing FROM unnest(NEW.blocked_by) AS b
+         WHERE b <> NEW.id AND NOT EXISTS (SELECT 1 FROM beads WHERE id = b);
+        IF FOUND THEN
+            PERFORM raise_unknown('blocked_by', missing);
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
@@ -872,27 +874,31 @@ CREATE TRIGGER bead_blockers_changed AFTER UPDATE OF blocked_by ON beads FOR EAC
 -- The counters of those that wait for a bead, when it is closed, reopened, moved or gone.
 CREATE OR REPLACE FUNCTION on_bead_counts() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
+    me text := CASE TG_OP WHEN 'DELETE' THEN OLD.id ELSE NEW.id END;
     was_open boolean := TG_OP <> 'INSERT' AND OLD.status <> 'closed';
     is_open boolean := TG_OP <> 'DELETE' AND NEW.status <> 'closed';
     old_parent text := CASE WHEN was_open THEN OLD.parent END;
     new_parent text := CASE WHEN is_open THEN NEW.parent END;
+    turned boolean := TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND was_open <> is_open);
 BEGIN
-    IF TG_OP = 'UPDATE' AND was_open <> is_open THEN
-        WITH waiting AS MATERIALIZED (
-            SELECT id FROM beads WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = NEW.id)
-             ORDER BY id FOR NO KEY UPDATE)
+    -- Their rows first, in one order, and only then who waits: one that was waited for here may wait for others by now.
+    PERFORM 1 FROM beads WHERE id IN (
+        SELECT bead_id FROM bead_blockers WHERE turned AND blocker_id = me UNION ALL SELECT unnest(ARRAY[old_parent, new_parent]))
+      ORDER BY id FOR NO KEY UPDATE;
+    IF FOUND AND TG_OP = 'DELETE' THEN
+        UPDATE beads SET blocked_by = array_remove(blocked_by, me)
+         WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = me);
+    ELSIF FOUND AND turned THEN
         UPDATE beads SET open_blockers = open_blockers + CASE WHEN is_open THEN 1 ELSE -1 END
-          FROM waiting WHERE beads.id = waiting.id;
-    ELSIF TG_OP = 'DELETE' THEN
-        UPDATE beads SET blocked_by = array_remove(blocked_by, OLD.id)
-         WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = OLD.id);
-        DELETE FROM bead_blockers WHERE blocker_id = ANY (OLD.blocked_by) AND bead_id = OLD.id;
+         WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = me);
     END IF;
     IF old_parent IS DISTINCT FROM new_parent THEN
         UPDATE beads SET open_children = open_children - 1 WHERE id = old_parent;
         UPDATE beads SET open_children = open_children + 1 WHERE id = new_parent;
     END IF;
-    IF TG_OP = 'UPDATE' AND NEW.parent IS NOT NULL AND NEW.parent IS DISTINCT FROM OLD.parent THEN
+    IF TG_OP = 'DELETE' THEN
+        DELETE FROM bead_blockers WHERE blocker_id = ANY (OLD.blocked_by) AND bead_id = me;
+    ELSIF TG_OP = 'UPDATE' AND NEW.parent IS NOT NULL AND NEW.parent IS DISTINCT FROM OLD.parent THEN
         PERFORM check_bead_cycle(NEW.parent);
     END IF;
     RETURN NULL;
@@ -906,6 +912,15 @@ CREATE TRIGGER bead_closed_or_moved AFTER UPDATE ON beads FOR EACH ROW
     EXECUTE FUNCTION on_bead_counts();
 DROP TRIGGER IF EXISTS bead_deleted ON beads;
 CREATE TRIGGER bead_deleted AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_counts();
+
+-- By hand, too, the graph is locked before the rows.
+CREATE OR REPLACE FUNCTION on_beads_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM lock_bead_graph(true);
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS beads_deleted ON beads;
+CREATE TRIGGER beads_deleted BEFORE DELETE ON beads FOR EACH STATEMENT EXECUTE FUNCTION on_beads_deleted();
 
 -- A claim has ended, however: its history, its agent's counter, and the file locks that were taken for it.
 CREATE OR REPLACE FUNCTION on_claim_ended() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -1,4 +1,4 @@
-"""What one elected instance cleans: expired locks, what the dead have left, old history, old answers, old events.
+"""What one elected instance cleans: expired locks, lapsed claims, what the dead have left, and what has become old.
 
 Elected through our own lock. Batches are small, and the clean-up of one kind never holds up another.
 """
@@ -13,7 +13,8 @@ from datetime import timedelta
 
 from loom import db, errors, instances, locks
 from loom.config import Config
-from loom.state import events
+from loom.state import claims, events
+from loom.state.writer import Writer
 
 log = logging.getLogger("loom.upkeep")
 
@@ -62,7 +63,17 @@ class Upkeep:
 
     def clean(self) -> None:
         """One round. A failure of one part is logged and leaves the others alone."""
-        for part in (self._locks, self._waiters, self._instances, self._history, self._answers, self._events):
+        for part in (
+            self._locks,
+            self._waiters,
+            self._instances,
+            self._agents,
+            self._claims,
+            self._grants_history,
+            self._claims_history,
+            self._answers,
+            self._events,
+        ):
             try:
                 with self._line.connection() as conn:
                     part(conn)
@@ -120,16 +131,38 @@ class Upkeep:
             **mine,
         )
 
-    def _history(self, conn: db.Connection) -> None:
+    def _agents(self, conn: db.Connection) -> None:
+        for agent in claims.end_dead_agents(conn, self._writer, self._config):
+            log.warning("agent-dead", extra={"fields": {"agent_id": agent}})
+
+    def _claims(self, conn: db.Connection) -> None:
+        for _ in range(100):
+            lapsed = claims.lapse(conn, self._writer, self._config, BATCH // 10)  # their agents wait meanwhile
+            for claim in lapsed:
+                log.warning("claim-lapsed", extra={"fields": claim})
+            if len(lapsed) < BATCH // 10 or self._over.is_set():
+                return
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer("loom", self._instance.instance_id)
+
+    def _grants_history(self, conn: db.Connection) -> None:
+        self._history(conn, "grants")
+
+    def _claims_history(self, conn: db.Connection) -> None:
+        self._history(conn, "claims")
+
+    def _history(self, conn: db.Connection, table: str) -> None:
         """From the oldest token on, which is nearly the oldest end: no index of its own, nor a look at all."""
         self._in_batches(
             conn,
-            """
+            f"""
             WITH old AS MATERIALIZED (
                 SELECT fencing_token
-                  FROM (SELECT fencing_token, ended_at FROM grants ORDER BY fencing_token LIMIT 10 * %(batch)s) AS g
+                  FROM (SELECT fencing_token, ended_at FROM {table} ORDER BY fencing_token LIMIT 10 * %(batch)s) AS g
                  WHERE ended_at < clock_timestamp() - %(keep)s ORDER BY fencing_token LIMIT %(batch)s)
-            DELETE FROM grants USING old WHERE grants.fencing_token = old.fencing_token
+            DELETE FROM {table} USING old WHERE {table}.fencing_token = old.fencing_token
             RETURNING 1 AS gone
             """,
             keep=timedelta(days=self._config.locks.history_days),

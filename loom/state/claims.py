@@ -187,6 +187,43 @@ def heartbeat(
     return msgspec.json.decode(row["beat"], type=Beat)
 
 
+def lapse(conn: db.Connection, writer: Writer, config: Config, most: int) -> list[dict[str, str]]:
+    """Opens again what nobody has renewed in time. Returns the `bead_id` and `agent_id` of each claim."""
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT COALESCE(jsonb_agg(jsonb_build_object('bead_id', id, 'agent_id', assigned_to)), '[]') AS lapsed
+          FROM lapse_claims(%(most)s, %(failures)s, %(attempts)s)
+        """,
+        most=most,
+        **_limits(config),
+    )
+    return row["lapsed"]
+
+
+def end_dead_agents(conn: db.Connection, writer: Writer, config: Config) -> list[str]:
+    """Marks who has missed its heartbeats, each in a transaction of its own; their beads are open again."""
+    silent = db.all(
+        conn,
+        "SELECT id FROM agents a WHERE status <> 'dead' AND agent_is_dead(a, %(dead_after)s) ORDER BY id",
+        dead_after=_dead_after(config),
+    )
+    ended = []
+    for row in silent:
+        done = call(
+            conn,
+            writer,
+            "SELECT end_dead_agent(%(id)s, %(dead_after)s, %(failures)s, %(attempts)s) AS done",
+            id=row["id"],
+            dead_after=_dead_after(config),
+            **_limits(config),
+        )
+        if done["done"]:
+            ended.append(row["id"])
+    return ended
+
+
 def _end(
     conn: db.Connection,
     writer: Writer,

@@ -1,0 +1,136 @@
+"""Agents and beads as a test makes and claims them."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from harness.client import Answer, Methods
+from harness.locks import Sql, assert_problem
+
+BEADS = "/api/v1/beads"
+AGENTS = "/api/v1/agents"
+PROJECT = "p"
+
+
+def make(client: Methods, path: str, **body: Any) -> dict[str, Any]:
+    answer = client.post(path, body)
+    assert answer.status == 201, answer
+    return answer.json
+
+
+def team(client: Methods, *agents: str) -> None:
+    """A project, and agents in it."""
+    make(client, "/api/v1/projects", id=PROJECT, name="p", git_repo="r", branch="main")
+    for agent in agents:
+        make(client, AGENTS, id=agent, persona_name="worker", project_id=PROJECT)
+
+
+def bead(client: Methods, key: str, **fields: Any) -> dict[str, Any]:
+    return make(client, BEADS, **{"id": key, "title": key, "project_id": PROJECT, **fields})
+
+
+def get(client: Methods, key: str) -> dict[str, Any]:
+    answer = client.get(f"{BEADS}/{quote(key)}")
+    assert answer.status == 200, answer
+    return answer.json
+
+
+def patch(client: Methods, key: str, **fields: Any) -> dict[str, Any]:
+    answer = client.request("PATCH", f"{BEADS}/{quote(key)}", fields)
+    assert answer.status == 200, answer
+    return answer.json
+
+
+def ask(client: Methods, key: str, agent: str = "a", **more: Any) -> Answer:
+    """Asks for one bead."""
+    headers = more.pop("headers", None)
+    return client.post(f"{BEADS}/{quote(key)}/claim", {"agent_id": agent, **more}, headers=headers)
+
+
+def claim(client: Methods, key: str, agent: str = "a", **more: Any) -> int:
+    """Claims one bead, and returns the fencing token."""
+    answer = ask(client, key, agent, **more)
+    assert answer.status == 200, answer
+    assert answer.json["status"] == "claimed"
+    return answer.json["fencing_token"]
+
+
+def claim_next(client: Methods, agent: str = "a", **more: Any) -> str | None:
+    """Claims the next bead, and returns its id."""
+    answer = client.post(f"{BEADS}/claim", {"agent_id": agent, **more})
+    assert answer.status in (200, 204), answer
+    return answer.json["bead"]["id"] if answer.status == 200 else None
+
+
+def renew(client: Methods, key: str, token: int, **more: Any) -> Answer:
+    return client.put(f"{BEADS}/{key}/claim", {"fencing_token": token, **more})
+
+
+def release(client: Methods, key: str, token: int, **more: Any) -> Answer:
+    return client.delete(f"{BEADS}/{key}/claim?fencing_token={token}", **more)
+
+
+def complete(client: Methods, key: str, token: int, **more: Any) -> Answer:
+    headers = more.pop("headers", None)
+    return client.post(f"{BEADS}/{key}/complete", {"fencing_token": token, **more}, headers=headers)
+
+
+def fail(client: Methods, key: str, token: int, **more: Any) -> Answer:
+    return client.post(f"{BEADS}/{key}/fail", {"fencing_token": token, **more})
+
+
+def beat(client: Methods, agent: str = "a", **body: Any) -> dict[str, Any]:
+    answer = client.post(f"{AGENTS}/{quote(agent)}/heartbeat", body)
+    assert answer.status == 200, answer
+    return answer.json
+
+
+def lapse(sql: Sql, *keys: str) -> None:
+    """Lets their leases run out."""
+    sql(
+        "UPDATE beads SET lease_expires_at = clock_timestamp() WHERE id = ANY (%s) AND fencing_token IS NOT NULL",
+        list(keys),
+    )
+
+
+def assert_lost(answer: Answer, how: str | None, holder: str | None = None) -> None:
+    problem = assert_problem(answer, 409, "claim-lost", ended_how=how)
+    assert (problem["ended_at"] is None) == (how is None)
+    assert (problem["holder"] and problem["holder"]["agent_id"]) == holder
+    assert problem["detail"]
+
+
+COUNTED = [
+    # what an agent has
+    """
+    SELECT id, open_claims FROM agents a WHERE open_claims <> (
+        SELECT count(*) FROM beads b WHERE b.assigned_to = a.id AND b.fencing_token IS NOT NULL)
+    """,
+    # what keeps a bead from being ready
+    """
+    SELECT id, status, blocked_by, open_blockers, open_children FROM beads b
+     WHERE open_blockers <> (SELECT count(*) FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed')
+        OR open_children <> (SELECT count(*) FROM beads c WHERE c.parent = b.id AND c.status <> 'closed')
+        OR NOT blocked_by <@ ARRAY(SELECT id FROM beads)
+    """,
+    # the index of blocked_by
+    "SELECT blocker_id, bead_id FROM bead_blockers EXCEPT SELECT unnest(blocked_by), id FROM beads",
+    "SELECT unnest(blocked_by), id FROM beads EXCEPT SELECT blocker_id, bead_id FROM bead_blockers",
+    # every version has one event, in their order
+    """
+    SELECT entity_id, version FROM (
+        SELECT entity_id, version, row_number() OVER (PARTITION BY entity_id ORDER BY place) AS n FROM events
+         WHERE entity_type = 'bead') AS e WHERE version <> n
+    """,
+    """
+    SELECT id, version FROM beads b WHERE version <> (
+        SELECT max(version) FROM events e WHERE e.entity_type = 'bead' AND e.entity_id = b.id)
+    """,
+]
+
+
+def assert_counted(sql: Sql) -> None:
+    """What is counted equals a recount."""
+    wrong = [row for query in COUNTED for row in sql(query)]
+    assert not wrong, wrong

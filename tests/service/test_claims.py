@@ -1,0 +1,558 @@
+"""One agent has a bead at a time, the best ready one first, and whoever lost it is told."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from harness import AppClient
+from harness.locks import Sql, acquire, assert_problem, force, instant
+from harness.work import (
+    BEADS,
+    PROJECT,
+    ask,
+    assert_counted,
+    assert_lost,
+    bead,
+    claim,
+    claim_next,
+    complete,
+    fail,
+    get,
+    lapse,
+    make,
+    patch,
+    release,
+    renew,
+    team,
+)
+
+from loom.config import AgentsConfig, BeadsConfig, Config
+from loom.db import Connection
+from loom.instances import Instance
+from loom.upkeep import Upkeep
+
+TRACES = ("assigned_to", "fencing_token", "claimed_at", "lease_seconds", "lease_expires_at", "not_before")
+
+
+@pytest.fixture
+def work(client: AppClient) -> AppClient:
+    """A client, with a project and the agents a and b."""
+    team(client, "a", "b")
+    return client
+
+
+@pytest.fixture
+def cleaner(instance: Instance) -> Upkeep:
+    return Upkeep(Config(), instance)
+
+
+def configure(client: AppClient, **sections: Any) -> None:
+    client._app.config["LOOM"] = Config(**sections)
+
+
+def age(sql: Sql, key: str, seconds: int) -> None:
+    sql("UPDATE beads SET created_at = clock_timestamp() - %s WHERE id = %s", timedelta(seconds=seconds), key)
+
+
+def is_free(found: dict[str, Any]) -> bool:
+    """Open again, with no trace of who had it."""
+    return found["status"] == "open" and not any(name in found for name in TRACES)
+
+
+# Which bead is the next
+
+
+def test_the_most_urgent_bead_is_given_first(work: AppClient, sql: Sql) -> None:
+    soon, late = (datetime(2030, month, 1, tzinfo=timezone.utc).isoformat() for month in (1, 2))
+    bead(work, "old", priority=1)
+    bead(work, "late", priority=1, due_date=late)
+    bead(work, "new", priority=1)
+    bead(work, "soon", priority=1, due_date=soon)
+    bead(work, "idle", priority=3, due_date=soon)
+    bead(work, "critical", priority=0)
+    age(sql, "old", 60)
+    assert [claim_next(work) for _ in range(7)] == ["critical", "soon", "late", "old", "new", "idle", None]
+    assert_counted(sql)
+
+
+def test_an_agent_gets_only_what_it_asks_for(work: AppClient) -> None:
+    make(work, "/api/v1/projects", id="q", name="q", git_repo="r", branch="main")
+    bead(work, "other", project_id="q")
+    bead(work, "bug", type="bug", tags=["db", "hot"])
+    bead(work, "task", tags=["db"])
+    assert claim_next(work, project_id="q", types=["bug"]) is None
+    assert claim_next(work, types=["epic", "bug"], tags=["db", "hot", "x"]) is None
+    assert claim_next(work, types=["epic", "bug"], tags=["hot", "db"]) == "bug"
+    assert claim_next(work, project_id="q") == "other"
+    assert claim_next(work, project_id=PROJECT) == "task"
+    assert_problem(work.post(f"{BEADS}/claim", {"agent_id": "a", "project_id": "none"}), 400, "invalid")
+
+
+def test_a_reserved_bead_is_nobody_elses(work: AppClient) -> None:
+    bead(work, "mine", assigned_to="a", priority=2)
+    bead(work, "better", priority=1)
+    bead(work, "worse", priority=3)
+    problem = assert_problem(ask(work, "mine", "b"), 409, "bead-claimed")
+    assert problem["holder"] == {"agent_id": "a", "alive": True, "lease_expires_at": None}
+    assert "PATCH assigned_to" in problem["detail"]
+    assert [claim_next(work, "b"), claim_next(work), claim_next(work, "b"), claim_next(work)] == [
+        "better", "mine", "worse", None,
+    ]  # fmt: skip
+
+
+def test_what_waits_for_others_is_given_to_nobody_and_at_once_when_they_are_closed(work: AppClient) -> None:
+    bead(work, "first", priority=3)
+    bead(work, "second", blocked_by=["first"])
+    bead(work, "parent")
+    bead(work, "child", parent="parent", blocked_by=["second"])
+    problem = assert_problem(ask(work, "second"), 409, "bead-blocked", blocked_by=["first"], children=[])
+    assert "blocked_by" in problem["detail"]
+    assert_problem(ask(work, "parent"), 409, "bead-blocked", blocked_by=[], children=["child"])
+    for key in ("first", "second", "child", "parent"):
+        assert claim_next(work) == key
+        assert claim_next(work, "b") is None
+        assert complete(work, key, claim(work, key)).status == 200
+
+
+def test_beads_that_are_locked_from_outside_are_passed_over(work: AppClient, sql: Sql) -> None:
+    for key in ("one", "two", "mine"):
+        bead(work, key)
+    patch(work, "mine", assigned_to="a", priority=0)
+    held = [acquire(work, f"bead:{key}", owner="operator")["fencing_token"] for key in ("mine", "one")]
+    assert [claim_next(work), claim_next(work)] == ["two", None]
+    assert force(work, held[0], "bead:mine").status == 204
+    assert claim_next(work) == "mine"
+
+
+# One bead
+
+
+def test_the_same_agent_again_has_the_same_claim(work: AppClient) -> None:
+    bead(work, "x")
+    first = ask(work, "x", lease_seconds=100).json
+    again = ask(work, "x", lease_seconds=10).json
+    assert (again["status"], again["fencing_token"]) == ("claimed", first["fencing_token"])
+    assert again["lease_expires_at"] >= first["lease_expires_at"]
+    assert again["bead"]["version"] == first["bead"]["version"]
+    assert work.get("/api/v1/agents/a").json["current_bead"] == "x"
+
+
+def test_another_agent_is_told_who_has_it_and_until_when(work: AppClient) -> None:
+    bead(work, "x")
+    ends = ask(work, "x").json["lease_expires_at"]
+    problem = assert_problem(ask(work, "x", "b"), 409, "bead-claimed")
+    assert problem["holder"] == {"agent_id": "a", "alive": True, "lease_expires_at": ends}
+    assert "redispatch" in problem["detail"]
+
+
+def test_a_closed_bead_is_not_worked_on_again(work: AppClient) -> None:
+    bead(work, "x")
+    closed = complete(work, "x", claim(work, "x"), close_reason="done").json
+    assert (closed["status"], closed["close_reason"]) == ("closed", "done")
+    assert_problem(ask(work, "x", "b"), 409, "bead-closed", closed_at=closed["closed_at"])
+    assert claim_next(work) is None
+
+
+def test_an_agent_has_no_more_beads_than_it_may(work: AppClient, sql: Sql) -> None:
+    configure(work, agents=AgentsConfig(max_concurrent=2))
+    for key in ("x", "y", "z"):
+        bead(work, key)
+    claim(work, "x")
+    claim(work, "y")
+    for answer in (ask(work, "z"), work.post(f"{BEADS}/claim", {"agent_id": "a"})):
+        assert_problem(answer, 409, "agent-busy", beads=["x", "y"])
+    assert ask(work, "x").status == 200
+    lapse(sql, "x")  # which nobody has noticed yet
+    claim(work, "z")
+    lapse(sql, "y")
+    assert claim_next(work) in ("x", "y")
+    assert_counted(sql)
+
+
+def test_a_persons_work_is_left_alone(work: AppClient, sql: Sql) -> None:
+    """in_progress without a claim: no lease, in no agent's count, given back by nobody."""
+    bead(work, "x")
+    patch(work, "x", status="in_progress", assigned_to="a")
+    assert claim_next(work, "b") is None
+    problem = assert_problem(ask(work, "x", "b"), 409, "bead-claimed")
+    assert problem["holder"] == {"agent_id": "a", "alive": True, "lease_expires_at": None}
+    assert sql("SELECT open_claims FROM agents WHERE id = 'a'") == [(0,)]
+    claim(work, "x")  # its own agent may
+    patch(work, "x", status="open")
+    patch(work, "x", status="in_progress")
+    assert_problem(ask(work, "x", "b"), 409, "bead-claimed")
+    assert_counted(sql)
+
+
+def test_an_old_client_claims_and_ignores_what_it_does_not_know(work: AppClient) -> None:
+    bead(work, "x")
+    answer = work.post(f"{BEADS}/x/claim", {"agent_id": "a", "agent_name": "?"})
+    assert (answer.status, answer.json["status"], answer.json["bead"]["status"]) == (200, "claimed", "in_progress")
+
+
+def test_ids_of_old_clients_hold_spaces_and_parentheses(work: AppClient, sql: Sql) -> None:
+    agent, key = "agent-17-web (QA) ü", "bd 1 (ü)"
+    make(work, "/api/v1/agents", id=agent, persona_name="x", project_id=PROJECT)
+    bead(work, key)
+    token = claim(work, key, agent)
+    beaten = work.post(f"/api/v1/agents/{quote(agent)}/heartbeat", {"claims": {key: token}})
+    assert list(beaten.json["extended"]) == [key]
+    assert complete(work, quote(key), token).json["assigned_to"] == agent
+
+
+# How a claim ends
+
+
+def test_release_leaves_no_trace_of_who_had_it(work: AppClient, sql: Sql) -> None:
+    bead(work, "x", assigned_to="a")
+    token = claim(work, "x")
+    assert release(work, "x", token).status == 204
+    found = get(work, "x")
+    assert is_free(found)
+    assert (found["attempts"], found["failures"]) == (0, 0)
+    assert work.get("/api/v1/agents/a").json.get("current_bead") is None
+    assert sql("SELECT open_claims FROM agents WHERE id = 'a'") == [(0,)]
+    assert claim_next(work, "b") == "x"
+
+
+def test_a_lapsed_bead_is_open_again_once_and_its_late_agent_refused(
+    work: AppClient, sql: Sql, cleaner: Upkeep
+) -> None:
+    bead(work, "x")
+    token = claim(work, "x")
+    lapse(sql, "x")
+    for answer in (renew(work, "x", token), complete(work, "x", token), fail(work, "x", token)):
+        assert_lost(answer, "lapsed")
+    cleaner.clean()
+    cleaner.clean()
+    found = get(work, "x")
+    assert is_free(found)
+    assert (found["attempts"], found["failures"]) == (1, 0)
+    assert claim_next(work, "b") == "x"
+    for answer in (
+        renew(work, "x", token),
+        complete(work, "x", token),
+        fail(work, "x", token),
+        release(work, "x", token),
+    ):
+        assert_lost(answer, "lapsed", "b")
+    assert get(work, "x")["assigned_to"] == "b"
+    assert_counted(sql)
+
+
+@pytest.mark.parametrize("which", ["x", None])
+def test_a_lapsed_bead_needs_nobody_to_open_it(work: AppClient, sql: Sql, which: str | None) -> None:
+    bead(work, "x")
+    claim(work, "x")
+    lapse(sql, "x")
+    if which:
+        claim(work, which, "b")
+    else:
+        assert claim_next(work, "b") == "x"
+    assert (get(work, "x")["assigned_to"], get(work, "x")["attempts"]) == ("b", 1)
+    assert_counted(sql)
+
+
+def test_a_failed_bead_waits_longer_each_time(work: AppClient, sql: Sql) -> None:
+    configure(work, beads=BeadsConfig(max_failures=100, max_attempts=100))
+    bead(work, "x")
+    waits = []
+    for n in range(9):
+        found = fail(work, "x", claim(work, "x"), reason="no").json
+        assert (found["status"], found["attempts"], found["failures"]) == ("open", n + 1, n + 1)
+        waits.append(round((instant(found["not_before"]) - instant(found["updated_at"])).total_seconds()))
+        assert claim_next(work, "b") is None
+        assert_problem(ask(work, "x", "b"), 409, "bead-blocked", not_before=found["not_before"])
+        sql("UPDATE beads SET not_before = clock_timestamp()")
+    assert waits == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert claim_next(work, "b") == "x"
+
+
+@pytest.mark.parametrize("seconds", [0, 7])
+def test_who_fails_says_when_to_try_again(work: AppClient, seconds: int) -> None:
+    bead(work, "x")
+    found = fail(work, "x", claim(work, "x"), retry_after_seconds=seconds).json
+    if not seconds:
+        assert is_free(found)
+        assert claim_next(work, "b") == "x"
+    else:
+        assert instant(found["not_before"]) - instant(found["updated_at"]) == timedelta(seconds=seconds)
+
+
+def test_what_fails_for_ever_is_given_to_nobody_and_says_why(work: AppClient, sql: Sql) -> None:
+    configure(work, beads=BeadsConfig(max_failures=2, max_attempts=3))
+    bead(work, "bad")
+    bead(work, "deadly")
+    for _ in range(2):
+        found = fail(work, "bad", claim(work, "bad"), reason="no compiler", retry_after_seconds=0).json
+    assert (found["status"], found["blocked_reason"]) == ("blocked", "failed 2 times, the last time: no compiler")
+    for _ in range(3):
+        claim(work, "deadly")
+        lapse(sql, "deadly")
+        claim_next(work, "b", types=["none"])
+    found = get(work, "deadly")
+    reason = "claimed 3 times without success, the last time: lapsed"
+    assert (found["status"], found["attempts"], found["failures"], found["blocked_reason"]) == ("blocked", 3, 0, reason)
+    assert claim_next(work) is None
+    problem = assert_problem(ask(work, "deadly"), 409, "bead-blocked", blocked_reason=reason)
+    assert "PATCH its status to open" in problem["detail"]
+    patch(work, "deadly", status="open")
+    assert claim_next(work) == "deadly"
+    assert get(work, "deadly")["attempts"] == 0
+
+
+def test_an_end_that_is_told_twice_is_one_end(work: AppClient, sql: Sql) -> None:
+    for key in ("done", "failed", "released"):
+        bead(work, key)
+    done, failed, released = (claim(work, key) for key in ("done", "failed", "released"))
+    for _ in range(2):
+        assert complete(work, "done", done).status == 200
+        assert fail(work, "failed", failed, retry_after_seconds=0).status == 200
+        assert release(work, "released", released).status == 204
+    assert get(work, "failed")["attempts"] == 1
+    assert_lost(fail(work, "done", done), "completed")
+    assert_lost(complete(work, "failed", failed), "failed")
+    assert_lost(complete(work, "released", released), "released")
+    claim(work, "failed", "b")
+    assert fail(work, "failed", failed).json["assigned_to"] == "b"  # the bead as it is
+    assert_counted(sql)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "assigned_to"),
+    [
+        ({"status": "open"}, "open", None),
+        ({"status": "blocked"}, "blocked", None),
+        ({"status": "closed"}, "closed", "a"),
+        ({"assigned_to": "b"}, "open", "b"),
+        ({"assigned_to": None}, "open", None),
+        ({"status": "in_progress", "assigned_to": "b"}, "open", "b"),
+        ({"status": "open", "assigned_to": "b"}, "open", "b"),
+    ],
+)
+def test_a_change_of_status_or_assignee_ends_the_claim(
+    work: AppClient, sql: Sql, change: dict[str, Any], status: str, assigned_to: str | None
+) -> None:
+    bead(work, "x")
+    token = claim(work, "x")
+    patch(work, "x", title="the claim stays")
+    assert get(work, "x")["fencing_token"] == token
+    found = patch(work, "x", **change)
+    assert (found["status"], found.get("assigned_to")) == (status, assigned_to)
+    assert "fencing_token" not in found
+    assert "lease_expires_at" not in found
+    assert_lost(complete(work, "x", token), "changed")
+    assert sql("SELECT open_claims, current_bead FROM agents WHERE id = 'a'") == [(0, None)]
+    assert_counted(sql)
+
+
+def test_a_claim_ends_with_its_bead(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    token = claim(work, "x")
+    assert work.delete(f"{BEADS}/x").status == 204
+    for answer in (complete(work, "x", token), renew(work, "x", token), release(work, "x", token), ask(work, "x")):
+        assert answer.json["detail"] == "Bead not found"
+        assert_problem(answer, 404, "not-found")
+    assert_counted(sql)
+
+
+def test_a_renewal_gives_a_new_end_and_revives_nothing(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    token = claim(work, "x", lease_seconds=1000)
+    short = renew(work, "x", token, lease_seconds=10).json
+    assert (short["fencing_token"], short["bead"]["lease_seconds"]) == (token, 10)
+    assert (
+        timedelta(seconds=8) < instant(short["lease_expires_at"]) - datetime.now(timezone.utc) < timedelta(seconds=11)
+    )
+    assert renew(work, "x", token).json["bead"]["lease_seconds"] == 10
+    lapse(sql, "x")
+    assert_lost(renew(work, "x", token), "lapsed")
+    assert_lost(renew(work, "x", 17), None)
+
+
+def test_a_redispatched_bead_is_taken_from_who_has_it(work: AppClient, sql: Sql) -> None:
+    bead(work, "x", context={"k": "v"})
+    token = claim(work, "x")
+    found = work.post(f"{BEADS}/x/redispatch", {"reason": "stuck", "who": "?"}).json
+    assert is_free(found)
+    assert (found["context"]["redispatch_reason"], found["context"]["redispatch_requested"]) == ("stuck", "true")
+    assert (found["context"]["k"], instant(found["context"]["redispatch_requested_at"]).year) == ("v", 2026)
+    assert_lost(complete(work, "x", token), "changed")
+    fail(work, "x", claim(work, "x"))
+    assert claim_next(work) is None
+    assert work.post(f"{BEADS}/x/redispatch").status == 200
+    assert claim_next(work) == "x"
+
+
+def test_what_was_found_out_is_kept(work: AppClient) -> None:
+    bead(work, "x", context={"a": "1", "b": "2"})
+    found = complete(work, "x", claim(work, "x"), context={"b": "3", "c": "4"}, close_reason="ok").json
+    assert found["context"] == {"a": "1", "b": "3", "c": "4"}
+
+
+# Locks from outside, retries
+
+
+def test_a_bead_that_is_locked_from_outside_changes_only_for_who_presents_the_lock(
+    work: AppClient, sql: Sql, cleaner: Upkeep
+) -> None:
+    bead(work, "x")
+    bead(work, "y")
+    token, other = claim(work, "x"), claim(work, "y")
+    held = acquire(work, "bead:x", owner="operator")["fencing_token"]
+    for answer in (complete(work, "x", token), fail(work, "x", token), release(work, "x", token), ask(work, "x", "b")):
+        problem = assert_problem(answer, 409, "lock-held", lock_name="bead:x")
+        assert problem["holder"]["owner"] == "operator"
+        assert answer.headers["Retry-After"] == "1"
+    assert renew(work, "x", token, lease_seconds=10).status == 200  # the holder must not let the claim lapse
+    lapse(sql, "x")
+    cleaner.clean()
+    assert claim_next(work, "b") is None
+    assert get(work, "x")["fencing_token"] == token
+    mine = {"Loom-Lock-Token": str(held)}
+    assert ask(work, "x", "b", headers=mine).json["bead"]["attempts"] == 1
+    named = {"Loom-Lock-Token": f'{held}; lock="bead%3Ax"'}
+    assert complete(work, "y", other, headers=named).status == 200
+    assert force(work, held, "bead:x").status == 204
+    for headers in (mine, named):
+        assert_problem(ask(work, "x", "b", headers=headers), 409, "lock-lost", lock_name="bead:x", fencing_token=held)
+
+
+def test_an_agent_that_is_locked_from_outside_gets_no_more_work(work: AppClient) -> None:
+    bead(work, "x")
+    held = acquire(work, "agent:a", owner="operator")["fencing_token"]
+    mine = {"Loom-Lock-Token": f'{held}; lock="agent:a"'}
+    for answer in (ask(work, "x"), work.post(f"{BEADS}/claim", {"agent_id": "a"})):
+        assert_problem(answer, 409, "lock-held", lock_name="agent:a")
+    assert work.post("/api/v1/agents/a/heartbeat").status == 200
+    assert ask(work, "x", headers=mine).status == 200
+
+
+@pytest.mark.parametrize("path", [f"{BEADS}/claim", f"{BEADS}/x/claim"])
+def test_a_repeated_claim_is_the_first_one_or_lost(work: AppClient, sql: Sql, path: str) -> None:
+    bead(work, "x")
+    bead(work, "y", priority=3)
+
+    def once() -> Any:
+        return work.post(path, {"agent_id": "a", "lease_seconds": 60}, headers={"Idempotency-Key": "k"})
+
+    first, again = once().json, once().json
+    assert (again["bead"]["id"], again["fencing_token"]) == ("x", first["fencing_token"])
+    assert again["lease_expires_at"] > first["lease_expires_at"]
+    assert sql("SELECT open_claims FROM agents WHERE id = 'a'") == [(1,)]
+    renew(work, "x", first["fencing_token"], lease_seconds=1000)
+    assert instant(once().json["lease_expires_at"]) > datetime.now(timezone.utc) + timedelta(seconds=900)
+    lapse(sql, "x")
+    assert_lost(once(), "lapsed")
+    claim(work, "x", "b")
+    assert_lost(once(), "lapsed", "b")
+
+
+def test_who_claimed_and_finished_stands_in_the_events(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    token = work.post(f"{BEADS}/x/claim", {"agent_id": "a"}, headers={"X-Request-ID": "r-1"}).json["fencing_token"]
+    complete(work, "x", token)
+    assert sql(
+        "SELECT type, version, actor, request_id, project_id, instance_id IS NOT NULL FROM events"
+        " WHERE entity_id = 'x' AND version > 1 ORDER BY place"
+    ) == [("bead.assigned", 2, "a", "r-1", PROJECT, True), ("bead.completed", 3, "a", None, PROJECT, True)]
+    assert sql("SELECT agent_id, ended_how FROM claims WHERE fencing_token = %s", token) == [("a", "completed")]
+
+
+# What it costs, and what is refused
+
+
+def test_a_claim_costs_one_round_trip(work: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    bead(work, "x")
+    bead(work, "y")
+    sent: list[str] = []
+    execute = Connection._execute
+    monkeypatch.setattr(
+        Connection, "_execute", lambda self, sql, params: sent.append(sql) or execute(self, sql, params)
+    )
+
+    def trips(call: Any) -> int:
+        sent.clear()
+        assert call().status in (200, 204)
+        return len([sql for sql in sent if "heartbeat_instance" not in sql])
+
+    token = ask(work, "x").json["fencing_token"]
+    assert [
+        trips(lambda: work.post(f"{BEADS}/claim", {"agent_id": "a"})),
+        trips(lambda: ask(work, "x")),
+        trips(lambda: renew(work, "x", token)),
+        trips(lambda: work.post("/api/v1/agents/a/heartbeat", {"claims": {"x": token}})),
+        trips(lambda: complete(work, "x", token)),
+        trips(lambda: work.post(f"{BEADS}/claim", {"agent_id": "b"})),
+    ] == [1] * 6
+
+
+BAD = [
+    ("POST", "/claim", {}, "agent_id"),
+    ("POST", "/claim", {"agent_id": "nobody"}, "agent_id"),
+    ("POST", "/claim", {"agent_id": ""}, "agent_id"),
+    ("POST", "/claim", {"agent_id": "a/b"}, "agent_id"),
+    ("POST", "/claim", {"agent_id": "a", "lease_seconds": 9}, "lease_seconds"),
+    ("POST", "/claim", {"agent_id": "a", "lease_seconds": 86401}, "lease_seconds"),
+    ("POST", "/claim", {"agent_id": "a", "lease_seconds": 10.0}, "lease_seconds"),
+    ("POST", "/claim", {"agent_id": "a", "types": "task"}, "types"),
+    ("POST", "/claim", {"agent_id": "a", "tags": [1]}, "tags[0]"),
+    ("POST", "/claim", {"agent_id": "a", "projects": []}, "projects"),
+    ("POST", "/x/claim", {}, "agent_id"),
+    ("POST", "/x/claim", {"agent_id": "nobody"}, "agent_id"),
+    ("POST", "/x/claim", {"agent_id": "a", "lease_seconds": "10"}, "lease_seconds"),
+    ("PUT", "/x/claim", {}, "fencing_token"),
+    ("PUT", "/x/claim", {"fencing_token": 0}, "fencing_token"),
+    ("PUT", "/x/claim", {"fencing_token": 2**53}, "fencing_token"),
+    ("PUT", "/x/claim", {"fencing_token": 1, "lease": 10}, "lease"),
+    ("DELETE", "/x/claim", None, "fencing_token"),
+    ("DELETE", "/x/claim?fencing_token=x", None, "fencing_token"),
+    ("POST", "/x/complete", {"fencing_token": 1, "context": []}, "context"),
+    ("POST", "/x/complete", {"fencing_token": 1, "reason": "x"}, "reason"),
+    ("POST", "/x/complete", {"fencing_token": 1, "close_reason": "a\u0000"}, "close_reason"),
+    ("POST", "/x/fail", {"fencing_token": 1, "retry_after_seconds": -1}, "retry_after_seconds"),
+    ("POST", "/x/fail", {"fencing_token": 1, "retry_after_seconds": 86401}, "retry_after_seconds"),
+    ("POST", "/x/redispatch", {"reason": 1}, "reason"),
+    ("POST", "/%FF/claim", {"agent_id": "a"}, "id"),
+    ("POST", "/%00/claim", {"agent_id": "a"}, "id"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "field"), BAD)
+def test_bad_input_is_named_and_changes_nothing(work: AppClient, method: str, path: str, body: Any, field: str) -> None:
+    bead(work, "x")
+    problem = assert_problem(work.request(method, BEADS + path, body), 400, "invalid")
+    assert problem["errors"][0]["field"] == field
+    assert get(work, "x")["version"] == 1
+
+
+@pytest.mark.parametrize("path", ["claim", "complete", "fail", "redispatch"])
+def test_a_bead_that_is_not_there_is_404(work: AppClient, path: str) -> None:
+    body = {"agent_id": "a"} if path == "claim" else {"fencing_token": 1}
+    assert work.post(f"{BEADS}/none/{path}", body).json["error"] == "Bead not found"
+    assert_problem(renew(work, "none", 1), 404, "not-found")
+    assert_problem(release(work, "none", 1), 404, "not-found")
+
+
+def test_old_claims_are_forgotten_after_their_time(work: AppClient, sql: Sql, cleaner: Upkeep) -> None:
+    for key in ("x", "y"):
+        bead(work, key)
+        complete(work, key, claim(work, key))
+    sql("UPDATE claims SET ended_at = clock_timestamp() - INTERVAL '8 days' WHERE bead_id = 'x'")
+    cleaner.clean()
+    assert sql("SELECT bead_id FROM claims") == [("y",)]
+
+
+def test_an_operator_cannot_leave_half_a_claim_behind(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    claim(work, "x")
+    with pytest.raises(Exception, match="beads_check"):
+        sql("UPDATE beads SET fencing_token = NULL")
+    sql("UPDATE beads SET status = 'open'")
+    assert is_free(get(work, "x"))
+    claim(work, "x")
+    sql("DELETE FROM beads")
+    assert_counted(sql)
