@@ -183,7 +183,7 @@ $$;
 -- another file.
 CREATE OR REPLACE FUNCTION fencing_identity_now() RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
-    RETURN (SELECT system_identifier FROM pg_control_system())
+    RETURN (pg_control_system()).system_identifier
            || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
            || '/' || pg_relation_filepath('fencing_tokens');
 END $$;
@@ -716,12 +716,13 @@ CREATE TABLE IF NOT EXISTS beads (
         autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0.02);
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 
--- The best ready bead is the first of these: all, of one project, reserved for one agent.
-CREATE INDEX IF NOT EXISTS beads_ready ON beads (priority, COALESCE(due_date, 'infinity'), created_at, id)
+-- The best ready bead is the first of these: all, of one project, reserved for one agent. Narrow on purpose: a
+-- claim steps over the entries that those before it have left, until a vacuum comes.
+CREATE INDEX IF NOT EXISTS beads_ready ON beads (priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL;
-CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at, id)
+CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL;
-CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at, id)
+CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NOT NULL;
 CREATE INDEX IF NOT EXISTS beads_delayed ON beads (not_before) WHERE status = 'open' AND not_before IS NOT NULL;
 CREATE INDEX IF NOT EXISTS beads_lease ON beads (lease_expires_at) WHERE fencing_token IS NOT NULL;
@@ -1056,12 +1057,14 @@ $$;
 CREATE OR REPLACE FUNCTION as_json(t providers) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
 CREATE OR REPLACE FUNCTION as_json(t agents) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
 CREATE OR REPLACE FUNCTION as_json(t config) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
-CREATE OR REPLACE FUNCTION as_json(t beads) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT to_jsonb(t) || jsonb_build_object(
+-- PL/pgSQL keeps the plans: an SQL function with a subquery is planned again at each call.
+CREATE OR REPLACE FUNCTION as_json(t beads) RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN to_jsonb(t) || jsonb_build_object(
         'not_before', CASE WHEN t.not_before > clock_timestamp() THEN t.not_before END,
         'blocks', ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = t.id ORDER BY bead_id),
         'children', ARRAY(SELECT id FROM beads WHERE parent = t.id ORDER BY id));
-$$;
+END $$;
 
 -- An id of our own for a new entity.
 CREATE OR REPLACE FUNCTION new_entity_id(kind text, given jsonb) RETURNS text LANGUAGE plpgsql AS $$
@@ -1296,9 +1299,10 @@ END $$;
 CREATE OR REPLACE FUNCTION lapse_claims(batch integer, max_failures integer, max_attempts integer) RETURNS SETOF beads
 LANGUAGE plpgsql AS $$
 DECLARE
+    t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
     b beads;
 BEGIN
-    FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()
+    FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= t
                 AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                  WHERE l.lock_name = 'bead:' || beads.id AND l.expires_at > clock_timestamp())
               ORDER BY lease_expires_at LIMIT batch FOR NO KEY UPDATE OF beads SKIP LOCKED
@@ -1391,7 +1395,8 @@ END $$;
 CREATE OR REPLACE FUNCTION lapse_before_claim(agent text, max_failures integer, max_attempts integer) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF EXISTS (SELECT 1 FROM beads WHERE fencing_token IS NOT NULL AND lease_expires_at <= clock_timestamp()) THEN
+    -- By min(), which the index answers: for a comparison the planner may choose to read all beads.
+    IF (SELECT min(lease_expires_at) FROM beads WHERE fencing_token IS NOT NULL) <= clock_timestamp() THEN
         PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE;
         PERFORM lapse_claims(100, max_failures, max_attempts);
     END IF;
@@ -1409,71 +1414,98 @@ $$;
 CREATE OR REPLACE FUNCTION claim_next_bead(
     agent text, lease integer, most integer, max_failures integer, max_attempts integer, fences jsonb,
     project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL,
-    OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+    OUT outcome text, OUT bead jsonb, OUT detail jsonb)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     passed text[] := '{}';
-    mine record;
+    -- the best of those reserved for the agent
+    mine text;
+    mine_priority smallint;
+    mine_due timestamptz;
+    mine_created_at timestamptz;
     best text;
+    plain boolean;
+    taken beads;
+    t timestamptz;
 BEGIN
-    SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, '{}', fences) AS e;
-    IF outcome IS NOT NULL THEN
-        RETURN;
-    END IF;
-    PERFORM lapse_before_claim(agent, max_failures, max_attempts);
-    detail := busy_with(agent, most);
-    IF detail IS NOT NULL THEN
-        outcome := 'agent-busy';
-        RETURN;
-    END IF;
-    IF EXISTS (SELECT 1 FROM beads WHERE status = 'open' AND not_before <= clock_timestamp()) THEN
+    -- What nearly every claim finds, in one look under the agent's name: there is nothing to be done first, and no bead
+    -- is reserved for it.
+    PERFORM pg_advisory_xact_lock(hashtextextended('agent:' || agent, 0));
+    t := clock_timestamp();
+    SELECT fences IS NULL AND a.status <> 'dead' AND a.open_claims < most
+           AND NOT EXISTS (SELECT 1 FROM distributed_locks l
+                            WHERE l.lock_name = 'agent:' || agent AND l.expires_at > clock_timestamp())
+           AND COALESCE((SELECT min(lease_expires_at) FROM beads WHERE fencing_token IS NOT NULL) > t, true)
+           AND COALESCE((SELECT min(not_before) FROM beads WHERE status = 'open' AND not_before IS NOT NULL) > t, true)
+           AND NOT EXISTS (SELECT 1 FROM beads
+                            WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL
+                              AND assigned_to = agent)
+      INTO plain FROM agents a WHERE a.id = agent;
+    IF plain IS NOT TRUE THEN
+        SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, '{}', fences) AS e;
+        IF outcome IS NOT NULL THEN
+            RETURN;
+        END IF;
+        PERFORM lapse_before_claim(agent, max_failures, max_attempts);
+        detail := busy_with(agent, most);
+        IF detail IS NOT NULL THEN
+            outcome := 'agent-busy';
+            RETURN;
+        END IF;
         UPDATE beads SET not_before = NULL
-         WHERE id IN (SELECT id FROM beads WHERE status = 'open' AND not_before <= clock_timestamp()
+         WHERE id IN (SELECT id FROM beads WHERE status = 'open' AND not_before <= t
                        ORDER BY not_before LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED);
     END IF;
     FOR n IN 1 .. 100 LOOP
-        -- The best of those reserved for the agent; not locked yet, since a free one may be better.
-        SELECT id, priority, COALESCE(due_date, 'infinity') AS due, created_at INTO mine FROM beads b
-         WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to = agent
-           AND (project IS NULL OR project_id = project) AND (kinds IS NULL OR type = ANY (kinds))
-           AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
-           AND NOT EXISTS (SELECT 1 FROM distributed_locks l
-                            WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
-         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1;
-        IF NOT FOUND THEN
-            SELECT NULL::text AS id, 4::smallint AS priority, timestamptz 'infinity' AS due, timestamptz 'infinity' AS created_at
-              INTO mine;
+        mine := NULL;
+        IF plain IS NOT TRUE THEN
+            -- Not locked yet, since a free one may be better.
+            SELECT id, priority, COALESCE(due_date, 'infinity'), created_at
+              INTO mine, mine_priority, mine_due, mine_created_at FROM beads b
+             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to = agent
+               AND (project IS NULL OR project_id = project) AND (kinds IS NULL OR type = ANY (kinds))
+               AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
+               AND NOT EXISTS (SELECT 1 FROM distributed_locks l
+                                WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1;
+        END IF;
+        IF mine IS NULL THEN
+            mine_priority := 4;
+            mine_due := 'infinity';
+            mine_created_at := 'infinity';
         END IF;
         IF project IS NULL THEN
             SELECT id INTO best FROM beads b
              WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
-               AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine.priority, mine.due, mine.created_at)
+               AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine_priority, mine_due, mine_created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
                AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                 WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
-             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         ELSE
             SELECT id INTO best FROM beads b
              WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
                AND project_id = project
-               AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine.priority, mine.due, mine.created_at)
+               AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine_priority, mine_due, mine_created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
                AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                 WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > clock_timestamp())
-             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at, id LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         END IF;
-        IF best IS NULL THEN
+        IF best IS NULL AND mine IS NOT NULL THEN
             SELECT id INTO best FROM beads
-             WHERE id = mine.id AND status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL
+             WHERE id = mine AND status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL
                AND assigned_to = agent FOR NO KEY UPDATE SKIP LOCKED;
         END IF;
         -- Its name is only tried: who waits for a name with a row in hand deadlocks with who has them the other way round.
         IF best IS NOT NULL AND try_name('bead:' || best) THEN
             outcome := 'claimed';
-            bead := as_json(take_bead(best, agent, lease));
+            taken := take_bead(best, agent, lease);
+            bead := as_json(taken);
             RETURN;
         END IF;
-        EXIT WHEN best IS NULL AND mine.id IS NULL;
-        passed := passed || COALESCE(best, mine.id);
+        EXIT WHEN best IS NULL AND mine IS NULL;
+        passed := passed || COALESCE(best, mine);
     END LOOP;
     outcome := CASE WHEN project IS NULL OR EXISTS (SELECT 1 FROM projects WHERE id = project) THEN 'nothing'
                     ELSE 'unknown-project' END;
