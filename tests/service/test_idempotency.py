@@ -33,7 +33,7 @@ from harness.locks import (
 from loom import db, errors, http, locks
 from loom.config import Config
 from loom.db.connection import Connection
-from loom.http import answer, idempotency, parse
+from loom.http import answer, idempotency, parse, waiting
 from loom.instances import Instance
 from loom.upkeep import Upkeep
 
@@ -395,11 +395,11 @@ def test_who_hung_up_when_its_grant_came_may_ask_again_with_its_key(
 ) -> None:
     held = acquire(client, owner="holder")
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
-        patched.setattr(http.locks, "client_gone", lambda environ: sql(GRANTED) != [])
-        waiting = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
+        patched.setattr(waiting, "client_gone", lambda environ: sql(GRANTED) != [])
+        asked = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
         wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
         release(client, held["fencing_token"])
-        waiting.result(5)
+        asked.result(5)
     assert client.get(BUILD).status == 404, "the grant was taken back"
     assert keyed(client, BUILD, {"wait_seconds": 20}).status == 201
 
@@ -412,9 +412,7 @@ def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
     with app.app_context():
         queue = http.locks._queue()
     with near, far, ThreadPoolExecutor(2) as threads:
-        monkeypatch.setattr(
-            http.locks, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != []
-        )
+        monkeypatch.setattr(waiting, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != [])
         gone = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})
         twin = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
         wait_until(lambda: len(queue._waiters) == 2)
