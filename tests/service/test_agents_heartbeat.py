@@ -95,6 +95,15 @@ def test_an_agent_is_told_what_it_has_lost_and_how(work: AppClient, sql: Sql) ->
     assert beat(work, claims={"z": tokens["z"]})["lost"] == {"z": "lapsed"}
 
 
+def test_a_restarted_agent_does_not_keep_alive_what_it_claimed_anew(work: AppClient) -> None:
+    old = claim(work, "x")
+    release(work, "x", old)
+    claim(work, "x", lease_seconds=10)
+    ends = get(work, "x")["lease_expires_at"]
+    assert beat(work, claims={"x": old}) == {"extended": {}, "lost": {"x": "released"}}
+    assert get(work, "x")["lease_expires_at"] == ends
+
+
 def test_an_agent_keeps_nobody_elses_claim_alive(work: AppClient, sql: Sql) -> None:
     token = claim(work, "x", lease_seconds=10)
     before = get(work, "x")["lease_expires_at"]

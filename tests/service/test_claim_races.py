@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg2
+import psycopg2.extensions
 import pytest
-from harness import AppClient
+from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.locks import Sql
 from harness.work import (
@@ -86,8 +87,8 @@ def test_the_last_free_slot_of_an_agent_is_given_once(work: AppClient, sql: Sql)
 def test_no_bead_is_given_twice_and_each_agent_gets_the_urgent_ones_first(work: AppClient, sql: Sql) -> None:
     work._app.config["LOOM"] = Config(agents=AgentsConfig(max_concurrent=1000))
     sql(
-        "INSERT INTO beads (id, title, project_id, priority) SELECT 'x' || i, 't', %s, i %% 4"
-        "  FROM generate_series(1, 300) AS i",
+        "INSERT INTO beads (id, title, project_id, priority, created_at)"
+        " SELECT 'x' || i, 't', %s, i %% 4, now() - i * INTERVAL '1 ms' FROM generate_series(1, 300) AS i",
         PROJECT,
     )
 
@@ -96,7 +97,7 @@ def test_no_bead_is_given_twice_and_each_agent_gets_the_urgent_ones_first(work: 
 
     got = together(8, drain)
     assert sorted(key for mine in got for key in mine) == sorted(f"x{i}" for i in range(1, 301))
-    order = [key for (key,) in sql("SELECT id FROM beads ORDER BY priority, created_at, id")]
+    order = [key for (key,) in sql("SELECT id FROM beads ORDER BY priority, created_at")]
     places = {key: place for place, key in enumerate(order)}
     assert [sorted(mine, key=places.__getitem__) for mine in got] == got
     assert_counted(sql)
@@ -115,6 +116,23 @@ def test_claims_that_have_lapsed_are_opened_once_however_many_look(work: AppClie
     ended = sql("SELECT bead_id, count(*) FROM claims WHERE ended_how = 'lapsed' GROUP BY 1")
     assert dict(ended) == dict(sql("SELECT id, attempts FROM beads"))
     assert sql("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == before
+    assert_counted(sql)
+
+
+def test_who_stops_waiting_while_what_it_waited_for_is_closed_is_counted_right(
+    work: AppClient, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    """Both by hand: over HTTP the lock on the graph keeps them apart."""
+    for key in ("x", "y"):
+        bead(work, key)
+    bead(work, "waits", blocked_by=["x", "y"])
+    with ThreadPoolExecutor(1) as thread, session() as conn:
+        conn.cursor().execute("UPDATE beads SET blocked_by = '{y}' WHERE id = 'waits'")
+        closing = thread.submit(sql, "UPDATE beads SET status = 'closed' WHERE id = 'x'")
+        wait_until(lambda: sql("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        conn.commit()
+        closing.result()
+    assert sql("SELECT open_blockers FROM beads WHERE id = 'waits'") == [(1,)]
     assert_counted(sql)
 
 
