@@ -11,6 +11,7 @@ NGINX_PORT ?= 8000
 INSTANCES ?= 3
 PYTEST_ARGS ?=
 ARGS ?=
+BENCH ?= locks
 BIN := .venv/bin
 
 run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NGINX_PORT=8000 INSTANCES=3
@@ -29,8 +30,8 @@ format: .venv/test ## Format the code, mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/test ## Measure locks over HTTP beside what the database and the framework can do
-	$(BIN)/python -m bench.locks $(ARGS)
+bench: .venv/bench ## Measure locks, or claims beside a job queue's; BENCH=beads ARGS="--seconds 10"
+	$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 faults: .venv/test ## Run the long fault tests
 	$(BIN)/python -m pytest tests/faults --long
@@ -51,7 +52,7 @@ help: ## List the targets
 .venv: .venv/test
 
 # One stamp for each set of extras; touched last, so a failed installation is done again.
-.venv/embedded .venv/test: setup.cfg pyproject.toml constraints.txt
+.venv/embedded .venv/test .venv/bench: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

@@ -11,21 +11,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import selectors
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.programs import gunicorn, pgbench
 from loom import config, db, embedded
 
 LOOM, BARE = "loom", "bare"
@@ -104,63 +101,6 @@ def load(kind: str, port: int, connections: int, seconds: float) -> list[float]:
     return [latency for client in clients for latency in client.latencies]
 
 
-@contextlib.contextmanager
-def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folder: Path) -> Iterator[int]:
-    """One gunicorn with our gunicorn.conf.py's settings; for the bare application without our hooks."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    settings = folder / "config.yaml"
-    settings.write_text(f"server:\n  threads: {threads}\nlogging:\n  level: warning\n")
-    arguments = [sys.executable, "-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), application]
-    if application != "app:app":
-        plain = folder / "bare.conf.py"
-        plain.write_text(
-            f"bind = '127.0.0.1:{port}'\nthreads = {threads}\nkeepalive = 75\ncontrol_socket_disable = True\n"
-            f"worker_class = {worker or 'loom.http.worker.Worker'!r}\nloglevel = 'warning'\n"
-        )
-        arguments[4] = str(plain)
-    elif worker:
-        arguments += ["-k", worker]
-    environ = {**os.environ, "DATABASE_DSN": dsn, "PORT": str(port), "LOOM_CONFIG": str(settings)}
-    process = subprocess.Popen(arguments, env=environ, cwd=Path(__file__).parent.parent)
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def pgbench(dsn: str, connections: int, seconds: int, folder: Path) -> float:
-    """Requests per second, of which there are two in each transaction of the script."""
-    script = folder / "locks.sql"
-    script.write_text(PGBENCH)
-    said = subprocess.run(
-        [
-            embedded.binaries() / "pgbench",
-            "-n",
-            "-f",
-            script,
-            "-c",
-            str(connections),
-            "-j",
-            "2",
-            "-T",
-            str(seconds),
-            dsn,
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    match = re.search(r"tps = ([0-9.]+)", said)
-    assert match is not None
-    return 2 * float(match[1])
-
-
 def row(title: str, rates: list[float], latencies: list[float]) -> None:
     ranked = sorted(latencies)
     p50, p99 = (1000 * ranked[int(len(ranked) * q)] for q in (0.5, 0.99)) if ranked else (0, 0)
@@ -180,7 +120,8 @@ def main() -> None:
         folder = Path(name)
         dsn = os.environ.get("DATABASE_DSN") or embedded.use(folder / "postgres")
         db.migrate(dsn)
-        rate = pgbench(dsn, 8, int(given.seconds), folder)
+        # Two requests in each transaction of the script.
+        rate = 2 * pgbench(dsn, PGBENCH, folder, "-T", str(int(given.seconds))).rate
         row("(b) pgbench, 8 connections", [rate], [])
         for threads in map(int, given.threads.split(",")):
             print(f"{given.connections} connections, {threads} threads, {given.worker or 'our worker'}")

@@ -1,0 +1,328 @@
+"""How fast beads are claimed, at sizes from 20 thousand to a million, beside procrastinate's fetch of a job.
+
+    python -m bench.beads [--seconds 60] [--rounds 3] [--sizes 20k,100k,1m,blocked] [--claims 200000] [--clients 8]
+
+Both run on one PostgreSQL, in turns: Loom's claim_next_bead(), not prepared, as psycopg2 sends it, and procrastinate's
+fetch_job, its own schema.sql and statement, prepared as its driver does after five calls, in one round trip (its pool
+sends BEGIN and COMMIT, too). pgbench is the client, so that no Python is measured.
+
+Only claims are counted. The number of ready ones stays: ten times a second a session of its own deletes what was
+claimed and inserts as many new ones at the end of the queue, on both sides with one statement in which triggers do not
+fire, so that neither pays for how the other creates its rows. Before each run the tables are vacuumed; during a run
+that is autovacuum's task alone.
+
+`blocked` is 100 thousand ready beads beside a million that wait for another one. procrastinate has no such thing: its
+table carries a million finished jobs instead, which its queue's index leaves out.
+
+Then at 100 thousand: each once more while another session's snapshot is held; and `--claims` without a pause, the last
+fifth of them against the first. At a million: the last page of the list, over HTTP, beside the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import make_dsn
+
+from bench.programs import gunicorn, pgbench
+from loom import embedded
+from loom.db.schema import TEXT as SCHEMA
+from loom.http.answer import encode_cursor
+
+DATABASE = "loom_bench"
+CLAIM = """
+\\set agent random(1, 1000)
+SELECT * FROM claim_next_bead('agent-:agent', 1800, 1000000, 5, 20, NULL);
+"""
+SIZES = {"20k": (20_000, 0), "100k": (100_000, 0), "1m": (1_000_000, 0), "blocked": (100_000, 1_000_000)}
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One of the two: how it is filled, how it claims, and how what was claimed is replaced."""
+
+    name: str
+    schema: str
+    fill: str  # with %(ready)s and %(others)s
+    claim: str  # pgbench's script
+    protocol: str
+    replace: str  # all that was claimed after the event %(after)s; answers how many, and the last event
+    last_event: str
+    ready: str  # counts
+    tables: str
+
+
+def loom() -> Queue:
+    return Queue(
+        name="loom",
+        schema=SCHEMA,
+        fill="""
+            INSERT INTO projects (id, name) VALUES ('bench', 'bench');
+            INSERT INTO agents (id, name) SELECT 'agent-' || n, 'agent' FROM generate_series(1, 1000) n;
+            INSERT INTO beads (id, title, description, priority, project_id, due_date, created_at)
+            SELECT 'bd-' || n, 'Bead ' || n, repeat('x', 200), n %% 4, 'bench',
+                   CASE WHEN n %% 10 = 0 THEN clock_timestamp() + INTERVAL '1 day' END, clock_timestamp()
+              FROM generate_series(1, %(ready)s + %(others)s) n;
+            -- Those that wait do so for one that is in progress.
+            INSERT INTO beads (id, title, status, project_id) VALUES ('blocker', 'blocker', 'in_progress', 'bench');
+            UPDATE beads SET blocked_by = '{blocker}', open_blockers = 1
+             WHERE id <> 'blocker'
+               AND substr(id, 4)::bigint * %(ready)s %% (%(ready)s + %(others)s) >= %(ready)s;
+            INSERT INTO bead_blockers SELECT id, 'blocker' FROM beads WHERE open_blockers = 1;
+            CREATE SEQUENCE further;
+        """,
+        claim=CLAIM,
+        protocol="simple",
+        replace="""
+            WITH claimed AS (
+                SELECT place, entity_id FROM events WHERE place > %(after)s
+            ), gone AS (
+                DELETE FROM beads WHERE id IN (SELECT entity_id FROM claimed) RETURNING *
+            ), made AS (
+                INSERT INTO beads (id, title, description, priority, project_id, due_date, created_at)
+                SELECT 'more-' || nextval('further'), title, description, priority, project_id, due_date,
+                       clock_timestamp()
+                  FROM gone
+            )
+            SELECT (SELECT count(*) FROM gone), (SELECT max(place) FROM claimed)
+        """,
+        last_event="SELECT max(place) FROM events",
+        ready="SELECT count(*) FROM beads WHERE status = 'open' AND open_blockers = 0",
+        tables="beads, agents, events, claims",
+    )
+
+
+def procrastinate() -> Queue:
+    """Raises SystemExit when it is not installed."""
+    spec = find_spec("procrastinate")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("The peer is not installed: pip install 'loom[bench]'")
+    sql = Path(spec.submodule_search_locations[0], "sql")
+    fetch = sql.joinpath("queries.sql").read_text().partition("-- fetch_job --")[2].partition(";")[0]
+    return Queue(
+        name="procrastinate",
+        schema=sql.joinpath("schema.sql").read_text(),
+        fill="""
+            SELECT procrastinate_register_worker_v1() FROM generate_series(1, 100);
+            INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args, status)
+            SELECT 'default', 'work', n %% 4, jsonb_build_object('title', 'Bead ' || n, 'text', repeat('x', 200)),
+                   CASE WHEN n::bigint * %(ready)s %% (%(ready)s + %(others)s) < %(ready)s
+                        THEN 'todo' ELSE 'succeeded' END::procrastinate_job_status
+              FROM generate_series(1, %(ready)s + %(others)s) n
+        """,
+        claim="\\set worker :client_id + 1\n"
+        + fetch.replace("%(queues)s", "NULL").replace("%(worker_id)s", ":worker")
+        + ";\n",
+        protocol="prepared",
+        replace="""
+            WITH claimed AS (
+                SELECT id, job_id FROM procrastinate_events WHERE id > %(after)s AND type = 'started'
+            ), gone AS (
+                DELETE FROM procrastinate_jobs WHERE id IN (SELECT job_id FROM claimed) RETURNING *
+            ), made AS (
+                INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args)
+                SELECT queue_name, task_name, priority, args FROM gone
+            )
+            SELECT (SELECT count(*) FROM gone), (SELECT max(id) FROM claimed)
+        """,
+        last_event="SELECT max(id) FROM procrastinate_events",
+        ready="SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo'",
+        tables="procrastinate_jobs, procrastinate_events, procrastinate_workers",
+    )
+
+
+@contextlib.contextmanager
+def connect(dsn: str) -> Iterator[psycopg2.extensions.cursor]:
+    """One session; each statement is a transaction of its own."""
+    conn = psycopg2.connect(dsn)
+    conn.autocommit = True
+    try:
+        with conn.cursor() as cursor:
+            yield cursor
+    finally:
+        conn.close()
+
+
+def one(cursor: psycopg2.extensions.cursor, sql: str) -> Any:
+    cursor.execute(sql)
+    return cursor.fetchall()[0][0]
+
+
+class Replacer(threading.Thread):
+    """Keeps the number of ready ones from `start()` until `finish()`; `replaced` counts."""
+
+    PERIOD = 0.1  # seconds
+    OVERLAP = 1000  # events that are looked at again, since a smaller number may commit after a greater one
+
+    def __init__(self, dsn: str, queue: Queue) -> None:
+        super().__init__(daemon=True)
+        self._dsn, self._queue = dsn, queue
+        self._over = threading.Event()
+        self.replaced = 0
+
+    def run(self) -> None:
+        with connect(self._dsn) as cursor:
+            cursor.execute("SET session_replication_role = replica")
+            last = one(cursor, self._queue.last_event) or 0
+            over = False
+            while not over:
+                over = self._over.wait(self.PERIOD)
+                cursor.execute(self._queue.replace, {"after": last - self.OVERLAP})
+                count, newest = cursor.fetchall()[0]
+                self.replaced += count
+                last = newest or last
+
+    def finish(self) -> None:
+        self._over.set()
+        self.join()
+
+
+class Bench:
+    """Both queues of one size, in a database of its own."""
+
+    def __init__(self, dsn: str, ready: int, others: int, folder: Path, clients: int) -> None:
+        self._server, self._folder, self._clients = dsn, folder, clients
+        self.ready, self.others = ready, others
+        self.dsn = make_dsn(dsn, dbname=DATABASE)
+
+    def __enter__(self) -> Bench:
+        with connect(self._server) as cursor:
+            cursor.execute(f"DROP DATABASE IF EXISTS {DATABASE}")
+            cursor.execute(f"CREATE DATABASE {DATABASE}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with connect(self._server) as cursor:
+            cursor.execute(f"DROP DATABASE {DATABASE}")
+
+    def fill(self, queue: Queue) -> None:
+        with connect(self.dsn) as cursor:
+            cursor.execute(queue.schema)
+            cursor.execute("SET session_replication_role = replica")
+            cursor.execute(queue.fill, {"ready": self.ready, "others": self.others})
+
+    def claims(self, queue: Queue, *length: str) -> float:
+        """Claims per second. `length`: pgbench's options. Raises RuntimeError when they are not what was replaced."""
+        with connect(self.dsn) as cursor:
+            cursor.execute(f"VACUUM (ANALYZE) {queue.tables}")
+            cursor.execute("CHECKPOINT")
+            replacer = Replacer(self.dsn, queue)
+            replacer.start()
+            try:
+                done = pgbench(
+                    self.dsn, queue.claim, self._folder, "-M", queue.protocol, *length, clients=self._clients
+                )
+            finally:
+                replacer.finish()
+            if (done.transactions, one(cursor, queue.ready)) != (replacer.replaced, self.ready):
+                raise RuntimeError(f"{queue.name}: {done.transactions} claims, but {replacer.replaced} replaced")
+        return done.rate
+
+    def decay(self, queue: Queue, claims: int) -> float:
+        """The rate of the last fifth of so many claims without a pause, divided by that of the first."""
+        each = claims // self._clients
+        self.claims(queue, "-t", str(each), "-l", "--log-prefix=claims")
+        ended: list[float] = []
+        for path in self._folder.glob("claims.*"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                ended.append(int(words[4]) + int(words[5]) / 1e6)
+            path.unlink()
+        ended.sort()
+        fifth = len(ended) // 5
+        return (ended[fifth] - ended[0]) / (ended[-1] - ended[-1 - fifth])
+
+    def pages(self, requests: int = 200) -> tuple[float, float]:
+        """Milliseconds that the first and the last page of the list take, over HTTP; medians."""
+        with connect(self.dsn) as cursor:
+            start = one(cursor, "SELECT min(id) FROM (SELECT id FROM beads ORDER BY id DESC LIMIT 101) AS b")
+        paths = ("/api/v1/beads?limit=100", f"/api/v1/beads?limit=100&after={encode_cursor(start)}")
+        times: tuple[list[float], list[float]] = ([], [])
+        with gunicorn("app:app", self.dsn, 8, None, self._folder) as port:
+            conn = HTTPConnection("127.0.0.1", port)
+            for _ in range(requests):
+                for path, taken in zip(paths, times, strict=True):
+                    began = time.perf_counter()
+                    conn.request("GET", path)
+                    answer = conn.getresponse()
+                    beads = json.loads(answer.read())
+                    if answer.status != 200 or len(beads) != 100:
+                        raise RuntimeError(f"{path}: {answer.status}, {len(beads)} beads")
+                    taken.append(1000 * (time.perf_counter() - began))
+            conn.close()
+        return statistics.median(times[0]), statistics.median(times[1])
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Another session, as a backup's, that keeps what is dead from being cleaned up."""
+        with connect(self.dsn) as cursor:
+            cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            one(cursor, "SELECT count(*) FROM pg_class")
+            yield
+            cursor.execute("COMMIT")
+
+
+def alternate(bench: Bench, queues: list[Queue], rounds: int, *length: str) -> dict[str, float]:
+    """Each queue's median of claims per second, in runs that take turns."""
+    rates: dict[str, list[float]] = {queue.name: [] for queue in queues}
+    for _ in range(rounds):
+        for queue in queues:
+            rates[queue.name].append(bench.claims(queue, *length))
+    for name, taken in rates.items():
+        print(f"      {name:14}", *(f"{rate:6.0f}" for rate in taken), flush=True)
+    return {name: statistics.median(taken) for name, taken in rates.items()}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seconds", type=int, default=60)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--clients", type=int, default=8)
+    options.add_argument("--sizes", default=",".join(SIZES))
+    options.add_argument("--claims", type=int, default=200_000, help="without a pause, for the decay; 0: none")
+    given = options.parse_args()
+    queues = [loom(), procrastinate()]
+    length = ("-T", str(given.seconds))
+    table: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="loom-bench-") as name:
+        folder = Path(name)
+        dsn = os.environ.get("DATABASE_DSN") or embedded.use(folder / "postgres")
+        for size in given.sizes.split(","):
+            print(f"  {size}", flush=True)
+            with Bench(dsn, *SIZES[size], folder, given.clients) as bench:
+                for queue in queues:
+                    bench.fill(queue)
+                table[size] = alternate(bench, queues, given.rounds, *length)
+                if size == "1m":
+                    first, last = bench.pages()
+                    print(f"      pages of the list: first {first:.1f} ms, last {last:.1f} ms, {last / first:.2f}")
+                if size == "100k":
+                    with bench.snapshot():
+                        table["100k, snapshot held"] = alternate(bench, queues, given.rounds, *length)
+                    for queue in queues if given.claims else []:
+                        ratio = bench.decay(queue, given.claims)
+                        print(f"      {queue.name}: {given.claims} claims, last fifth / first {ratio:.2f}", flush=True)
+    print("| ready | Loom, claims/s | procrastinate, claims/s | ratio |\n|---|---|---|---|")
+    for size, rates in table.items():
+        ours, theirs = rates.values()
+        print(f"| {size} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
+    if {"1m", "20k"} <= table.keys():
+        print(f"Loom, 1m / 20k: {table['1m']['loom'] / table['20k']['loom']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

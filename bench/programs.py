@@ -1,0 +1,70 @@
+"""The programs that measurements start: gunicorn with an application, and pgbench with a script."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loom import config, embedded
+
+
+@contextlib.contextmanager
+def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folder: Path) -> Iterator[int]:
+    """One gunicorn with our gunicorn.conf.py's settings; for the bare application without our hooks."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = folder / "config.yaml"
+    settings.write_text(f"server:\n  threads: {threads}\nlogging:\n  level: warning\n")
+    arguments = [sys.executable, "-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), application]
+    if application != "app:app":
+        plain = folder / "bare.conf.py"
+        plain.write_text(
+            f"bind = '127.0.0.1:{port}'\nthreads = {threads}\nkeepalive = 75\ncontrol_socket_disable = True\n"
+            f"worker_class = {worker or 'loom.http.worker.Worker'!r}\nloglevel = 'warning'\n"
+        )
+        arguments[4] = str(plain)
+    elif worker:
+        arguments += ["-k", worker]
+    environ = {**os.environ, "DATABASE_DSN": dsn, "PORT": str(port), "LOOM_CONFIG": str(settings)}
+    process = subprocess.Popen(arguments, env=environ, cwd=Path(__file__).parent.parent)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What pgbench did: transactions, and how many of them a second."""
+
+    transactions: int
+    rate: float
+
+
+def pgbench(dsn: str, script: str, folder: Path, *options: str, clients: int = 8) -> Run:
+    """Run the script in a loop as long as `options` say (`-T` seconds or `-t` times). Raises CalledProcessError."""
+    path = folder / "script.sql"
+    path.write_text(script)
+    said = subprocess.run(
+        [embedded.binaries() / "pgbench", "-n", "-f", path, "-c", str(clients), "-j", "2", *options, dsn],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    ).stdout
+    found = re.search(r"actually processed: (\d+)(?:.|\n)*tps = ([0-9.]+)", said)
+    assert found is not None
+    return Run(int(found[1]), float(found[2]))
