@@ -541,9 +541,18 @@ END $$;
 
 -- Entities --------------------------------------------------------------------------------------------------------
 
+-- A reference to what is not there, told as a foreign key tells it.
+CREATE OR REPLACE FUNCTION raise_unknown(field text, value text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% % does not exist', field, value
+        USING ERRCODE = '23503', CONSTRAINT = 'entity_' || field || '_fkey',
+              DETAIL = format('Key (%s)=(%s) is not present.', field, value);
+END $$;
+
 -- Each kind of shared state is a table with id, version, created_at and updated_at. Every UPDATE adds 1 to the version and
 -- writes one event, also by hand; but not one of columns that are derived or belong to a lease (they are listed with the
--- triggers, below). A function that sets the version itself writes its event itself.
+-- triggers, below). A function that sets the version itself writes its event itself. The checks hold off what cannot be
+-- answered as JSON by HTTP, whoever writes it.
 CREATE TABLE IF NOT EXISTS projects (
     id                 text        COLLATE "C" PRIMARY KEY,
     name               text        NOT NULL,
@@ -559,14 +568,14 @@ CREATE TABLE IF NOT EXISTS projects (
     git_auth_method    text        NOT NULL DEFAULT 'none'
                                    CHECK (git_auth_method IN ('none', 'ssh', 'token', 'basic', 'git-helper')),
     git_credential_id  text        COLLATE "C",
-    git_config_options jsonb       NOT NULL DEFAULT '{}',
+    git_config_options jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(git_config_options) = 'object'),
     work_dir           text,
-    last_sync_at       timestamptz,
+    last_sync_at       timestamptz CHECK (last_sync_at BETWEEN '0001-01-01 00:00+00' AND '9999-12-31 23:59:59.999999+00'),
     last_commit_hash   text,
     status             text        NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'closed', 'reopened')),
-    context            jsonb       NOT NULL DEFAULT '{}',
-    attributes         jsonb       NOT NULL DEFAULT '{}',
-    due_date           timestamptz,
+    context            jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(context) = 'object'),
+    attributes         jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(attributes) = 'object'),
+    due_date           timestamptz CHECK (due_date BETWEEN '0001-01-01 00:00+00' AND '9999-12-31 23:59:59.999999+00'),
     closed_at          timestamptz,
     version            bigint      NOT NULL DEFAULT 1,
     created_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -594,30 +603,41 @@ CREATE TABLE IF NOT EXISTS providers (
     configured_model          text        NOT NULL DEFAULT '',
     selected_model            text        NOT NULL DEFAULT '',
     selection_reason          text        NOT NULL DEFAULT '',
-    model_score               float8      NOT NULL DEFAULT 0,
+    model_score               float8      NOT NULL DEFAULT 0 CHECK (abs(model_score) < 'Infinity'),
     selected_gpu              text        NOT NULL DEFAULT '',
-    gpu_constraints           jsonb,
+    gpu_constraints           jsonb CHECK (jsonb_typeof(gpu_constraints) = 'object'),
     description               text        NOT NULL DEFAULT '',
     requires_key              boolean     NOT NULL DEFAULT false,
     key_id                    text        COLLATE "C" NOT NULL DEFAULT '',
     owner_id                  text        COLLATE "C" NOT NULL DEFAULT '',
     is_shared                 boolean     NOT NULL DEFAULT true,
     status                    text        NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'active', 'error')),
-    last_heartbeat_at         timestamptz,
+    last_heartbeat_at         timestamptz CHECK (last_heartbeat_at BETWEEN '0001-01-01 00:00+00' AND '9999-12-31 23:59:59.999999+00'),
     last_heartbeat_latency_ms bigint      NOT NULL DEFAULT 0,
     last_heartbeat_error      text        NOT NULL DEFAULT '',
-    cost_per_mtoken           float8      NOT NULL DEFAULT 0,
+    cost_per_mtoken           float8      NOT NULL DEFAULT 0 CHECK (abs(cost_per_mtoken) < 'Infinity'),
     context_window            bigint      NOT NULL DEFAULT 0,
     supports_function         boolean     NOT NULL DEFAULT false,
     supports_vision           boolean     NOT NULL DEFAULT false,
     supports_streaming        boolean     NOT NULL DEFAULT false,
-    tags                      text[]      NOT NULL DEFAULT '{}',
-    metrics                   jsonb       NOT NULL DEFAULT '{}',
-    attributes                jsonb       NOT NULL DEFAULT '{}',
+    tags                      text[]      NOT NULL DEFAULT '{}' CHECK (array_position(tags, NULL) IS NULL),
+    metrics                   jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(metrics) = 'object'),
+    attributes                jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(attributes) = 'object'),
     version                   bigint      NOT NULL DEFAULT 1,
     created_at                timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at                timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+
+CREATE OR REPLACE FUNCTION on_provider_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.name := COALESCE(NEW.name, NEW.id);
+    IF NEW.requires_key AND NEW.key_id = '' THEN
+        NEW.key_id := NEW.id || '-api-key';
+    END IF;
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_provider_inserted ON providers;
+CREATE TRIGGER a_provider_inserted BEFORE INSERT ON providers FOR EACH ROW EXECUTE FUNCTION on_provider_inserted();
 
 -- heartbeat_at is null until the agent's first heartbeat: only then can it die of missing them. open_claims bounds the
 -- beads that it has in progress; changed in the transaction that claims or ends a claim.
@@ -626,15 +646,15 @@ CREATE TABLE IF NOT EXISTS agents (
     name         text        NOT NULL,
     role         text        NOT NULL DEFAULT '',
     persona_name text        NOT NULL DEFAULT '',
-    persona      jsonb,
+    persona      jsonb CHECK (jsonb_typeof(persona) = 'object'),
     provider_id  text        COLLATE "C" REFERENCES providers ON DELETE SET NULL,
     status       text        NOT NULL DEFAULT 'idle'
                              CHECK (status IN ('paused', 'idle', 'working', 'deciding', 'blocked', 'dead')),
     current_bead text        COLLATE "C",
     project_id   text        COLLATE "C" REFERENCES projects,
     position_id  text        COLLATE "C",
-    capabilities text[]      NOT NULL DEFAULT '{}',
-    attributes   jsonb       NOT NULL DEFAULT '{}',
+    capabilities text[]      NOT NULL DEFAULT '{}' CHECK (array_position(capabilities, NULL) IS NULL),
+    attributes   jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(attributes) = 'object'),
     open_claims  integer     NOT NULL DEFAULT 0 CHECK (open_claims >= 0),
     started_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     last_active  timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -670,6 +690,36 @@ CREATE TABLE IF NOT EXISTS comments (
     updated_at      timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX IF NOT EXISTS comments_entity ON comments (entity_type, entity_id, created_at, id);
+CREATE INDEX IF NOT EXISTS comments_parent ON comments (parent_id) WHERE parent_id IS NOT NULL;
+
+-- A remark is on something that is there, an answer on the same thing as what it answers, and both go with it.
+CREATE OR REPLACE FUNCTION on_comment_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.entity_type = 'bead' THEN
+        PERFORM 1 FROM beads WHERE id = NEW.entity_id FOR KEY SHARE;
+    ELSE
+        PERFORM 1 FROM projects WHERE id = NEW.entity_id FOR KEY SHARE;
+    END IF;
+    IF NOT FOUND THEN
+        PERFORM raise_unknown(NEW.entity_type || '_id', NEW.entity_id);
+    END IF;
+    IF NEW.parent_id IS NOT NULL AND NOT EXISTS (
+        SELECT 1 FROM comments WHERE id = NEW.parent_id AND (entity_type, entity_id) = (NEW.entity_type, NEW.entity_id)) THEN
+        PERFORM raise_unknown('parent_id', NEW.parent_id);
+    END IF;
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_comment_inserted ON comments;
+CREATE TRIGGER a_comment_inserted BEFORE INSERT ON comments FOR EACH ROW EXECUTE FUNCTION on_comment_inserted();
+
+CREATE OR REPLACE FUNCTION on_commented_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM comments WHERE entity_type = TG_ARGV[0] AND entity_id = OLD.id;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS project_deleted_with_comments ON projects;
+CREATE TRIGGER project_deleted_with_comments AFTER DELETE ON projects FOR EACH ROW
+    EXECUTE FUNCTION on_commented_deleted('project');
 
 
 -- Beads -----------------------------------------------------------------------------------------------------------
@@ -687,12 +737,12 @@ CREATE TABLE IF NOT EXISTS beads (
     project_id       text        COLLATE "C" NOT NULL REFERENCES projects,
     assigned_to      text        COLLATE "C",
     parent           text        COLLATE "C" REFERENCES beads ON DELETE SET NULL,
-    blocked_by       text[]      COLLATE "C" NOT NULL DEFAULT '{}',
-    related_to       text[]      COLLATE "C" NOT NULL DEFAULT '{}',
-    tags             text[]      NOT NULL DEFAULT '{}',
-    context          jsonb       NOT NULL DEFAULT '{}',
-    attributes       jsonb       NOT NULL DEFAULT '{}',
-    due_date         timestamptz,
+    blocked_by       text[]      COLLATE "C" NOT NULL DEFAULT '{}' CHECK (array_position(blocked_by, NULL) IS NULL),
+    related_to       text[]      COLLATE "C" NOT NULL DEFAULT '{}' CHECK (array_position(related_to, NULL) IS NULL),
+    tags             text[]      NOT NULL DEFAULT '{}' CHECK (array_position(tags, NULL) IS NULL),
+    context          jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(context) = 'object'),
+    attributes       jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(attributes) = 'object'),
+    due_date         timestamptz CHECK (due_date BETWEEN '0001-01-01 00:00+00' AND '9999-12-31 23:59:59.999999+00'),
     estimated_time   bigint,     -- minutes
     milestone_id     text        COLLATE "C",
     attempts         integer     NOT NULL DEFAULT 0,
@@ -766,21 +816,27 @@ BEGIN
 END $$;
 
 -- Raises L0002 when the bead waits for itself: for its blockers and its children, for theirs, and so on. Only one that
--- has just come to wait for others can have closed a cycle, so every way back from it leads to it.
+-- has just come to wait for others can have closed a cycle, so every way back from it leads to it. Who changes several beads
+-- sets loom.cycles to 'later', and looks when all is done: in between there may be a cycle.
 CREATE OR REPLACE FUNCTION check_bead_cycle(start text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     came_from jsonb;
     cycle text[] := ARRAY[start];
 BEGIN
+    IF current_setting('loom.cycles', true) = 'later' THEN
+        RETURN;
+    END IF;
     WITH RECURSIVE waits (id, via) AS (
-        SELECT start, NULL::text COLLATE "C"
+        SELECT start COLLATE "C", NULL::text COLLATE "C"
         UNION
         SELECT next.id, waits.id FROM waits
           CROSS JOIN LATERAL (
               SELECT unnest(b.blocked_by) AS id FROM beads b WHERE b.id = waits.id
               UNION ALL SELECT c.id FROM beads c WHERE c.parent = waits.id) AS next
          WHERE waits.via IS NULL OR waits.id <> start)
-    SELECT jsonb_object_agg(id, via) INTO came_from FROM waits WHERE via IS NOT NULL;
+    -- The first way to each is the shortest, and never goes round another cycle of the same statement.
+    SELECT jsonb_object_agg(id, via ORDER BY n DESC) INTO came_from
+      FROM (SELECT id, via, row_number() OVER () AS n FROM waits) AS w WHERE via IS NOT NULL;
     IF came_from ? start THEN
         LOOP
             cycle := (came_from ->> cycle[1]) || cycle;
@@ -789,14 +845,6 @@ BEGIN
         RAISE EXCEPTION 'beads would wait for each other: %', array_to_string(cycle, ' -> ')
             USING ERRCODE = 'L0002', DETAIL = to_jsonb(cycle)::text;
     END IF;
-END $$;
-
--- A reference to what is not there, told as a foreign key tells it.
-CREATE OR REPLACE FUNCTION raise_unknown(field text, value text) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION '% % does not exist', field, value
-        USING ERRCODE = '23503', CONSTRAINT = 'beads_' || field || '_fkey',
-              DETAIL = format('Key (%s)=(%s) is not present.', field, value);
 END $$;
 
 -- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
@@ -829,9 +877,12 @@ BEGIN
             NEW.failures := 0;
         END IF;
     END IF;
-    IF NEW.assigned_to IS NOT NULL AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to) THEN
+    IF NEW.assigned_to IS NOT NULL
+       AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to OR (OLD.status = 'closed' AND NEW.status <> 'closed')) THEN
         PERFORM 1 FROM agents WHERE id = NEW.assigned_to FOR KEY SHARE;
-        IF NOT FOUND THEN
+        IF NOT FOUND AND TG_OP = 'UPDATE' AND NEW.assigned_to = OLD.assigned_to THEN
+            NEW.assigned_to := NULL; -- reopened, and who closed it is gone
+        ELSIF NOT FOUND THEN
             PERFORM raise_unknown('assigned_to', NEW.assigned_to);
         END IF;
     END IF;
@@ -899,7 +950,7 @@ BEGIN
     END IF;
     IF TG_OP = 'DELETE' THEN
         DELETE FROM bead_blockers WHERE blocker_id = ANY (OLD.blocked_by) AND bead_id = me;
-    ELSIF TG_OP = 'UPDATE' AND NEW.parent IS NOT NULL AND NEW.parent IS DISTINCT FROM OLD.parent THEN
+    ELSIF NEW.parent IS NOT NULL AND (NEW.parent = me OR (TG_OP = 'UPDATE' AND NEW.parent IS DISTINCT FROM OLD.parent)) THEN
         PERFORM check_bead_cycle(NEW.parent);
     END IF;
     RETURN NULL;
@@ -913,6 +964,8 @@ CREATE TRIGGER bead_closed_or_moved AFTER UPDATE ON beads FOR EACH ROW
     EXECUTE FUNCTION on_bead_counts();
 DROP TRIGGER IF EXISTS bead_deleted ON beads;
 CREATE TRIGGER bead_deleted AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_counts();
+DROP TRIGGER IF EXISTS bead_deleted_with_comments ON beads;
+CREATE TRIGGER bead_deleted_with_comments AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_commented_deleted('bead');
 
 -- By hand, too, the graph is locked before the rows.
 CREATE OR REPLACE FUNCTION on_beads_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -1015,6 +1068,13 @@ BEGIN
     RETURN NEW;
 END $$;
 
+-- Emptied by hand, too, a table leaves nothing behind that depends on its rows.
+CREATE OR REPLACE FUNCTION on_entities_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('DELETE FROM %I', TG_TABLE_NAME);
+    RETURN NULL;
+END $$;
+
 DO $$
 DECLARE
     kind text;
@@ -1039,6 +1099,9 @@ BEGIN
         EXECUTE format('DROP TRIGGER IF EXISTS entity_created_or_deleted ON %I', tbl);
         EXECUTE format('CREATE TRIGGER entity_created_or_deleted AFTER INSERT OR DELETE ON %I FOR EACH ROW'
                        ' EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
+        EXECUTE format('DROP TRIGGER IF EXISTS entities_truncated ON %I', tbl);
+        EXECUTE format('CREATE TRIGGER entities_truncated BEFORE TRUNCATE ON %I FOR EACH STATEMENT'
+                       ' EXECUTE FUNCTION on_entities_truncated()', tbl);
     END LOOP;
 END $$;
 
@@ -1069,7 +1132,8 @@ END $$;
 -- An id of our own for a new entity.
 CREATE OR REPLACE FUNCTION new_entity_id(kind text, given jsonb) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
-    stem text;
+    -- What can stand in a path, and is short enough for one.
+    stem text := regexp_replace(left(regexp_replace(given ->> 'name', '[\u0001-\u001f\u007f-\u009f/\ufffd]', '-', 'g'), 150), '^\.{1,2}$', '-');
     made text;
     taken boolean;
 BEGIN
@@ -1078,12 +1142,14 @@ BEGIN
             WHEN 'bead' THEN COALESCE((SELECT bead_prefix FROM projects WHERE id = given ->> 'project_id'), 'bd') || '-'
                              || to_char(nextval('bead_numbers'), 'FM000000000000000000')
             WHEN 'project' THEN 'proj-' || nextval('project_numbers')
-            WHEN 'agent' THEN 'agent-' || floor(extract(epoch FROM clock_timestamp())) || '-' || (given ->> 'name')
+            WHEN 'agent' THEN 'agent-' || floor(extract(epoch FROM clock_timestamp())) || '-' || stem
                               || CASE WHEN n > 1 THEN '-' || n ELSE '' END
-            WHEN 'provider' THEN (given ->> 'name') || CASE WHEN n > 1 THEN '-' || n ELSE '' END
+            WHEN 'provider' THEN stem || CASE WHEN n > 1 THEN '-' || n ELSE '' END
             ELSE md5(random()::text || clock_timestamp()::text)::uuid::text END;
         IF kind = 'bead' THEN
             made := regexp_replace(made, '-0{1,15}(\d{3,})$', '-\1');
+        ELSIF kind IN ('agent', 'provider') THEN -- of a name, which another may have just now
+            PERFORM pg_advisory_xact_lock(hashtextextended(kind || ':' || made, 0));
         END IF;
         EXECUTE format('SELECT EXISTS (SELECT 1 FROM %I WHERE id = $1)', kind || 's') INTO taken USING made;
         EXIT WHEN NOT taken;
@@ -1134,16 +1200,17 @@ CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, unti
            FILTER (WHERE c.field IS NOT NULL), '{}') END
       FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes) AS c (field) ON true
      WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
-       AND e.place > (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1);
+       AND e.place > COALESCE( -- its creation: before, the id may have been another's
+           (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);
 $$;
 
 -- Changes one entity, in one round trip: names, rows, decision, change and event. action: 'create', 'upsert', 'put' (what is
--- given replaces), 'patch' (objects are merged), 'delete'. expected: the version that the writer has seen, or null; with
+-- given replaces), 'patch' (objects are merged), 'delete'. expected: the versions that will do, or null for any; with
 -- merge, later changes of other fields do no harm. replay: the request's id when it may be sent twice.
 -- outcome: 'created', 'updated', 'deleted'; 'replayed' (this request had done it before); 'lock-held' (detail: the grant),
 -- 'not-found', 'taken', 'stale' (detail: who changed which field).
 CREATE OR REPLACE FUNCTION change_entity(
-    kind text, key text, action text, patch jsonb, expected bigint, merge boolean, fences jsonb, replay text,
+    kind text, key text, action text, patch jsonb, expected bigint[], merge boolean, fences jsonb, replay text,
     OUT outcome text, OUT entity jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     tbl text := CASE kind WHEN 'config' THEN 'config' ELSE kind || 's' END;
@@ -1156,15 +1223,18 @@ DECLARE
     held distributed_locks;
     found jsonb;
     last events;
+    again boolean := false;
     other text;
+    turned boolean;
+    moved boolean;
 BEGIN
     IF key IS NULL THEN
         key := new_entity_id(kind, patch);
     END IF;
-    IF patch ? 'blocks' THEN
+    IF patch ? 'blocks' OR (kind = 'bead' AND action = 'delete') THEN
         others := others || blocks || ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = key);
     END IF;
-    IF patch ? 'children' THEN
+    IF patch ? 'children' OR (kind = 'bead' AND action = 'delete') THEN
         others := others || children || ARRAY(SELECT id FROM beads WHERE parent = key);
     END IF;
     held := enter_names(ARRAY(SELECT kind || ':' || k FROM unnest(others || key) AS k), fences);
@@ -1186,22 +1256,31 @@ BEGIN
                    CASE action WHEN 'delete' THEN 'UPDATE' ELSE 'NO KEY UPDATE' END) INTO found USING key;
     IF replay IS NOT NULL THEN
         SELECT * INTO last FROM events e WHERE e.entity_type = kind AND e.entity_id = key ORDER BY e.place DESC LIMIT 1;
-        IF last.request_id = replay THEN
-            outcome := 'replayed';
-            IF found IS NOT NULL THEN
-                EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
-            END IF;
-            RETURN;
+        -- The id may also be that of all that a caller does for one purpose: then there is still something to do.
+        IF last.request_id = replay AND action = 'delete' THEN
+            again := found IS NULL;
+        ELSIF last.request_id = replay AND found IS NOT NULL THEN
+            EXECUTE format('SELECT to_jsonb(jsonb_populate_record(t, $2)) = to_jsonb(t) FROM %I t WHERE %I = $1', tbl, key_column)
+               INTO again USING key, own;
         END IF;
     END IF;
-    IF found IS NULL AND (action NOT IN ('create', 'upsert') OR expected IS NOT NULL) THEN
+    IF again THEN
+        own := '{}';
+        IF found IS NULL THEN
+            outcome := 'replayed';
+            RETURN;
+        END IF;
+    ELSIF found IS NULL AND action = 'upsert' AND expected IS NOT NULL THEN
+        outcome := 'stale';
+        RETURN;
+    ELSIF found IS NULL AND action NOT IN ('create', 'upsert') THEN
         outcome := 'not-found';
         RETURN;
     ELSIF found IS NOT NULL AND action = 'create' THEN
         outcome := 'taken';
         RETURN;
-    ELSIF expected <> (found ->> 'version')::bigint THEN
-        detail := changes_since(kind, key, expected, (found ->> 'version')::bigint);
+    ELSIF (found ->> 'version')::bigint <> ALL (expected) THEN
+        detail := changes_since(kind, key, (SELECT max(e) FROM unnest(expected) AS e), (found ->> 'version')::bigint);
         IF NOT merge OR detail IS NULL OR detail ?| ARRAY(SELECT jsonb_object_keys(patch)) THEN
             outcome := 'stale';
             EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
@@ -1221,6 +1300,9 @@ BEGIN
         own := (SELECT jsonb_object_agg(p.key, CASE jsonb_typeof(p.value) WHEN 'object' THEN merge_patch(found -> p.key, p.value)
                                                ELSE p.value END) FROM jsonb_each(own) AS p);
     END IF;
+    IF others <> '{}' THEN
+        PERFORM set_config('loom.cycles', 'later', true);
+    END IF;
     SELECT string_agg(quote_ident(k), ', ') INTO columns FROM jsonb_object_keys(own) AS k;
     IF found IS NULL THEN
         EXECUTE format('INSERT INTO %1$I (%2$s) SELECT %2$s FROM jsonb_populate_record(NULL::%1$I, $1)', tbl, columns) USING own;
@@ -1230,20 +1312,94 @@ BEGIN
     END IF;
 
     FOREACH other IN ARRAY ARRAY(SELECT DISTINCT o COLLATE "C" FROM unnest(others) AS o ORDER BY 1) LOOP
-        IF NOT EXISTS (SELECT 1 FROM beads WHERE id = other) THEN
+        IF other = ANY (blocks || children) AND NOT EXISTS (SELECT 1 FROM beads WHERE id = other) THEN
             PERFORM raise_unknown(CASE WHEN other = ANY (blocks) THEN 'blocks' ELSE 'children' END, other);
         END IF;
-        IF patch ? 'blocks' THEN
-            UPDATE beads SET blocked_by = CASE WHEN other = ANY (blocks) THEN blocked_by || key ELSE array_remove(blocked_by, key) END
-             WHERE id = other AND (key = ANY (blocked_by)) <> (other = ANY (blocks));
-        END IF;
-        IF patch ? 'children' THEN
-            UPDATE beads SET parent = CASE WHEN other = ANY (children) THEN key END
-             WHERE id = other AND (parent IS NOT DISTINCT FROM key) <> (other = ANY (children));
+        SELECT patch ? 'blocks' AND (key = ANY (b.blocked_by)) <> (other = ANY (blocks)),
+               patch ? 'children' AND (b.parent IS NOT DISTINCT FROM key) <> (other = ANY (children))
+          INTO turned, moved FROM beads b WHERE b.id = other;
+        IF turned OR moved THEN
+            UPDATE beads SET
+                blocked_by = CASE WHEN NOT turned THEN blocked_by WHEN other = ANY (blocks) THEN blocked_by || key
+                                  ELSE array_remove(blocked_by, key) END,
+                parent = CASE WHEN NOT moved THEN parent WHEN other = ANY (children) THEN key END
+             WHERE id = other;
         END IF;
     END LOOP;
-    outcome := CASE WHEN found IS NULL THEN 'created' ELSE 'updated' END;
+    IF others <> '{}' THEN
+        PERFORM set_config('loom.cycles', '', true);
+        PERFORM check_bead_cycle(key);
+    END IF;
+    outcome := CASE WHEN again THEN 'replayed' WHEN found IS NULL THEN 'created' ELSE 'updated' END;
     EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+END $$;
+
+-- Creates beads, all or none. given: with ids and their `place` in the answer, in an order in which each comes after those that
+-- it is blocked by; `blocks` and `children` name only beads that are there already. outcome: 'created', 'taken' (detail: the
+-- id), 'lock-held' (detail: the grant).
+CREATE OR REPLACE FUNCTION create_beads(given jsonb, fences jsonb, OUT outcome text, OUT entities jsonb, OUT detail jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+    made text[] := ARRAY(SELECT it ->> 'id' FROM jsonb_array_elements(given) AS it);
+    linked jsonb := (SELECT COALESCE(jsonb_agg(jsonb_build_object(
+                           'field', field, 'bead', it -> 'id', 'other', other, 'place', it -> 'place')), '[]')
+                       FROM jsonb_array_elements(given) AS it CROSS JOIN unnest('{blocks, children}'::text[]) AS field
+                       CROSS JOIN jsonb_array_elements_text(it -> field) AS other);
+    others text[] := ARRAY(SELECT DISTINCT x ->> 'other' FROM jsonb_array_elements(linked) AS x);
+    held distributed_locks := enter_names(ARRAY(SELECT 'bead:' || o FROM unnest(others) AS o), fences);
+    names text;
+    values_given text;
+    missing record;
+BEGIN
+    IF held.lock_name IS NULL THEN -- the names of new beads are only looked at: nobody else can be at what is not there
+        SELECT l.* INTO held FROM distributed_locks l
+         WHERE l.lock_name = ANY (ARRAY(SELECT 'bead:' || m FROM unnest(made) AS m)) AND l.expires_at > clock_timestamp()
+           AND NOT COALESCE(fences ? l.lock_name, false) LIMIT 1;
+    END IF;
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    PERFORM lock_bead_graph(true);
+    PERFORM 1 FROM beads b WHERE b.id = ANY (others) ORDER BY b.id FOR NO KEY UPDATE;
+    SELECT to_jsonb(b.id) INTO detail FROM beads b WHERE b.id = ANY (made) LIMIT 1;
+    IF FOUND THEN
+        outcome := 'taken';
+        RETURN;
+    END IF;
+    SELECT x ->> 'field' AS field, x ->> 'other' AS id INTO missing FROM jsonb_array_elements(linked) AS x
+     WHERE NOT EXISTS (SELECT 1 FROM beads b WHERE b.id = x ->> 'other') LIMIT 1;
+    IF FOUND THEN
+        PERFORM raise_unknown(missing.field, missing.id);
+    END IF;
+
+    PERFORM set_config('loom.cycles', 'later', true);
+    -- In one statement, so that parents may come after their children. Absent keys get their columns' defaults.
+    SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum),
+           string_agg(format('COALESCE(r.%I, %s)', a.attname, COALESCE(pg_get_expr(d.adbin, d.adrelid), 'NULL')), ', ' ORDER BY a.attnum)
+      INTO names, values_given
+      FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
+     WHERE a.attrelid = 'beads'::regclass AND a.attnum > 0 AND NOT a.attisdropped;
+    EXECUTE format('INSERT INTO beads (%s) SELECT %s FROM jsonb_array_elements($1) WITH ORDINALITY AS g (it, n)'
+                   ' CROSS JOIN LATERAL jsonb_populate_record(NULL::beads, g.it) AS r ORDER BY g.n', names, values_given)
+      USING (SELECT jsonb_agg(g.it || jsonb_build_object('created_at', w.at, 'updated_at', w.at) ORDER BY g.n)
+               FROM jsonb_array_elements(given) WITH ORDINALITY AS g (it, n)
+               CROSS JOIN LATERAL (SELECT t + (g.it ->> 'place')::int * INTERVAL '1 us' AS at) AS w);
+    UPDATE beads b SET blocked_by = b.blocked_by || l.added
+      FROM (SELECT x ->> 'other' AS other, array_agg(x ->> 'bead' ORDER BY (x ->> 'place')::int) AS added
+              FROM jsonb_array_elements(linked) AS x
+             WHERE x ->> 'field' = 'blocks' GROUP BY 1) AS l WHERE b.id = l.other;
+    UPDATE beads b SET parent = x ->> 'bead' FROM jsonb_array_elements(linked) AS x
+     WHERE x ->> 'field' = 'children' AND b.id = x ->> 'other';
+    PERFORM set_config('loom.cycles', '', true);
+    -- A cycle of new beads by blocked_by alone would have no order; another one leads to a new bead from what is waiting for it
+    -- already, or from its parent.
+    PERFORM check_bead_cycle(b.id) FROM beads b
+      WHERE b.id = ANY (made) AND (b.parent IS NOT NULL OR linked @> jsonb_build_array(jsonb_build_object('bead', b.id)));
+    outcome := 'created';
+    SELECT jsonb_agg(as_json(b) ORDER BY b.created_at) INTO entities FROM beads b WHERE b.id = ANY (made);
 END $$;
 
 

@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from loom.http import entities
 from loom.http.beads import Tags
-from loom.http.parse import Key, Name
+from loom.http.parse import Key, Name, Reference
 from loom.state.agents import Agent
 
 
@@ -18,10 +18,10 @@ class AgentBody(entities.Body):
     role: str | UnsetType = UNSET
     persona_name: Name | UnsetType = UNSET
     persona: dict[str, Any] | UnsetType | None = UNSET
-    provider_id: str | UnsetType | None = UNSET
+    provider_id: Reference = UNSET
     status: Literal["paused", "idle", "working", "deciding", "blocked", "dead"] | UnsetType = UNSET
-    project_id: str | UnsetType | None = UNSET
-    position_id: str | UnsetType | None = UNSET
+    project_id: Reference = UNSET
+    position_id: Reference = UNSET
     capabilities: Tags | UnsetType = UNSET
     attributes: dict[str, Any] | UnsetType = UNSET
 

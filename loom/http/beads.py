@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-import msgspec
 from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from loom import db, errors
 from loom.http import answer, entities, parse
-from loom.http.parse import Key, Name, Time
+from loom.http.parse import Key, Name, Reference, Time
 from loom.state import beads, comments
 from loom.state.beads import Bead
 
@@ -28,8 +28,8 @@ class BeadBody(entities.Body):
     status: Literal["open", "in_progress", "blocked", "closed"] | UnsetType = UNSET
     priority: Annotated[int, Meta(ge=0, le=3)] | UnsetType = UNSET
     project_id: Key | UnsetType = UNSET
-    assigned_to: str | UnsetType | None = UNSET
-    parent: str | UnsetType | None = UNSET
+    assigned_to: Reference = UNSET
+    parent: Reference = UNSET
     children: Keys | UnsetType = UNSET
     blocked_by: Keys | UnsetType = UNSET
     blocks: Keys | UnsetType = UNSET
@@ -38,12 +38,12 @@ class BeadBody(entities.Body):
     context: dict[str, Any] | UnsetType = UNSET
     attributes: dict[str, Any] | UnsetType = UNSET
     due_date: Time | UnsetType | None = UNSET
-    milestone_id: str | UnsetType | None = UNSET
+    milestone_id: Reference = UNSET
     estimated_time: Annotated[int, Meta(ge=0, le=2**53 - 1)] | UnsetType | None = UNSET
     close_reason: str | UnsetType | None = UNSET
 
 
-class NewBead(BeadBody, kw_only=True):
+class NewBead(BeadBody, kw_only=True, forbid_unknown_fields=True):
     """One of several: `ref` names it for the others."""
 
     ref: Key | UnsetType = UNSET
@@ -56,9 +56,13 @@ class ManyBeads(parse.Body):
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
-    for field in ("assigned_to", "parent"):
+    """Empty is none, and once is enough."""
+    for field in ("assigned_to", "parent", "milestone_id"):
         if patch.get(field) == "":
             patch[field] = None
+    for field in ("blocked_by", "blocks", "children", "related_to"):
+        if field in patch:
+            patch[field] = list(dict.fromkeys(patch[field]))
 
 
 KIND = entities.Kind(
@@ -74,12 +78,12 @@ bp = entities.blueprint(KIND)
 
 @bp.post("/bulk")
 def create_many() -> Response:
-    body, writer = parse.body(ManyBeads), parse.writer("")
-    given = [msgspec.to_builtins(bead) for bead in body.beads]
-    names = [bead["ref"] for bead in given if "ref" in bead] + [bead["id"] for bead in given if "id" in bead]
-    for name in names:
-        if names.count(name) > 1:
-            raise errors.Invalid.field("beads", f"{name} names two of them")
+    writer = parse.writer("")
+    given = [entities.written(bead) for bead in parse.body(ManyBeads).beads]
+    names = Counter(name for bead in given for name in {bead.get("ref"), bead.get("id")} - {None})
+    for name, times in names.items():
+        if times > 1:
+            raise errors.Invalid.field("beads", f"{name} names {times} of them")
     for bead in given:
         _adapt(bead, None)
     with db.transaction() as conn:
@@ -88,8 +92,8 @@ def create_many() -> Response:
 
 class Remark(entities.Body):
     content: str = ""
-    parent_id: str | None = None
-    author_id: str | None = None
+    parent_id: Annotated[str, Meta(max_length=200)] | None = None
+    author_id: parse.Actor | None = None
 
 
 @bp.get("/<key>/comments")
@@ -104,5 +108,5 @@ def remark(key: str) -> Response:
     if not body.content:
         raise errors.Invalid.field("content", "is required")
     with db.transaction() as conn:
-        writer = parse.writer(f"bead:{parse.key(key)}", body.author_id)
+        writer = parse.writer(f"bead:{parse.key(key)}", body.author_id or None)
         return answer.json(comments.on_bead(conn, writer, key, body.content, body.parent_id or None), 201)

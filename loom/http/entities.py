@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,7 +59,9 @@ def some(kind: Kind) -> Response:
     for column in kind.filters:
         value = parse.text(column, 10_000)
         if value:
-            filters[column] = value.split(",")[:MOST_VALUES]
+            filters[column] = value.split(",")
+            if len(filters[column]) > MOST_VALUES:
+                raise errors.Invalid.field(column, f"must have at most {MOST_VALUES} values")
     after = parse.cursor(str)
     with db.connection() as conn:
         return answer.page(
@@ -80,7 +83,8 @@ def create(kind: Kind) -> Response:
     key = patch.pop("id", None)
     writer = parse.writer(f"{kind.name}:{key or ''}")
     with db.connection() as conn:
-        made = entities.change(conn, writer, kind.entity, key, kind.create, patch, expected=if_match())
+        expected = if_match() if kind.create == "upsert" else None
+        made = entities.change(conn, writer, kind.entity, key, kind.create, patch, expected=expected)
     return versioned(made.entity, 201)
 
 
@@ -118,20 +122,31 @@ def given(kind: Kind, key: str | None) -> dict[str, Any]:
     if request.method not in kind.original:
         known = {*kind.body.__struct_fields__, *kind.entity.__struct_fields__}
     body = parse.body(kind.body, known)
-    patch = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not UNSET}
+    patch = written(body)
     kind.adapt(patch, key)
     return patch
 
 
-def if_match() -> int | None:
-    """The version that the writer has seen, from If-Match; None when it does not say."""
+def written(body: Body) -> dict[str, Any]:
+    """The keys that a body has. Raises Invalid for a time that is no year's of ours in UTC."""
+    patch = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not UNSET}
+    for name, value in patch.items():
+        if isinstance(value, datetime):
+            try:
+                patch[name] = value.astimezone(timezone.utc)
+            except OverflowError:
+                raise errors.Invalid.field(name, "is not within the years 1 to 9999 in UTC") from None
+    return patch
+
+
+def if_match() -> list[int] | None:
+    """The versions that will do, from If-Match; None when it does not say. A tag that is none of ours matches none."""
     if "If-Match" not in request.headers or request.if_match.star_tag:
         return None
-    tags = request.if_match.as_set(include_weak=True)
-    if len(tags) != 1:
-        raise errors.Invalid.field("If-Match", "must be one ETag, or *")
-    tag = tags.pop()
-    return int(tag) if tag.isascii() and tag.isdigit() and len(tag) < 19 else 0
+    tags = request.if_match.as_set(include_weak=True)  # which a proxy makes them when it compresses
+    if not tags:
+        raise errors.Invalid.field("If-Match", "must be ETags, or *")
+    return [int(tag) if tag.isascii() and tag.isdigit() and len(tag) < 19 else 0 for tag in tags]
 
 
 def versioned(entity: Versioned, status: int = 200) -> Response:

@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 import msgspec.inspect
 from flask import request
-from msgspec import Meta
+from msgspec import Meta, UnsetType
 from werkzeug.routing import BaseConverter
 
 from loom import errors, instances
@@ -27,11 +27,16 @@ T = TypeVar("T")
 MAX_TOKEN = 2**53 - 1
 
 Token = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
-Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/]+$")]
+_IN_PATH = r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\ufffd]+$(?!\n)"  # in Python, $ comes before a last \n too
+Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=_IN_PATH)]
+Prefix = Annotated[str, Meta(min_length=1, max_length=100, pattern=_IN_PATH)]  # of a Key
+Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to what may be absent; empty is none
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
 Time = Annotated[datetime, Meta(tz=True)]
 
 MAX_ROWS = 10_000
+MAX_DEPTH = 100  # of JSON in JSON
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx takes it from a client
@@ -79,6 +84,8 @@ def body(kind: type[T], known: Collection[str] | None = None) -> T:
     for key in found:
         if known is not None and key not in known:
             raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
+        if _is_deeper(found[key], MAX_DEPTH):
+            raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
     return value
 
 
@@ -90,7 +97,7 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
     named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
-    allowed = _allowed(kind).get(field)
+    allowed = _allowed(kind).get(re.sub(r"\[\d+\]", "[]", field))
     return errors.Invalid.field(
         field or "body", problem[:1].lower() + problem[1:], **({"allowed": allowed} if allowed else {})
     )
@@ -98,12 +105,15 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
 
 @functools.cache
 def _allowed(kind: type) -> dict[str, list[Any]]:
-    """The values that a field of a Struct may have, where they are few."""
+    """The values that a field of a Struct, or of one in its lists, may have, where they are few."""
     allowed = {}
     for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
         for hint in getattr(field.type, "types", (field.type,)):
             if isinstance(hint, msgspec.inspect.LiteralType):
                 allowed[field.encode_name] = list(hint.values)
+            elif isinstance(hint, msgspec.inspect.ListType) and isinstance(hint.item_type, msgspec.inspect.StructType):
+                for name, values in _allowed(hint.item_type.cls).items():
+                    allowed[f"{field.encode_name}[].{name}"] = values
     return allowed
 
 
@@ -128,6 +138,12 @@ def _problem(value: Any) -> str | None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return "holds a number that does not fit into 64 bits"
     return None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Merging is recursive, in PostgreSQL too."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inside) and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inside))
 
 
 def _int(text: str) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from flask import Response
+from flask import Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import db, errors
 from loom.http import answer, entities, parse
 from loom.http.entities import versioned
-from loom.http.parse import Key, Time
+from loom.http.parse import Key, Prefix, Reference, Time
 from loom.state import comments, projects
 from loom.state.agents import Agent
 from loom.state.entities import change, get
@@ -24,8 +24,8 @@ class ProjectBody(entities.Body):
     git_repo: str | UnsetType = UNSET
     branch: str | UnsetType = UNSET
     beads_path: str | UnsetType = UNSET
-    bead_prefix: Key | UnsetType = UNSET
-    parent_id: str | UnsetType | None = UNSET
+    bead_prefix: Prefix | UnsetType = UNSET
+    parent_id: Reference = UNSET
     is_perpetual: bool | UnsetType = UNSET
     is_sticky: bool | UnsetType = UNSET
     git_strategy: Literal["direct", "branch-pr", ""] | UnsetType = UNSET
@@ -42,9 +42,14 @@ class ProjectBody(entities.Body):
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
-    """An empty text leaves the field as it is, as in the original."""
+    """An empty text leaves the field as it is, as in the original; but a PATCH, which is ours, empties what may be."""
     for field in [field for field, value in patch.items() if value == ""]:
-        del patch[field]
+        if request.method != "PATCH":
+            del patch[field]
+        elif field in ("name", "status", "git_strategy", "git_auth_method"):
+            raise errors.Invalid.field(field, "must not be empty")
+        elif field == "parent_id":
+            patch[field] = None
 
 
 KIND = entities.Kind(
@@ -64,7 +69,7 @@ class Assignment(entities.Body):
 
 
 class Remark(entities.Body):
-    author_id: str = ""
+    author_id: parse.Actor = ""
     comment: str = ""
 
 
@@ -104,7 +109,7 @@ def _move(key: str, status: str) -> Response:
     body = parse.body(Remark)
     if not body.author_id:
         raise errors.Invalid.field("author_id", "is required")
-    writer = parse.writer(f"project:{parse.key(key)}")
+    writer = parse.writer(f"project:{parse.key(key)}", body.author_id)
     with db.transaction() as conn:
         state = projects.state(conn, key)
         if status == "closed" and not state.can_close:
@@ -136,5 +141,6 @@ def remark(key: str) -> Response:
             raise errors.Invalid.field(field, "is required")
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))
-        made = comments.on_project(conn, parse.writer(""), key, body.author_id, body.comment)
+        writer = parse.writer(f"project:{key}", body.author_id)
+        made = comments.on_project(conn, writer, key, body.author_id, body.comment)
         return answer.json(made, 201)

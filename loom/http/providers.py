@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
-from loom import db
+from loom import db, errors
 from loom.http import answer, entities, parse
 from loom.http.beads import Tags
 from loom.http.parse import Key, Name, Time
@@ -52,18 +52,18 @@ class ProviderBody(entities.Body):
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
-    secret = patch.pop("api_key", None)
-    if key is None and not patch.get("name"):
-        patch["name"] = patch.get("id", "")
-    if secret:
+    if key is None and not (patch.get("name") or patch.get("id")):
+        raise errors.Invalid.field("name", "is required")
+    if patch.pop("api_key", None):
         patch["requires_key"] = True
-        patch["key_id"] = f"{key or patch.get('id') or patch['name']}-api-key"
+        if key or patch.get("id"):  # else when there is one
+            patch["key_id"] = f"{key or patch['id']}-api-key"
 
 
 KIND = entities.Kind(
     Provider,
     ProviderBody,
-    required=("name",),
+    required=(),
     filters=("status", "type", "owner_id"),
     original=frozenset({"POST", "PUT"}),
     create="upsert",

@@ -12,7 +12,7 @@ import msgspec
 import psycopg2
 
 from loom import db, errors
-from loom.state.entities import Entity, refusal
+from loom.state.entities import Entity, cycle_of, refusal
 from loom.state.writer import Writer, call
 
 
@@ -49,56 +49,54 @@ class Bead(Entity, kw_only=True):
 
 
 def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, Any]]) -> list[Bead]:
-    """Creates all or none, in a transaction of the caller's. A `ref` names a bead for the others of the same call.
+    """Creates all or none. A `ref` names a bead for the others of the same call.
 
-    Raises Cycle, Invalid (which names the place in the list) and what entities.change raises.
+    Raises Taken, LockHeld, LockLost, Cycle, which shows refs, and Invalid, which names the place in the list.
     """
-    rows = db.all(
-        conn,
-        """
-        SELECT COALESCE(b.it ->> 'id', new_entity_id('bead', b.it)) AS id
-          FROM jsonb_array_elements(%(beads)s) WITH ORDINALITY AS b (it, place) ORDER BY place
-        """,
-        beads=json.dumps(given),
-    )
-    beads = {row["id"]: dict(bead) for row, bead in zip(rows, given, strict=True)}
-    ids = {bead.pop("ref"): key for key, bead in beads.items() if bead.get("ref") is not None}
+    keys = _new_keys(conn, given)
+    ids = {bead["ref"]: key for key, bead in zip(keys, given, strict=True) if "ref" in bead}
+    refs = {key: ref for ref, key in ids.items()}
+    beads = {key: {**bead, "id": key, "place": n} for n, (key, bead) in enumerate(zip(keys, given, strict=True))}
     _turn_around(beads, ids)
-    order = graphlib.TopologicalSorter(
-        {key: [*bead.get("blocked_by", ()), bead.get("parent")] for key, bead in beads.items()}
-    )
+    parents = {bead["parent"] for bead in beads.values() if bead.get("parent")}
     try:
-        ordered = [key for key in order.static_order() if key in beads]
-    except graphlib.CycleError as exc:
-        cycle = exc.args[1][::-1]
-        raise errors.Cycle(f"beads would wait for each other: {' -> '.join(cycle)}", cycle=cycle) from None
-    try:
-        made = call(
+        order = _in_order({key: bead.get("blocked_by", ()) for key, bead in beads.items()})
+        _in_order({key: [k for k, bead in beads.items() if bead.get("parent") == key] for key in parents})
+        row = call(
             conn,
             writer,
-            """
-            SELECT array_agg(c.outcome) AS outcomes, array_agg(c.detail) AS details
-              FROM jsonb_array_elements(%(beads)s) AS b (it)
-              CROSS JOIN LATERAL change_entity(
-                  'bead', it ->> 'id', 'create', it - 'id', NULL, false, %(fences)s, NULL) AS c
-            """,
-            beads=json.dumps([{**beads[key], "id": key} for key in ordered]),
+            "SELECT outcome, entities::text AS entities, detail FROM create_beads(%(beads)s, %(fences)s)",
+            beads=json.dumps([beads[key] for key in order]),
         )
-    except psycopg2.DatabaseError as exc:
-        raise refusal(exc) from exc
-    for key, outcome in zip(ordered, made["outcomes"], strict=True):
-        if outcome != "created":
-            raise errors.Taken(f"The id {key} is {outcome}.", id=key)
-    rows = db.all(conn, "SELECT id, as_json(t)::text AS it FROM beads t WHERE id = ANY (%(ids)s)", ids=list(beads))
-    found = {row["id"]: msgspec.json.decode(row["it"], type=Bead) for row in rows}
-    return [found[key] for key in beads]
+    except (psycopg2.DatabaseError, graphlib.CycleError) as exc:
+        problem = refusal(exc) if isinstance(exc, psycopg2.DatabaseError) else cycle_of(exc.args[1][::-1])
+        raise _named(problem, given, refs) from exc
+    if row["outcome"] == "taken":
+        raise errors.Taken(f"The id {row['detail']} is taken.", id=row["detail"])
+    return msgspec.json.decode(row["entities"], type=list[Bead])
+
+
+def _new_keys(conn: db.Connection, given: Sequence[dict[str, Any]]) -> list[str]:
+    """An id for each, in their order; none that we make is one that another of them bears."""
+    while True:
+        rows = db.all(
+            conn,
+            """
+            SELECT COALESCE(b.it ->> 'id', new_entity_id('bead', b.it)) AS id
+              FROM jsonb_array_elements(%(beads)s) WITH ORDINALITY AS b (it, place) ORDER BY place
+            """,
+            beads=json.dumps([{name: bead.get(name) for name in ("id", "project_id")} for bead in given]),
+        )
+        keys = [row["id"] for row in rows]
+        if len(set(keys)) == len(keys):
+            return keys
 
 
 def _turn_around(beads: dict[str, dict[str, Any]], ids: dict[str, str]) -> None:
     """Puts ids for refs; `blocks` and `children` of the same call become `blocked_by` and `parent` of the others."""
     for bead in beads.values():
         for field in ("blocked_by", "blocks", "children", "related_to"):
-            if bead.get(field):
+            if field in bead:
                 bead[field] = [ids.get(other, other) for other in bead[field]]
         if bead.get("parent"):
             bead["parent"] = ids.get(bead["parent"], bead["parent"])
@@ -112,3 +110,22 @@ def _turn_around(beads: dict[str, dict[str, Any]], ids: dict[str, str]) -> None:
         for field in ("blocks", "children"):
             if field in bead:
                 bead[field] = [other for other in bead[field] if other not in beads]
+
+
+def _in_order(waits_for: dict[str, Sequence[str]]) -> list[str]:
+    """The beads, each after those that it waits for. Raises graphlib.CycleError."""
+    order = graphlib.TopologicalSorter(waits_for)
+    return [key for key in order.static_order() if key in waits_for]
+
+
+def _named(problem: Exception, given: Sequence[dict[str, Any]], refs: dict[str, str]) -> Exception:
+    """A problem of one of several beads, told in the caller's words."""
+    if isinstance(problem, errors.Cycle):
+        return cycle_of([refs.get(key, key) for key in problem.members["cycle"]])
+    if isinstance(problem, errors.Invalid):
+        for error in problem.members.get("errors", ()):
+            for place, bead in enumerate(given):
+                value = bead.get(error["field"])
+                if error.get("value") in (value if isinstance(value, list) else [value]):
+                    return errors.Invalid.field(f"beads[{place}].{error['field']}", error["problem"])
+    return problem

@@ -11,6 +11,8 @@ from loom.state.beads import Bead
 from loom.state.entities import Versioned, change, get
 from loom.state.writer import Writer
 
+MAX_DEPTH = 50  # of replies to replies as they are answered; deeper ones stand side by side
+
 
 class Comment(Versioned, kw_only=True):
     """A remark on a bead; `replies` are those that name it as their parent."""
@@ -69,9 +71,12 @@ def of_bead(conn: db.Connection, bead_id: str) -> list[Comment]:
         bead=bead_id,
     )
     found = {c.id: c for c in (msgspec.json.decode(row["it"], type=Comment) for row in rows)}
+    places: dict[str, list[Comment]] = {}  # of each: itself under all that it replies to, directly or not
     for comment in found.values():
-        if comment.parent_id in found:
-            found[comment.parent_id].replies.append(comment)
+        above = places.get(comment.parent_id or "", [])[:MAX_DEPTH]
+        if above:
+            above[-1].replies.append(comment)
+        places[comment.id] = [*above, comment]
     return [comment for comment in found.values() if comment.parent_id not in found]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
@@ -74,14 +74,15 @@ def change(
     action: Action,
     patch: Mapping[str, Any] | None = None,
     *,
-    expected: int | None = None,
+    expected: int | Collection[int] | None = None,
     merge: bool = False,
     replay: str | None = None,
 ) -> Change:
     """Changes one entity, in one round trip; the promises are kept in change_entity() of schema.sql.
 
     patch: the new values. 'put' replaces those given, 'patch' merges objects as a JSON merge patch does.
-    expected: the version that the writer has seen; with `merge`, later changes of other fields do no harm.
+    expected: the version that the writer has seen, or those that will do; with `merge`, later changes of other fields
+    do no harm.
     replay: the request's id, if it may arrive twice.
     Raises NotFound, Taken, Stale, LockHeld, LockLost, Cycle, InUse, and Invalid for a reference to what is not there.
     """
@@ -98,7 +99,7 @@ def change(
             key=key,
             action=action,
             patch=json.dumps(patch or {}, default=_text),
-            expected=expected,
+            expected=[expected] if isinstance(expected, int) else expected,
             merge=merge,
             replay=replay,
         )
@@ -113,7 +114,7 @@ def change(
         changed = row["detail"]
         conflicting = sorted(set(patch or {}) & set(changed)) if merge and changed is not None else None
         raise errors.Stale(
-            f"The {name} has changed since the version in If-Match.",
+            f"The {name} {'has changed since' if entity else 'is gone, and with it'} the version in If-Match.",
             current=entity,
             changed=None if changed is None else sorted(changed),
             changed_by=changed,
@@ -137,15 +138,20 @@ def not_found(kind: type[Versioned], key: str) -> errors.NotFound:
 def refusal(exc: psycopg2.DatabaseError, *, deleting: bool = False) -> Exception:
     """What PostgreSQL refused of a change, as the caller's error; anything else stays as it is."""
     if exc.pgcode == "L0002":
-        cycle = json.loads(exc.diag.message_detail or "[]")
-        return errors.Cycle(exc.diag.message_primary, cycle=cycle)
+        return cycle_of(json.loads(exc.diag.message_detail or "[]"))
     if exc.pgcode in ("23503", "23001"):
         table, _, field = (exc.diag.constraint_name or "").removesuffix("_fkey").partition("_")
         if deleting:
             return errors.InUse(f"Some {table} still refer to it: move or delete them first.", used_by=table)
-        value = re.search(r"=\((.*)\)", exc.diag.message_detail or "", re.DOTALL)
-        return errors.Invalid.field(field, f"{value[1] if value else 'it'} does not exist")
+        found = re.search(r"=\((.*)\)", exc.diag.message_detail or "", re.DOTALL)
+        value = found[1] if found else "it"
+        return errors.Invalid.field(field, f"{value} does not exist", value=value)
     return exc
+
+
+def cycle_of(keys: Sequence[str]) -> errors.Cycle:
+    """keys: each waits for the next; the last is the first."""
+    return errors.Cycle(f"Beads would wait for each other: {' -> '.join(keys)}", cycle=list(keys))
 
 
 def _table(kind: type[Versioned]) -> str:

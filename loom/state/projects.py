@@ -22,7 +22,7 @@ class Project(Entity, kw_only=True):
     beads_path: str
     bead_prefix: str
     parent_id: str | None = None
-    context: dict[str, Any] = {}
+    context: dict[str, Any]
     status: str
     is_perpetual: bool
     is_sticky: bool

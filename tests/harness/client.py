@@ -46,6 +46,9 @@ class Methods:
     def put(self, path: str, body: Any = None, **more: Any) -> Answer:
         return self.request("PUT", path, body, **more)
 
+    def patch(self, path: str, body: Any = None, **more: Any) -> Answer:
+        return self.request("PATCH", path, body, **more)
+
     def delete(self, path: str, **more: Any) -> Answer:
         return self.request("DELETE", path, **more)
 

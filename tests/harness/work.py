@@ -117,16 +117,23 @@ COUNTED = [
     # the index of blocked_by
     "SELECT blocker_id, bead_id FROM bead_blockers EXCEPT SELECT unnest(blocked_by), id FROM beads",
     "SELECT unnest(blocked_by), id FROM beads EXCEPT SELECT blocker_id, bead_id FROM bead_blockers",
-    # every version has one event, in their order
+    # every version has one event, in their order; after a deletion they begin anew
     """
-    SELECT entity_id, version FROM (
-        SELECT entity_id, version, row_number() OVER (PARTITION BY entity_id ORDER BY place) AS n FROM events
-         WHERE entity_type = 'bead') AS e WHERE version <> n
+    SELECT entity_type, entity_id, version, type FROM (
+        SELECT *, lag(version) OVER w AS before, lag(type) OVER w AS type_before FROM events
+        WINDOW w AS (PARTITION BY entity_type, entity_id ORDER BY place)) AS e
+     WHERE version <> CASE WHEN before IS NULL OR type_before LIKE '%.deleted' THEN 1 ELSE before + 1 END
     """,
-    """
-    SELECT id, version FROM beads b WHERE version <> (
-        SELECT max(version) FROM events e WHERE e.entity_type = 'bead' AND e.entity_id = b.id)
-    """,
+    *(
+        f"""
+        SELECT '{kind}', COALESCE(t.id, e.entity_id), t.version, e.version
+          FROM {kind}s t FULL JOIN (
+              SELECT DISTINCT ON (entity_id) * FROM events WHERE entity_type = '{kind}'
+               ORDER BY entity_id, place DESC) AS e ON e.entity_id = t.id
+         WHERE CASE WHEN t.id IS NULL THEN e.type NOT LIKE '%.deleted' ELSE e.version IS DISTINCT FROM t.version END
+        """
+        for kind in ("provider", "project", "agent", "bead", "comment")
+    ),
 ]
 
 

@@ -1,0 +1,42 @@
+"""The kinds of shared state as a test makes them, and what holds of all."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from harness.client import Methods
+from harness.work import AGENTS, BEADS, PROJECT, make
+
+PROVIDERS = "/api/v1/providers"
+PROJECTS = "/api/v1/projects"
+
+
+class Kind(NamedTuple):
+    """path: of one entity, "x". text, other: two fields that hold text."""
+
+    name: str
+    path: str
+    new: dict[str, Any]
+    text: str
+    other: str
+
+    @property
+    def list(self) -> str:
+        return self.path.rpartition("/")[0]
+
+
+KINDS = [
+    Kind("provider", PROVIDERS + "/x", {"id": "x", "name": "n"}, "model", "endpoint"),
+    Kind(
+        "project", PROJECTS + "/x", {"id": "x", "name": "n", "git_repo": "r", "branch": "b"}, "description", "work_dir"
+    ),
+    Kind("agent", AGENTS + "/x", {"id": "x", "persona_name": "w", "project_id": PROJECT}, "role", "name"),
+    Kind("bead", BEADS + "/x", {"id": "x", "title": "t", "project_id": PROJECT}, "title", "description"),
+]
+
+
+def entity(client: Methods, kind: Kind) -> dict[str, Any]:
+    """A new one, in a project."""
+    if kind.name != "project":
+        client.post(PROJECTS, {"id": PROJECT, "name": "p", "git_repo": "r", "branch": "b"})
+    return make(client, kind.list, **kind.new)
