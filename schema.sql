@@ -1039,7 +1039,7 @@ CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jso
 $$;
 
 -- The version and the event of a change. Arguments: the kind, and the columns that have no version.
-CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
 DECLARE
     kind text := TG_ARGV[0];
     silent text[] := TG_ARGV[1]::text[];

@@ -135,7 +135,9 @@ class Connection:
         self.deadline = time.monotonic() + timeout
         _watchdog.add(self)
         try:
-            if self.execute("SELECT current_setting('transaction_read_only') AS it")[0]["it"] == "on":
+            # JSON that PostgreSQL makes bears the session's zone, which pgBouncer keeps for each of its clients.
+            begin = "SET timezone = 'UTC'; SELECT current_setting('transaction_read_only') AS it"
+            if self.execute(begin)[0]["it"] == "on":
                 raise psycopg2.OperationalError("the server is read-only: a standby or a demoted primary")
         except BaseException:
             self.close()

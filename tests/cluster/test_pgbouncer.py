@@ -14,7 +14,7 @@ from loom import db, errors, locks
 
 SETTINGS = """
     SELECT name, setting FROM pg_settings, (SELECT pg_sleep(0.2)) AS meanwhile
-     WHERE source = 'session' AND name <> 'application_name'
+     WHERE source = 'session' AND name NOT IN ('application_name', 'TimeZone') -- which it keeps for each client
 """
 
 
@@ -50,7 +50,12 @@ def test_a_locks_whole_life(cluster: Cluster, sql: Sql) -> None:
     assert len(one.get("/api/v1/instances").json) == 2
 
 
-def test_nothing_stays_on_a_session_that_another_client_gets_next(cluster: Cluster, bouncer_dsn: str, sql: Sql) -> None:
+def test_nothing_stays_on_a_session_that_another_client_gets_next(
+    bouncer_dsn: str, sql: Sql, start_cluster: Callable[..., Cluster]
+) -> None:
+    sql(f"ALTER DATABASE {sql('SELECT current_database()')[0][0]} SET timezone = 'Asia/Kolkata'")
+    cluster = start_cluster(2, dsn=bouncer_dsn)
+
     def work(number: int) -> None:
         client = cluster.client(number % 2)
         for i in range(20):
@@ -62,6 +67,7 @@ def test_nothing_stays_on_a_session_that_another_client_gets_next(cluster: Clust
         sessions = list(threads.map(lambda _: query(bouncer_dsn, SETTINGS), range(4)))
     assert sessions == [[]] * 4
     assert query(bouncer_dsn, "SHOW statement_timeout") == [("0",)]
+    assert query(bouncer_dsn, "SHOW timezone") == [("Asia/Kolkata",)]
     assert sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
 
 
