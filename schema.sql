@@ -815,6 +815,19 @@ BEGIN
     END IF;
 END $$;
 
+-- Locks what a change of a bead comes to, in one order: the others that it changes with what they wait for, its parent, and those
+-- that wait for it when it is closed or opened. Else who has one of their rows and wants its own, as a heartbeat may, deadlocks
+-- with it.
+CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], turns boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM beads WHERE id IN (
+        SELECT bead UNION ALL SELECT unnest(others)
+        UNION ALL SELECT b.parent FROM beads b WHERE b.id = bead OR b.id = ANY (others)
+        UNION ALL SELECT unnest(b.blocked_by) FROM beads b WHERE b.id = ANY (others)
+        UNION ALL SELECT w.bead_id FROM bead_blockers w WHERE turns AND w.blocker_id = bead)
+      ORDER BY id FOR NO KEY UPDATE;
+END $$;
+
 -- Raises L0002 when the bead waits for itself: for its blockers and its children, for theirs, and so on. Only one that
 -- has just come to wait for others can have closed a cycle, so every way back from it leads to it. Who changes several beads
 -- sets loom.cycles to 'later', and looks when all is done: in between there may be a cycle.
@@ -1224,6 +1237,7 @@ DECLARE
     found jsonb;
     last events;
     again boolean := false;
+    links boolean;
     other text;
     turned boolean;
     moved boolean;
@@ -1243,10 +1257,16 @@ BEGIN
         detail := to_jsonb(held);
         RETURN;
     END IF;
-    IF kind = 'bead' AND (action = 'delete' OR patch ?| '{blocked_by, parent, blocks, children}') THEN
-        PERFORM lock_bead_graph(true);
-    ELSIF kind = 'bead' AND patch ? 'status' THEN
-        PERFORM lock_bead_graph(false);
+    IF kind = 'bead' THEN
+        links := action = 'delete' OR patch ?| '{blocked_by, parent, blocks, children}';
+        IF links OR patch ? 'status' THEN
+            PERFORM lock_bead_graph(links);
+            turned := patch ? 'status' AND (SELECT b.status = 'closed' FROM beads b WHERE b.id = key) <> (patch ->> 'status' = 'closed');
+            IF links OR turned THEN
+                PERFORM lock_beads(key, others || (patch ->> 'parent')
+                                        || ARRAY(SELECT jsonb_array_elements_text(NULLIF(patch -> 'blocked_by', 'null'))), turned);
+            END IF;
+        END IF;
     ELSIF kind = 'agent' AND (action = 'delete' OR patch ->> 'status' = 'dead') THEN
         -- Beads before agents, as in a claim.
         PERFORM 1 FROM beads WHERE assigned_to = key AND status <> 'closed' ORDER BY id FOR UPDATE;
@@ -1363,7 +1383,9 @@ BEGIN
         RETURN;
     END IF;
     PERFORM lock_bead_graph(true);
-    PERFORM 1 FROM beads b WHERE b.id = ANY (others) ORDER BY b.id FOR NO KEY UPDATE;
+    PERFORM lock_beads(NULL, others || ARRAY(
+        SELECT it ->> 'parent' FROM jsonb_array_elements(given) AS it
+        UNION ALL SELECT jsonb_array_elements_text(it -> 'blocked_by') FROM jsonb_array_elements(given) AS it), false);
     SELECT to_jsonb(b.id) INTO detail FROM beads b WHERE b.id = ANY (made) LIMIT 1;
     IF FOUND THEN
         outcome := 'taken';
@@ -1765,6 +1787,7 @@ BEGIN
     END IF;
     IF how = 'completed' THEN
         PERFORM lock_bead_graph(false);
+        PERFORM lock_beads(wanted, '{}', true);
     END IF;
     SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
     t := clock_timestamp();

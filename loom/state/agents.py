@@ -18,7 +18,7 @@ class Agent(Entity, kw_only=True):
     provider_id: str | None = None
     status: str
     current_bead: str | None = None
-    project_id: str | None = None
+    project_id: str | None
     position_id: str | None = None
     capabilities: list[str] = []
     open_claims: int = 0

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from harness import AppClient
+from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.entities import PROJECTS
 from harness.locks import Sql, acquire, assert_problem
@@ -349,20 +349,40 @@ def test_a_storm_of_changes_leaves_every_count_right_and_meets_no_deadlock(
     assert sql(waits) == []
 
 
+@pytest.mark.parametrize("how", ["depends", "blocks", "closes", "completes", "deleted"])
+def test_a_change_of_dependencies_and_a_heartbeat_at_once_meet_no_deadlock(
+    work: AppClient, sql: Sql, session: Callable[[], Any], how: str
+) -> None:
+    """What changes c comes to a and b as well; the heartbeat to b and then to c. An operator has a for a while."""
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    before = sql(deadlocks)
+    for key in "abc":
+        bead(work, key)
+    tokens = {key: claim(work, key) for key in "bc"}
+    if how not in ("depends", "blocks"):
+        patch(work, "c", blocks=["a", "b"])
+    calls: dict[str, Callable[[], Answer]] = {
+        "depends": lambda: work.patch(f"{BEADS}/c", {"blocked_by": ["a", "b"]}),
+        "blocks": lambda: work.patch(f"{BEADS}/c", {"blocks": ["a", "b"]}),
+        "closes": lambda: work.patch(f"{BEADS}/c", {"status": "closed"}),
+        "completes": lambda: work.post(f"{BEADS}/c/complete", {"fencing_token": tokens["c"]}),
+        "deleted": lambda: work.delete(f"{BEADS}/c"),
+    }
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with session() as operator, operator.cursor() as cursor, ThreadPoolExecutor(2) as threads:
+        cursor.execute("SELECT 1 FROM beads WHERE id = 'a' FOR UPDATE")
+        change = threads.submit(calls[how])
+        wait_until(lambda: sql(waiting) == [(1,)])
+        beat = threads.submit(work.post, f"{AGENTS}/a/heartbeat", {"claims": tokens})
+        wait_until(lambda: beat.done() or sql(waiting) == [(2,)])
+        operator.commit()
+        assert change.result().status < 300
+        assert beat.result().status == 200
+    assert sql(deadlocks) == before
+    assert_counted(sql)
+
+
 # Bulk
-
-
-def plan(count: int) -> list[dict[str, Any]]:
-    """Beads of which each waits for the one before, in any order, some by id and some by ref."""
-    beads = []
-    for n in range(count):
-        one: dict[str, Any] = {"title": f"t{n}", "project_id": PROJECT, "priority": n % 4, "ref": f"r{n}"}
-        if n:
-            one["blocked_by"] = [f"r{n - 1}"]
-        if n % 10:
-            one["parent"] = f"r{n - n % 10}" if n % 20 > 10 else None
-        beads.append(one)
-    return beads
 
 
 def test_a_whole_plan_is_made_in_one_call_in_its_order(
