@@ -662,7 +662,7 @@ CREATE TABLE IF NOT EXISTS agents (
     version      bigint      NOT NULL DEFAULT 1,
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at   timestamptz NOT NULL DEFAULT clock_timestamp()
-) WITH (fillfactor = 50);
+) WITH (fillfactor = 50, autovacuum_analyze_threshold = 5000);
 CREATE INDEX IF NOT EXISTS agents_project ON agents (project_id, id);
 CREATE INDEX IF NOT EXISTS agents_provider ON agents (provider_id) WHERE provider_id IS NOT NULL;
 
@@ -763,7 +763,9 @@ CREATE TABLE IF NOT EXISTS beads (
     CHECK (num_nulls(fencing_token, claimed_at, lease_seconds, lease_expires_at) IN (0, 4)),
     CHECK (fencing_token IS NULL OR (status = 'in_progress' AND assigned_to IS NOT NULL))
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
-        autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0.02);
+        autovacuum_vacuum_cost_delay = 0, vacuum_index_cleanup = on,
+        -- claims change a status, and no plan: a table that is small is not looked through again for each 400 of them
+        autovacuum_analyze_scale_factor = 0.05, autovacuum_analyze_threshold = 50000);
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 
 -- The best ready bead is the first of these: all, of one project, reserved for one agent. Narrow on purpose: a

@@ -23,6 +23,7 @@ SETTINGS = {
     "shared_buffers": "128MB",
     "fsync": "on",
     "synchronous_commit": "on",
+    "autovacuum_naptime": "2s",  # a claim steps over what those since the last vacuum have left
     "unix_socket_permissions": "0700",
 }
 
