@@ -729,10 +729,11 @@ CREATE TRIGGER project_deleted_with_comments AFTER DELETE ON projects FOR EACH R
 -- keeps it from being ready; the triggers below keep them.
 CREATE TABLE IF NOT EXISTS beads (
     id               text        COLLATE "C" PRIMARY KEY,
-    type             text        NOT NULL DEFAULT 'task',
+    type             text        COLLATE "C" NOT NULL DEFAULT 'task',
     title            text        NOT NULL,
     description      text        NOT NULL DEFAULT '',
-    status           text        NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'in_progress', 'blocked', 'closed')),
+    status           text        COLLATE "C" NOT NULL DEFAULT 'open'
+                                 CHECK (status IN ('open', 'in_progress', 'blocked', 'closed')),
     priority         smallint    NOT NULL DEFAULT 2 CHECK (priority BETWEEN 0 AND 3),
     project_id       text        COLLATE "C" NOT NULL REFERENCES projects,
     assigned_to      text        COLLATE "C",
@@ -778,10 +779,11 @@ CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALE
     WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NOT NULL;
 CREATE INDEX IF NOT EXISTS beads_delayed ON beads (not_before) WHERE status = 'open' AND not_before IS NOT NULL;
 CREATE INDEX IF NOT EXISTS beads_lease ON beads (lease_expires_at) WHERE fencing_token IS NOT NULL;
--- Lists.
-CREATE INDEX IF NOT EXISTS beads_project ON beads (project_id, id);
-CREATE INDEX IF NOT EXISTS beads_unfinished ON beads (status, id) WHERE status <> 'closed';
-CREATE INDEX IF NOT EXISTS beads_assigned_to ON beads (assigned_to, id) WHERE assigned_to IS NOT NULL AND status <> 'closed';
+-- Lists: each column with the status, of which there are few, and then in the order of pages.
+CREATE INDEX IF NOT EXISTS beads_in_status ON beads (status, id);
+CREATE INDEX IF NOT EXISTS beads_in_project ON beads (project_id, status, id);
+CREATE INDEX IF NOT EXISTS beads_of_agent ON beads (assigned_to, status, id);
+CREATE INDEX IF NOT EXISTS beads_of_type ON beads (type, status, id);
 CREATE INDEX IF NOT EXISTS beads_parent ON beads (parent, id) WHERE parent IS NOT NULL;
 
 -- The index of blocked_by, for both directions. Written by the triggers alone.
@@ -821,13 +823,22 @@ END $$;
 -- that wait for it when it is closed or opened. Else who has one of their rows and wants its own, as a heartbeat may, deadlocks
 -- with it.
 CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], turns boolean) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    above text := (SELECT parent FROM beads WHERE id = bead);
 BEGIN
-    PERFORM 1 FROM beads WHERE id IN (
-        SELECT bead UNION ALL SELECT unnest(others)
-        UNION ALL SELECT b.parent FROM beads b WHERE b.id = bead OR b.id = ANY (others)
-        UNION ALL SELECT unnest(b.blocked_by) FROM beads b WHERE b.id = ANY (others)
-        UNION ALL SELECT w.bead_id FROM bead_blockers w WHERE turns AND w.blocker_id = bead)
-      ORDER BY id FOR NO KEY UPDATE;
+    -- Step by step: one statement for all took 270 us more, most of it planning.
+    IF others <> '{}' THEN
+        others := others || ARRAY(SELECT unnest(b.blocked_by || b.parent) FROM beads b WHERE b.id = ANY (others));
+    END IF;
+    IF turns THEN
+        others := others || ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = bead);
+    END IF;
+    IF above IS NOT NULL THEN
+        others := others || above;
+    END IF;
+    IF others <> '{}' THEN
+        PERFORM 1 FROM beads WHERE id = ANY (others || bead) ORDER BY id FOR NO KEY UPDATE;
+    END IF;
 END $$;
 
 -- Raises L0002 when the bead waits for itself: for its blockers and its children, for theirs, and so on. Only one that
@@ -1023,7 +1034,7 @@ CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS 
 BEGIN
     PERFORM give_back_beads_of(OLD.id, setting('beads.max_failures', 5), setting('beads.max_attempts', 20));
     IF TG_OP = 'DELETE' THEN
-        UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status <> 'closed';
+        UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
     END IF;
     RETURN NULL;
 END $$;
@@ -1271,7 +1282,7 @@ BEGIN
         END IF;
     ELSIF kind = 'agent' AND (action = 'delete' OR patch ->> 'status' = 'dead') THEN
         -- Beads before agents, as in a claim.
-        PERFORM 1 FROM beads WHERE assigned_to = key AND status <> 'closed' ORDER BY id FOR UPDATE;
+        PERFORM 1 FROM beads WHERE assigned_to = key AND status IN ('open', 'in_progress', 'blocked') ORDER BY id FOR UPDATE;
     END IF;
 
     EXECUTE format('SELECT to_jsonb(t) FROM %I t WHERE %I = $1 FOR %s', tbl, key_column,
@@ -1521,7 +1532,7 @@ BEGIN
     IF NOT try_name('agent:' || agent) THEN
         RETURN false;
     END IF;
-    PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status <> 'closed'
+    PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status = 'in_progress'
       ORDER BY id FOR NO KEY UPDATE;
     SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE;
     IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a, dead_after) THEN
@@ -1584,7 +1595,7 @@ END $$;
 
 -- The agent's beads, when they are as many as it may have at once; else null.
 CREATE OR REPLACE FUNCTION busy_with(agent text, most integer) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT to_jsonb(ARRAY(SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status <> 'closed'
+    SELECT to_jsonb(ARRAY(SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status = 'in_progress'
                              AND b.fencing_token IS NOT NULL ORDER BY b.id))
       FROM agents a WHERE a.id = agent AND a.open_claims >= most;
 $$;

@@ -6,7 +6,7 @@ import graphlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import psycopg2
@@ -15,9 +15,19 @@ from loom import db, errors
 from loom.state.entities import Entity, cycle_of, refusal
 from loom.state.writer import Writer, call
 
+UNFINISHED = ["open", "in_progress", "blocked"]
+
 
 class Bead(Entity, kw_only=True):
     """A unit of work. Its claim is `fencing_token` and the lease; `blocks` and `children` are derived."""
+
+    statuses: ClassVar[tuple[str, ...]] = (*UNFINISHED, "closed")
+    orders: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("assigned_to", "status"),
+        ("type", "status"),
+        ("project_id", "status"),
+        ("status",),
+    )
 
     type: str
     title: str

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 import psycopg2
@@ -17,9 +18,14 @@ from loom.state.writer import Writer, call
 E = TypeVar("E", bound="Versioned")
 Action = Literal["create", "upsert", "put", "patch", "delete"]
 
+MOST_PARTS = 64  # of a list's query
+
 
 class Versioned(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One piece of shared state, as it is answered. What has a default is left out when it is empty."""
+
+    statuses: ClassVar[tuple[str, ...]] = ()  # if lists are looked for by them
+    orders: ClassVar[tuple[tuple[str, ...], ...]] = ()  # columns of its indexes before the id, the best first
 
     version: int
     created_at: datetime
@@ -51,19 +57,46 @@ def get(conn: db.Connection, kind: type[E], key: str) -> E:
 def some(
     conn: db.Connection, kind: type[E], *, filters: Mapping[str, Sequence[str]], after: str | None, limit: int
 ) -> list[E]:
-    """Entities in the order of their ids, those after `after` only; of each filtered column, one of the values."""
-    where = "".join(f" AND {column} = ANY (%({column})s)" for column in filters)
-    rows = db.all(
-        conn,
-        f"""
-        SELECT as_json(t)::text AS it FROM {_table(kind)} t
-         WHERE {_key(kind)} > %(after)s{where} ORDER BY {_key(kind)} LIMIT %(limit)s
-        """,
-        after=after or "",
-        limit=limit,
-        **{column: list(values) for column, values in filters.items()},
-    )
+    """Entities in the order of their ids, those after `after` only; of each filtered column, one of the values.
+
+    Each combination of values is looked for by itself, in the order of an index if the kind has one for it: so a page
+    costs the same wherever it is and however few there are. Too many combinations are looked for in all rows.
+    """
+    table, key = _table(kind), _key(kind)
+    values = {column: list(dict.fromkeys(each)) for column, each in filters.items()}
+    if values and kind.statuses:
+        values.setdefault("status", list(kind.statuses))
+    order = next((each for each in kind.orders if set(each) <= set(values)), ())
+    parts: list[tuple[str | list[str], ...]] = list(itertools.product(*values.values()))
+    if len(parts) > MOST_PARTS:
+        parts, order = [tuple(values.values())], ()
+    params: dict[str, Any] = {"after": after or "", "limit": limit}
+    selects = [
+        _select(table, key, order, part, n) for n, part in enumerate(dict(zip(values, p, strict=True)) for p in parts)
+    ]
+    for n, part in enumerate(parts):
+        params.update((f"{column}_{n}", value) for column, value in zip(values, part, strict=True))
+    found = f"SELECT * FROM ({' UNION ALL '.join(selects)}) AS parts ORDER BY {key} LIMIT %(limit)s"
+    rows = db.all(conn, f"SELECT as_json(it)::text AS it FROM ({found}) AS found ORDER BY {key}", **params)
     return [msgspec.json.decode(row["it"], type=kind) for row in rows]
+
+
+def _select(table: str, key: str, order: Sequence[str], values: Mapping[str, str | list[str]], n: int) -> str:
+    """A page of those that have these values.
+
+    Of the columns of `order` it is said without `=`: else PostgreSQL might go by ids, past all that come before.
+    """
+    given = {column: f"%({column}_{n})s" for column in values}
+    where = [
+        f"{column} = {given[column] if isinstance(value, str) else f'ANY ({given[column]})'}"
+        for column, value in values.items()
+        if column not in order
+    ]
+    columns, bounds = ", ".join([*order, key]), ", ".join([*(given[column] for column in order), "%(after)s"])
+    where.append(f"({columns}) > ({bounds})")
+    if order:
+        where.append(f"({', '.join(order)}) <= ({', '.join(given[column] for column in order)})")
+    return f"(SELECT t AS it, {key} FROM {table} t WHERE {' AND '.join(where)} ORDER BY {columns} LIMIT %(limit)s)"
 
 
 def change(

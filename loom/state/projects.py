@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from loom import db
+from loom.state.beads import UNFINISHED
 from loom.state.comments import ProjectComment
 from loom.state.entities import Entity, not_found
 
@@ -63,12 +64,14 @@ def state(conn: db.Connection, key: str) -> State:
         conn,
         """
         SELECT id, name, status, is_perpetual, is_sticky, created_at, updated_at, closed_at,
-               (SELECT count(*) FROM beads b WHERE b.project_id = p.id AND b.status <> 'closed') AS open_beads,
+               (SELECT count(*) FROM beads b WHERE b.project_id = p.id AND b.status = ANY (%(unfinished)s))
+                   AS open_beads,
                (SELECT count(*) FROM comments c WHERE c.entity_type = 'project' AND c.entity_id = p.id)
                    AS comments_count
           FROM projects p WHERE id = %(key)s
         """,
         key=key,
+        unfinished=UNFINISHED,
     )
     if row is None:
         raise not_found(Project, key)

@@ -16,6 +16,8 @@ from harness.locks import Sql, assert_problem, instant
 from harness.work import AGENTS, BEADS, PROJECT, assert_counted, bead, get, make, team
 
 from loom import db
+from loom.state import entities
+from loom.state.beads import Bead
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -516,6 +518,52 @@ def test_the_other_kinds_are_listed_by_their_filters(client: AppClient) -> None:
         (f"{PROVIDERS}?limit=1", ["v"]),
     ):
         assert ids(client.get(path)) == expected, path
+
+
+def test_a_page_costs_the_same_wherever_it_is_and_whatever_it_is_filtered_by(client: AppClient, sql: Sql) -> None:
+    """In blocks that PostgreSQL looks at. What is asked for stands at the end, or not at all."""
+    team(client, "a", "b")
+    make(client, PROJECTS, id="q", name="q", git_repo="r", branch="b")
+    sql("ALTER TABLE beads DISABLE TRIGGER USER")
+    sql(
+        """
+        INSERT INTO beads (id, title, project_id, status, type, assigned_to)
+        SELECT 'x' || to_char(n, 'FM00000'), n, CASE WHEN n > 25000 THEN 'q' ELSE 'p' END,
+               CASE WHEN n > 25000 THEN 'closed' WHEN n % 3 = 0 THEN 'in_progress' ELSE 'open' END,
+               CASE WHEN n > 25000 THEN 'bug' ELSE 'task' END, CASE WHEN n > 25000 THEN 'a' END
+          FROM generate_series(1, 50000) AS n
+        """
+    )
+    sql("ALTER TABLE beads ENABLE TRIGGER USER")
+    sql("VACUUM ANALYZE beads")
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Spy:
+        def execute(self, text: str, params: dict[str, Any]) -> list[db.Row]:
+            asked.append((text, params))
+            return []
+
+    for filters in (
+        {},
+        {"project_id": ["q"]},
+        {"project_id": ["p", "q"]},
+        {"status": ["closed"]},
+        {"status": ["blocked"]},
+        {"status": ["closed", "blocked"]},
+        {"type": ["bug"]},
+        {"type": ["epic", "bug"]},
+        {"assigned_to": ["a"]},
+        {"assigned_to": ["b"]},
+        {"assigned_to": ["a"], "status": ["closed", "open"]},
+        {"project_id": ["p"], "status": ["blocked"]},
+        {"project_id": ["q"], "type": ["bug"]},
+    ):
+        for after in (None, "x10000", "x40000", "x49990"):
+            entities.some(Spy(), Bead, filters=filters, after=after, limit=10)  # type: ignore[arg-type]
+            with db.connection() as conn:
+                (row,) = conn.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {asked[-1][0]}", asked[-1][1])
+            plan = row["QUERY PLAN"][0]["Plan"]
+            assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 300, (filters, after, plan)
 
 
 # What a request costs
