@@ -15,6 +15,7 @@ from loom.state import comments, projects
 from loom.state.agents import Agent
 from loom.state.entities import change, get
 from loom.state.projects import Project
+from loom.state.writer import Writer
 
 
 class ProjectBody(entities.Body):
@@ -85,13 +86,22 @@ def assign(key: str) -> Response:
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))
         try:
-            agent = get(conn, Agent, body.agent_id)
+            if body.action == "assign":
+                change(conn, writer, Agent, body.agent_id, "put", {"project_id": key})
+            else:
+                _unassign(conn, writer, key, body.agent_id)
         except errors.NotFound:
             raise errors.Invalid.field("agent_id", f"{body.agent_id} does not exist") from None
-        if body.action == "assign" or agent.project_id == key:
-            patch = {"project_id": key if body.action == "assign" else None}
-            change(conn, writer, Agent, body.agent_id, "put", patch)
         return versioned(get(conn, Project, key))
+
+
+def _unassign(conn: db.Connection, writer: Writer, key: str, agent_id: str) -> None:
+    """Out of this project, and of none that it has been moved to meanwhile."""
+    while (agent := get(conn, Agent, agent_id)).project_id == key:
+        try:
+            change(conn, writer, Agent, agent_id, "put", {"project_id": None}, expected=agent.version)
+        except errors.Stale:
+            continue
 
 
 @bp.post("/<key>/close")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
 import psycopg2
 import pytest
-from harness import AppClient
+from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.entities import KINDS, PROJECTS, PROVIDERS, Kind, entity
 from harness.locks import Sql, assert_problem, instant
@@ -336,6 +337,20 @@ def test_an_id_that_is_taken(client: AppClient, kind: Kind) -> None:
     else:
         assert_problem(answer, 409, "taken", id="x")
         assert client.get(kind.path).json["version"] == 1
+
+
+def test_an_agent_that_is_moved_meanwhile_is_not_taken_out_of_its_new_project(
+    client: AppClient, sql: Sql, session: Callable[[], Any]
+) -> None:
+    team(client, "a")
+    make(client, PROJECTS, id="q", name="q", git_repo="r", branch="b")
+    with session() as other, other.cursor() as cursor, ThreadPoolExecutor(1) as thread:
+        cursor.execute("UPDATE agents SET project_id = 'q' WHERE id = 'a'")
+        late = thread.submit(client.post, f"{PROJECTS}/p/agents", {"agent_id": "a", "action": "unassign"})
+        wait_until(lambda: sql("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        other.commit()
+        assert (late.result().status, late.result().json["agents"]) == (200, [])
+    assert client.get(f"{AGENTS}/a").json["project_id"] == "q"
 
 
 # By hand
