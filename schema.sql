@@ -666,7 +666,8 @@ CREATE TABLE IF NOT EXISTS agents (
 CREATE INDEX IF NOT EXISTS agents_project ON agents (project_id, id);
 CREATE INDEX IF NOT EXISTS agents_provider ON agents (provider_id) WHERE provider_id IS NOT NULL;
 
--- A shared setting; it beats the environment and the file of every instance.
+-- What all instances share: settings of Loom's own, which beat the environment and the file of each, and what agents keep
+-- here. All of it is read at once, hence the bounds.
 CREATE TABLE IF NOT EXISTS config (
     key        text        COLLATE "C" PRIMARY KEY,
     value      jsonb       NOT NULL,
@@ -675,6 +676,27 @@ CREATE TABLE IF NOT EXISTS config (
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+
+CREATE OR REPLACE FUNCTION on_config_written() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.value := COALESCE(NEW.value, 'null'); -- JSON's null is a value, too
+    NEW.updated_by := COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user);
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_config_written ON config;
+CREATE TRIGGER a_config_written BEFORE INSERT OR UPDATE OF value ON config FOR EACH ROW
+    EXECUTE FUNCTION on_config_written();
+
+CREATE OR REPLACE FUNCTION on_config_grown() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF (SELECT count(*) > 1000 OR sum(octet_length(value::text)) > 1048576 FROM config) THEN
+        RAISE EXCEPTION 'no room: all keys together are at most 1000, and their values 1 MiB'
+            USING ERRCODE = '23514', COLUMN = 'value';
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS config_grown ON config;
+CREATE TRIGGER config_grown AFTER INSERT OR UPDATE ON config FOR EACH STATEMENT EXECUTE FUNCTION on_config_grown();
 
 CREATE TABLE IF NOT EXISTS comments (
     id              text        COLLATE "C" PRIMARY KEY DEFAULT md5(random()::text || clock_timestamp()::text)::uuid::text,
@@ -1044,9 +1066,10 @@ DROP TRIGGER IF EXISTS agent_died ON agents;
 CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
     WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
 
--- A shared setting of config, or else the fallback.
+-- A shared setting that is a whole number from 1 to 1000; or else the fallback, as for one put there by hand that is none.
 CREATE OR REPLACE FUNCTION setting(name text, fallback integer) RETURNS integer LANGUAGE sql STABLE AS $$
-    SELECT COALESCE((SELECT (value #>> '{}')::integer FROM config WHERE key = name), fallback);
+    SELECT COALESCE((SELECT (value #>> '{}')::integer FROM config
+                      WHERE key = name AND value::text ~ '^([1-9][0-9]{0,2}|1000)$'), fallback);
 $$;
 
 
@@ -1365,6 +1388,22 @@ BEGIN
     END IF;
     outcome := CASE WHEN again THEN 'replayed' WHEN found IS NULL THEN 'created' ELSE 'updated' END;
     EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+END $$;
+
+-- Sets shared values, key -> value, all or none; one that is as it was makes no version. outcome: 'shared', 'lock-held'
+-- (detail: the grant).
+CREATE OR REPLACE FUNCTION share_values(given jsonb, fences jsonb, OUT outcome text, OUT detail jsonb) LANGUAGE plpgsql AS $$
+DECLARE
+    held distributed_locks := enter_names(ARRAY(SELECT 'config:' || k FROM jsonb_object_keys(given) AS k), fences);
+BEGIN
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    INSERT INTO config AS c (key, value) SELECT g.key, g.value FROM jsonb_each(given) AS g ORDER BY g.key COLLATE "C"
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE c.value <> excluded.value;
+    outcome := 'shared';
 END $$;
 
 -- Creates beads, all or none. given: with ids and their `place` in the answer, in an order in which each comes after those that

@@ -7,9 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -136,6 +136,21 @@ def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 _KEYS = dict(_walk(Config))
 _POOL = {"pool_max_conns": "database.pool_max", "pool_min_conns": "database.pool_min"}
 _IN_FILE = sorted(_KEYS.keys() - {"sources", *_POOL.values()})
+SECTIONS = frozenset(key for key, kind in _KEYS.items() if is_dataclass(kind))  # syslog's as logging.syslog
+SETTINGS = _KEYS.keys() - SECTIONS - {"sources"}
+# Those that may differ from what an instance was started with: what it shares with the others beats that.
+SHAREABLE = frozenset(
+    {
+        "agents.max_concurrent",
+        "agents.dead_after",
+        "agents.file_lock_timeout",
+        "beads.max_failures",
+        "beads.max_attempts",
+        "locks.history_days",
+        "events.history_days",
+        "logging.level",
+    }
+)
 _VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
 
 
@@ -155,8 +170,7 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
     if not values.get("server.enable_http", True):
         raise ConfigError(f"{sources['server.enable_http']}: server.enable_http: expected true, HTTP is all there is")
     _choose_database(values, sources)
-    leaves = (key for key, kind in _KEYS.items() if not is_dataclass(kind) and key != "sources")
-    tree: dict[str, Any] = {"sources": {key: sources.get(key, "default") for key in leaves}}
+    tree: dict[str, Any] = {"sources": {key: sources.get(key, "default") for key in SETTINGS}}
     for key, value in values.items():
         *sections, name = key.split(".")
         branch = tree
@@ -235,11 +249,41 @@ def _nearest(key: str, valid: Iterable[str]) -> str:
 
 def _convert(key: str, setting: _Setting) -> Any:
     try:
-        return msgspec.convert(setting.value, _KEYS[key], strict=not setting.textual)
+        return check(key, setting.value, textual=setting.textual)
+    except ValueError as exc:
+        raise ConfigError(f"{setting.source}: {key}: {exc}") from None
+
+
+def check(key: str, value: Any, *, textual: bool = False) -> Any:
+    """The value of a setting; one that is `textual` is converted. Raises ValueError, which tells what is expected."""
+    try:
+        return msgspec.convert(value, _KEYS[key], strict=not textual)
     except msgspec.ValidationError:
         expected = _KEYS[key].__metadata__[0].description
-        got = type(setting.value).__name__ if key == "database.dsn" else _shown(repr(setting.value))
-        raise ConfigError(f"{setting.source}: {key}: expected {expected}, got {got}") from None
+        got = type(value).__name__ if key == "database.dsn" else _shown(repr(value))
+        raise ValueError(f"expected {expected}, got {got}") from None
+
+
+def allowed(key: str) -> list[str]:
+    """The values that a setting may have, where they are few."""
+    return list(get_args(get_args(_KEYS[key])[0]))
+
+
+def nearest(key: str) -> str:
+    """The setting that is most like the key."""
+    return _nearest(key, sorted(SETTINGS))
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values, by dotted key."""
+
+    def changed(section: Any, path: list[str], value: Any) -> Any:
+        name, *rest = path
+        return replace(section, **{name: changed(getattr(section, name), rest, value) if rest else value})
+
+    for key, value in values.items():
+        config = changed(config, key.split("."), value)
+    return config
 
 
 def _shown(text: str) -> str:

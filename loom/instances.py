@@ -24,6 +24,8 @@ import psycopg2
 
 from loom import __version__, db, embedded, errors
 from loom.config import Config
+from loom.log import set_level
+from loom.state import config as state
 
 log = logging.getLogger("loom.instances")
 
@@ -59,6 +61,7 @@ class Instance:
         metadata: dict[str, Any],
         instance_id: str | None = None,
         tell: Callable[[bytes], object] = lambda message: None,
+        config: Config | None = None,
     ) -> None:
         """`tell` passes on a later identity (16 bytes) or b"" (left in order) to whoever watches this process."""
         self.instance_id = instance_id or str(uuid.uuid4())
@@ -66,7 +69,9 @@ class Instance:
         self.status = "active"
         self.started = time.monotonic()
         self.missed = 0
+        self.shared = state.Shared()
         self.database, self._metadata, self._tell = database, metadata, tell
+        self._config = config or Config()
         self._line = database.dedicated("heartbeat")
         self._registered = False
         self._last_good = float("-inf")
@@ -100,25 +105,38 @@ class Instance:
         with self._line.connection() as conn:
             if self._registered:
                 row = db.one(
-                    conn, "SELECT heartbeat_instance(%(id)s, %(s)s) AS alive", id=self.instance_id, s=self.status
+                    conn,
+                    f"SELECT heartbeat_instance(%(id)s, %(status)s) AS alive, {state.COLUMN}",
+                    id=self.instance_id,
+                    status=self.status,
+                    **state.PARAMETERS,
                 )
-                if row is not None and not row["alive"]:
+                assert row is not None
+                self._learn(row)
+                if not row["alive"]:
                     log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
                     self.instance_id, self._registered = str(uuid.uuid4()), False
                     self._tell(uuid.UUID(self.instance_id).bytes)
             if not self._registered:
-                db.run(
+                row = db.one(
                     conn,
-                    "SELECT register_instance(%(id)s, %(host)s, %(about)s)",
+                    f"SELECT register_instance(%(id)s, %(host)s, %(about)s), {state.COLUMN}",
                     id=self.instance_id,
                     host=self.hostname,
                     about=msgspec.json.encode(self._metadata).decode(),
+                    **state.PARAMETERS,
                 )
+                assert row is not None
+                self._learn(row)
                 self._registered = True
                 log.info("instance-registered", extra={"fields": {"instance_id": self.instance_id, **self._metadata}})
                 self._warn_of_settings(conn)
         self.missed = 0
         self._last_good = sent
+
+    def _learn(self, row: db.Row) -> None:
+        if self.shared.learn(row["shared"]):
+            set_level(self.shared.over(self._config).logging.level)
 
     def confirm(self) -> None:
         """Before a request is served when we are not `fresh`: finds out whether we are still registered.
@@ -228,7 +246,7 @@ def start(config: Config, instance_id: str | None = None, tell: Callable[[bytes]
     database.open()
     db.configure(database)
     metadata = {"pid": os.getpid(), "port": config.server.http_port, "version": __version__}
-    current = Instance(database, metadata, instance_id, tell)
+    current = Instance(database, metadata, instance_id, tell, config)
     current.start()
     return current
 

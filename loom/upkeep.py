@@ -28,7 +28,7 @@ class Upkeep:
     """The thread that stands for election, and cleans while elected."""
 
     def __init__(self, config: Config, instance: instances.Instance) -> None:
-        self._config, self._instance, self._database = config, instance, instance.database
+        self._own, self._instance, self._database = config, instance, instance.database
         self._line = self._database.dedicated("upkeep")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
@@ -142,6 +142,11 @@ class Upkeep:
                 log.warning("claim-lapsed", extra={"fields": claim})
             if len(lapsed) < BATCH // 10 or self._over.is_set():
                 return
+
+    @property
+    def _config(self) -> Config:
+        """The one in force."""
+        return self._instance.shared.over(self._own)
 
     @property
     def _writer(self) -> Writer:

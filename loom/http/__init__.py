@@ -26,9 +26,11 @@ from loom.http import (
     projects,
     providers,
 )
+from loom.http import config as shared_config
 from loom.http.parse import NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
+LARGER = {"config.take_in": shared_config.MAX_YAML}  # than that, by endpoint
 ALWAYS_SERVED = ("/health", "/api/v1/health")
 
 
@@ -70,6 +72,8 @@ class Application(Flask):
     def preprocess_request(self) -> None:
         """Starts the clock that bounds the request, and refuses it when we may have been declared dead."""
         db.default().start_request()
+        if request.endpoint in LARGER:
+            request.max_content_length = LARGER[request.endpoint]
         me = registry.current
         if me is not None and not me.fresh and not request.path.startswith(ALWAYS_SERVED):
             me.confirm()
@@ -88,7 +92,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
     app.url_map.converters["name"] = NameConverter
-    for routes in (health, instances, locks, grants, providers, projects, agents, beads, claims, events):
+    for routes in (health, instances, locks, grants, providers, projects, agents, beads, claims, shared_config, events):
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()

@@ -25,6 +25,7 @@ from loom.state.writer import Writer
 T = TypeVar("T")
 
 MAX_TOKEN = 2**53 - 1
+MIB = 1024 * 1024
 
 Token = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
 _IN_PATH = r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\ufffd]+$(?!\n)"  # in Python, $ comes before a last \n too
@@ -71,12 +72,10 @@ def body(kind: type[T], known: Collection[str] | None = None) -> T:
 
     known: the keys that it may have, where the `kind` itself ignores others.
     """
-    raw = request.get_data() or b"{}"
-    if request.content_length is None and len(raw) >= (request.max_content_length or math.inf):
-        raise errors.TooLarge("A body may have 1 MiB.")  # in chunks it is cut off there
+    text = raw() or b"{}"
     try:
-        value = msgspec.json.decode(raw, type=kind)
-        found = json.loads(raw, object_pairs_hook=_object, parse_int=_int)
+        value = msgspec.json.decode(text, type=kind)
+        found = json.loads(text, object_pairs_hook=_object, parse_int=integer_of)
     except msgspec.ValidationError as exc:
         raise _invalid(str(exc), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -87,6 +86,18 @@ def body(kind: type[T], known: Collection[str] | None = None) -> T:
         if _is_deeper(found[key], MAX_DEPTH):
             raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
     return value
+
+
+def raw() -> bytes:
+    """The request's body. Raises TooLarge."""
+    found = request.get_data()
+    if request.content_length is None and len(found) >= (request.max_content_length or math.inf):
+        raise too_large()  # in chunks it is cut off there
+    return found
+
+
+def too_large() -> errors.TooLarge:
+    return errors.TooLarge(f"A body may have {(request.max_content_length or 0) // MIB} MiB.")
 
 
 def _invalid(text: str, kind: type) -> errors.Invalid:
@@ -124,15 +135,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         times = Counter(key for key, _ in pairs)
         raise errors.Invalid.field(next(key for key in times if times[key] > 1), "stands there twice")
     for key, value in pairs:
-        problem = _problem(key) or _problem(value)
-        if problem:
-            raise errors.Invalid.field(key.replace("\x00", "\\u0000"), problem)
+        wrong = flaw(key) or flaw(value)
+        if wrong:
+            raise errors.Invalid.field(key.replace("\x00", "\\u0000"), wrong)
     return found
 
 
-def _problem(value: Any) -> str | None:
+def flaw(value: Any) -> str | None:
+    """What is wrong with a value that is no object: see `_object`."""
     if isinstance(value, list):
-        return next(filter(None, map(_problem, value)), None)
+        return next(filter(None, map(flaw, value)), None)
     if isinstance(value, str) and "\x00" in value:
         return "holds a NUL character"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -146,7 +158,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return bool(inside) and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inside))
 
 
-def _int(text: str) -> int:
+def integer_of(text: str) -> int:
     """As int(), at a bounded cost: 21 characters are beyond 64 bits already."""
     return int(text[:21])
 

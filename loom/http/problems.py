@@ -10,6 +10,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from loom import errors
+from loom.http.parse import too_large
 from loom.locks import Grant
 
 log = logging.getLogger("loom.http")
@@ -42,7 +43,7 @@ def register(app: Flask) -> None:
     def werkzeugs(exc: HTTPException) -> Response:
         """404 of the router, 405, 413, and what else Flask refuses by itself."""
         if isinstance(exc, RequestEntityTooLarge):
-            return answer(errors.TooLarge("A body may have 1 MiB."))
+            return answer(too_large())
         if isinstance(exc, ClientDisconnected):
             return answer(errors.Stalled())
         code = exc.code or 500

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from flask import current_app, request
+from flask import request
 
 from loom import instances
+from loom.http.settings import own
 from loom.http.worker import client_gone
 from loom.waiting import Room
 
@@ -15,7 +16,7 @@ from loom.waiting import Room
 @functools.cache
 def room() -> Room:
     """Half of the threads, or all but eight where that is more."""
-    threads = current_app.config["LOOM"].server.threads
+    threads = own().server.threads
     return Room(max(1, threads - 8, threads // 2), _draining)
 
 

@@ -129,6 +129,14 @@ def test_a_body_over_the_limit_is_refused_in_the_same_words(nginx: Client) -> No
     assert refused(3 * MIB) == (413, "application/problem+json", "/problems/too-large")
 
 
+def test_an_import_may_be_larger(nginx: Client) -> None:
+    path = "/api/v1/config/import.yaml"
+    assert nginx.post(path, b"a: 1\n" + b"#" * (5 * MIB - 5)).json["shared"] == {"a": 1}
+    answer = nginx.post(path, b"a: 2\n" + b"#" * (5 * MIB - 4))
+    assert (answer.status, answer.json["type"]) == (413, "/problems/too-large")
+    assert nginx.get("/api/v1/config/a").json["value"] == 1
+
+
 def test_what_is_too_long_is_refused_in_the_form_of_our_problems(nginx: Client) -> None:
     assert nginx.get("/" + "x" * 8000).status == 404  # reached an instance
     for status, answer in [

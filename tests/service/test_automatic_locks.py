@@ -1,4 +1,4 @@
-"""Who assigns agents, moves beads or registers providers does so under their locks, and no write goes unfenced."""
+"""Assigning agents, moving beads, registering providers and configuring take their locks; no write goes unfenced."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Operation(NamedTuple):
 
 AGENT = "SELECT version, project_id, status, open_claims FROM agents WHERE id = 'a'"
 BEAD = "SELECT version, status, assigned_to FROM beads WHERE id = 'x'"
+CONFIG = "/api/v1/config"
+SHARED = "SELECT key, value, version FROM config ORDER BY key"
 PROVIDER = "SELECT version, model FROM providers WHERE id = 'new'"
 OPERATIONS = [
     Operation("agent:a", "POST", "/api/v1/projects/q/agents", {"agent_id": "a"}, AGENT),
@@ -50,6 +52,10 @@ OPERATIONS = [
         "provider:v", "PUT", f"{PROVIDERS}/v", {"model": "m"}, "SELECT version, model FROM providers WHERE id = 'v'"
     ),
     Operation("provider:v", "DELETE", f"{PROVIDERS}/v", None, "SELECT version, model FROM providers WHERE id = 'v'"),
+    Operation("config:c", "PUT", f"{CONFIG}/c", {"value": 2}, SHARED),
+    Operation("config:c", "DELETE", f"{CONFIG}/c", None, SHARED),
+    Operation("config:c", "POST", f"{CONFIG}/import.yaml", {"b": 1, "c": 2, "d": 3}, SHARED),
+    Operation("config:agents.dead_after", "PUT", CONFIG, {"agents": {"dead_after": 30}}, SHARED),
 ]
 each_operation = pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: f"{op.name} {op.method} {op.path[8:]}")
 
@@ -62,6 +68,7 @@ def work(client: AppClient) -> AppClient:
     bead(client, "before", status="closed")
     bead(client, "x", blocked_by=["before"])
     bead(client, "y", status="blocked")
+    client.put(f"{CONFIG}/c", {"value": 1})
     return client
 
 
@@ -135,6 +142,10 @@ def test_a_lock_of_another_name_fences_every_write(work: AppClient, sql: Sql) ->
         ("POST", f"{BEADS}/x/claim", {"agent_id": "a"}),
         ("POST", f"{AGENTS}/a/heartbeat", {}),
         ("DELETE", f"{BEADS}/y", None),
+        ("PUT", f"{CONFIG}/c", {"value": 2}),
+        ("PUT", CONFIG, {"agents": {"dead_after": 30}}),
+        ("POST", f"{CONFIG}/import.yaml", {"c": 3}),
+        ("DELETE", f"{CONFIG}/c", None),
     ]
     for method, path, body in writes:
         answer = work.request(method, path, body, headers)

@@ -10,7 +10,7 @@ import psycopg2
 import pytest
 from psycopg2.extensions import make_dsn, parse_dsn
 
-from loom.config import Config, ConfigError, environment, load, mask, resource
+from loom.config import SHAREABLE, Config, ConfigError, environment, load, mask, resource
 
 QUICK_START = """
 database:
@@ -138,8 +138,9 @@ def test_the_example_file_is_the_defaults_and_has_every_key():
 
 
 def test_the_documentation_names_every_key():
-    documented = set(re.findall(r"^\| `([\w.]+)`", resource("docs/configuration.md").read_text(), re.MULTILINE))
-    assert documented == load(environ={}).sources.keys() - {"database.pool_min", "database.pool_max"}
+    documented = dict(re.findall(r"^\| `([\w.]+)`( ✓)?", resource("docs/configuration.md").read_text(), re.MULTILINE))
+    assert documented.keys() == load(environ={}).sources.keys() - {"database.pool_min", "database.pool_max"}
+    assert {key for key, mark in documented.items() if mark} == SHAREABLE
 
 
 def test_loom_config_names_the_file_and_the_environment_outdoes_it(tmp_path):

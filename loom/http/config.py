@@ -1,0 +1,177 @@
+"""/api/v1/config: what all instances share. Some keys are Loom's own settings; the others are their writers' affair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import msgspec
+from flask import Blueprint, Response
+from msgspec import UNSET, UnsetType
+
+from loom import config as configuration
+from loom import db, errors
+from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
+from loom.http import answer, entities, events, parse, yaml
+from loom.http.settings import own
+from loom.state import config
+from loom.state.config import Config
+from loom.state.entities import change
+
+bp = Blueprint("config", __name__, url_prefix="/api/v1/config")
+
+MAX_YAML = 5 * parse.MIB
+MAX_VALUE = 64 * 1024  # bytes of JSON
+DIFFERS = "server.http_port"  # between instances, and by design: whichever a snapshot has, nobody means to share it
+# Keys of a snapshot, the original's or ours, that hold no settings of ours.
+IGNORED = frozenset(
+    {"security", "web_ui", "temporal", "projects", "providers", "agent_assignments", "model_catalog", "shared"}
+)
+
+Section = dict[str, Any] | UnsetType
+
+
+class Snapshot(entities.Body):
+    """Sections of settings."""
+
+    database: Section = UNSET
+    server: Section = UNSET
+    agents: Section = UNSET
+    beads: Section = UNSET
+    locks: Section = UNSET
+    events: Section = UNSET
+    logging: Section = UNSET
+
+
+class Value(parse.Body):
+    value: Any
+
+
+KIND = entities.Kind(Config, entities.Body, required=(), filters=(), original=frozenset())
+bp.add_url_rule("/<key>", "one", partial(entities.one, KIND))
+bp.add_url_rule("/<key>", "delete", partial(entities.delete, KIND), methods=["DELETE"])
+
+
+@bp.put("/<key>")
+def set_one(key: str) -> Response:
+    value = _checked(parse.key(key), parse.body(Value).value)
+    writer = parse.writer(f"config:{key}")
+    with db.connection() as conn:
+        done = change(
+            conn,
+            writer,
+            Config,
+            key,
+            "upsert",
+            {"value": value},
+            expected=entities.if_match(),
+            replay=writer.request_id,
+        )
+    return entities.versioned(done.entity)
+
+
+@bp.get("/<key>/history")
+def history(key: str) -> Response:
+    return events.history("config", parse.key(key))
+
+
+@bp.get("")
+def snapshot() -> Response:
+    """The settings that are in force here, passwords masked; and all that is shared, as it stands."""
+    with db.connection() as conn:
+        return _snapshot(conn)
+
+
+@bp.put("")
+def change_settings() -> Response:
+    """Shares the settings of a snapshot that differ from those in force."""
+    given = entities.written(parse.body(Snapshot))
+    with db.transaction() as conn:
+        return _share(conn, given, {})
+
+
+@bp.post("/import.yaml")
+def take_in() -> Response:
+    """Shares what a document has: keys, or sections of settings."""
+    given = yaml.read(parse.raw())
+    sections = {key: given.pop(key) for key in Snapshot.__struct_fields__ if isinstance(given.get(key), dict)}
+    values = {key: _checked(key, value) for key, value in given.items() if key not in IGNORED}
+    with db.transaction() as conn:
+        return _share(conn, sections, values)
+
+
+@bp.get("/export.yaml")
+def export() -> Response:
+    with db.connection() as conn:
+        values = config.values(conn)
+    text = yaml.write({key: json.loads(value, parse_int=_number) for key, value in values.items()})
+    return Response(text, content_type="application/x-yaml")
+
+
+def _snapshot(conn: db.Connection) -> Response:
+    values = config.values(conn)
+    shared = {key: msgspec.Raw(value.encode()) for key, value in values.items()}
+    return answer.json({**_shown(config.in_force(own(), values)), "shared": shared})
+
+
+def _share(conn: db.Connection, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:
+    here = dict(_settings(_shown(config.in_force(own(), config.values(conn)))))
+    changed = {key: _checked(key, value) for key, value in _settings(sections) if key != DIFFERS and value != here[key]}
+    config.share(conn, parse.writer(""), {**changed, **values})
+    return _snapshot(conn)
+
+
+def _shown(settings: configuration.Config) -> dict[str, Any]:
+    """The sections of a configuration, passwords masked."""
+    sections = asdict(settings)
+    del sections["sources"]
+    sections["database"]["dsn"] = mask(sections["database"]["dsn"])
+    return sections
+
+
+def _settings(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting within sections, by its dotted key. What Loom does not know is passed over."""
+    for name, value in sections.items():
+        key = prefix + name
+        if key in SETTINGS:
+            yield key, value
+        elif key in SECTIONS and isinstance(value, dict):
+            yield from _settings(value, key + ".")
+        elif key in SECTIONS:
+            raise errors.Invalid.field(key, "must be an object")
+
+
+def _checked(key: str, value: Any) -> Any:
+    """A value that may be shared under that key. Raises Invalid, which names the key."""
+    try:
+        msgspec.convert(key, parse.Key)
+    except msgspec.ValidationError:
+        raise errors.Invalid.field(
+            yaml.shown(key), "must have 1 to 200 characters, no control characters or /"
+        ) from None
+    if key in SHAREABLE:
+        try:
+            return configuration.check(key, value)
+        except ValueError as exc:
+            allowed = configuration.allowed(key)
+            raise errors.Invalid.field(key, str(exc), **({"allowed": allowed} if allowed else {})) from None
+    if key in SETTINGS:
+        raise errors.Invalid.field(key, "cannot be shared: it is each instance's own", allowed=sorted(SHAREABLE))
+    word = key.partition(".")[0]
+    if word in SECTIONS:
+        near = configuration.nearest(key)
+        raise errors.Invalid.field(key, f"is no setting, the nearest one is {near}", allowed=sorted(SHAREABLE))
+    if word in IGNORED or key in ("export.yaml", "import.yaml"):
+        raise errors.Invalid.field(key, "is taken: choose another name")
+    if len(msgspec.json.encode(value)) > MAX_VALUE:
+        raise errors.Invalid.field(key, f"must have at most {MAX_VALUE // 1024} KiB")
+    return value
+
+
+def _number(text: str) -> int | float:
+    """jsonb writes out 1e300, which is no number that is taken in, except as a float."""
+    number = parse.integer_of(text)
+    return float(text) if parse.flaw(number) else number

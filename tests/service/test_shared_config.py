@@ -1,0 +1,571 @@
+"""What is shared is seen by all and takes effect; a bad value is named, and breaks nobody."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from harness import AppClient
+from harness.client import Answer
+from harness.locks import Sql, acquire, assert_problem
+from harness.work import ask, bead, claim, fail, get, team
+
+from loom import db, upkeep
+from loom.config import SHAREABLE, AgentsConfig, Config, DatabaseConfig
+from loom.http import yaml
+from loom.instances import Instance
+
+CONFIG = "/api/v1/config"
+MIB = 1024 * 1024
+ORIGINAL = ("security", "web_ui", "temporal", "projects", "providers", "agent_assignments", "model_catalog")
+
+
+def put(client: AppClient, key: str, value: Any, **headers: str) -> Answer:
+    return client.put(f"{CONFIG}/{key}", {"value": value}, headers=headers)
+
+
+def share(client: AppClient, key: str, value: Any) -> dict[str, Any]:
+    answer = put(client, key, value)
+    assert answer.status == 200, answer
+    return answer.json
+
+
+def shared(client: AppClient) -> dict[str, Any]:
+    answer = client.get(CONFIG)
+    assert answer.status == 200, answer
+    return answer.json["shared"]
+
+
+def take_in(client: AppClient, text: str | bytes, **headers: str) -> Answer:
+    raw = text.encode() if isinstance(text, str) else text
+    return client.post(f"{CONFIG}/import.yaml", raw, headers=headers)
+
+
+def assert_invalid(answer: Answer, field: str) -> dict[str, Any]:
+    (fault,) = assert_problem(answer, 400, "invalid")["errors"]
+    assert fault["field"] == field, fault
+    return fault
+
+
+@pytest.fixture
+def level() -> Iterator[None]:
+    """The process's log level, afterwards as before."""
+    before = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(before)
+
+
+# Keys of anybody's
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 2**63 - 1, 1.5, True, None, "", "text", "ünï \U0001f600", [], {}, [1, [2, {"a": None}]], {"a": {"b": [0]}}],
+    ids=repr,
+)
+def test_a_key_holds_any_json(client: AppClient, value: Any) -> None:
+    made = share(client, "team.policy", value)
+    assert set(made) == {"key", "value", "updated_by", "version", "created_at", "updated_at"}
+    assert (made["key"], made["value"], made["version"]) == ("team.policy", value, 1)
+    assert type(made["value"]) is type(value)
+    assert client.get(f"{CONFIG}/team.policy").json == made
+    assert shared(client) == {"team.policy": value}
+    assert share(client, "team.policy", [value])["version"] == 2
+    assert client.delete(f"{CONFIG}/team.policy").status == 204
+    assert_problem(client.get(f"{CONFIG}/team.policy"), 404, "not-found")
+    assert_problem(client.delete(f"{CONFIG}/team.policy"), 404, "not-found")
+
+
+def test_who_wrote_it_last_stands_there(client: AppClient, sql: Sql) -> None:
+    assert put(client, "k", 1, **{"Loom-Actor": "ann"}).json["updated_by"] == "ann"
+    assert take_in(client, "k: 2", **{"Loom-Actor": "bob"}).status == 200
+    assert client.get(f"{CONFIG}/k").json["updated_by"] == "bob"
+    sql("UPDATE config SET value = '3'")
+    made = client.get(f"{CONFIG}/k").json
+    assert (made["value"], made["version"], made["updated_by"]) == (3, 3, sql("SELECT session_user")[0][0])
+
+
+def test_a_keys_former_values_are_kept(client: AppClient) -> None:
+    for value, actor in (("one", "ann"), ("two", "bob"), (None, "cy")):
+        put(client, "k", value, **{"Loom-Actor": actor})
+    client.delete(f"{CONFIG}/k")
+    past = client.get(f"{CONFIG}/k/history").json
+    assert [event["type"] for event in past] == ["config.deleted", *["config.updated"] * 3]
+    assert [(e["version"], e["actor"], e["changes"]["value"]) for e in past[1:]] == [
+        (3, "cy", None),
+        (2, "bob", "two"),
+        (1, "ann", "one"),
+    ]
+
+
+def test_a_stale_write_is_refused(client: AppClient) -> None:
+    put(client, "k", 1)
+    put(client, "k", 2, **{"Loom-Actor": "ann"})
+    for answer in (put(client, "k", 3, **{"If-Match": '"1"'}), put(client, "k", 3, **{"If-Match": '"7"'})):
+        problem = assert_problem(answer, 412, "stale", current=client.get(f"{CONFIG}/k").json)
+    answer = client.delete(f"{CONFIG}/k", headers={"If-Match": '"1"'})
+    problem = assert_problem(answer, 412, "stale")
+    assert problem["changed_by"] == {"value": "ann", "updated_by": "ann"}
+    made = put(client, "k", 3, **{"If-Match": '"2"'})
+    assert (made.status, made.headers["ETag"]) == (200, '"3"')
+    assert client.get(f"{CONFIG}/k", headers={"If-None-Match": '"3"'}).status == 304
+    assert_problem(put(client, "new", 1, **{"If-Match": '"1"'}), 412, "stale", current=None)
+
+
+def test_of_two_who_write_from_one_version_one_wins(client: AppClient) -> None:
+    version = share(client, "k", 0)["version"]
+    with ThreadPoolExecutor(2) as threads:
+        for n in range(200):
+            seen = {"If-Match": f'"{version}"'}
+            answers = list(threads.map(lambda i, seen=seen: put(client, "k", i, **seen), (2 * n, 2 * n + 1)))
+            assert sorted(answer.status for answer in answers) == [200, 412]
+            version += 1
+
+
+def test_a_write_that_nginx_repeats_is_made_once(client: AppClient) -> None:
+    first = put(client, "k", {"a": None}, **{"X-Request-ID": "r1"})
+    assert put(client, "k", {"a": None}, **{"X-Request-ID": "r1"}).json == first.json
+    for _ in range(2):
+        assert client.delete(f"{CONFIG}/k", headers={"X-Request-ID": "r2"}).status == 204
+    for _ in range(2):
+        answer = take_in(client, "n: 1", **{"Idempotency-Key": "k1", "Loom-Actor": "ann"})
+    assert answer.headers["Idempotency-Replayed"] == "true"
+    assert client.get(f"{CONFIG}/n").json["version"] == 1
+
+
+def test_the_token_of_its_lock_lets_a_write_through(client: AppClient) -> None:
+    token = str(acquire(client, "config:k")["fencing_token"])
+    assert_problem(put(client, "k", 1), 409, "lock-held")
+    assert put(client, "k", 1, **{"Loom-Lock-Token": token}).status == 200
+
+
+KEYS = ["a" * 201, "a\x01b", "%0A", "%00", "%FF", "..", "database", "database.dsn", "server.http_port", "sources"]
+KEYS += ["agents.max_concurent", "agents.", "logging.syslog", "logging.syslog.enabled", "export.yaml", "import.yaml"]
+KEYS += [*ORIGINAL, "security.key", "shared"]
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("sources", "a\x01b")])
+def test_not_every_name_is_free(client: AppClient, sql: Sql, key: str) -> None:
+    assert put(client, key, 1).status == 400
+    assert sql("SELECT * FROM config") == []
+
+
+def test_a_misspelt_setting_is_told_the_right_name(client: AppClient) -> None:
+    fault = assert_invalid(put(client, "agents.max_concurent", 3), "agents.max_concurent")
+    assert "agents.max_concurrent" in fault["problem"]
+    assert fault["allowed"] == sorted(SHAREABLE)
+    assert_invalid(put(client, "database.dsn", "host=x password=hidden"), "database.dsn")
+
+
+BODIES = [
+    (b"", "value"),
+    (b"{}", "value"),
+    (b'{"value": 1, "version": 3}', "version"),
+    (b'{"value": 1, "value": 2}', "value"),
+    (b'{"value": "\\u0000"}', "value"),
+    (b'{"value": 9223372036854775808}', "value"),
+    (b'{"value": ' + b"[" * 102 + b"]" * 102 + b"}", "value"),
+    (b'{"value": "' + b"x" * 65535 + b'"}', "k"),
+    (b"[]", "body"),
+]
+
+
+@pytest.mark.parametrize(("body", "field"), BODIES, ids=range(len(BODIES)))
+def test_a_body_that_is_none_is_refused(client: AppClient, sql: Sql, body: bytes, field: str) -> None:
+    assert_invalid(client.put(f"{CONFIG}/k", body), field)
+    assert sql("SELECT * FROM config") == []
+
+
+def test_a_value_may_have_64_kib_and_all_together_1_mib_and_1000_keys(client: AppClient, sql: Sql) -> None:
+    for n in range(15):
+        share(client, f"k{n}", "x" * 65534)
+    assert_invalid(put(client, "last", ["x" * 60000] * 2), "last")
+    share(client, "k15", "x" * 65500)
+    assert_invalid(put(client, "more", "x" * 100), "value")
+    assert len(shared(client)) == 16
+    sql("DELETE FROM config")
+    lines = [f"k{n}: {n}" for n in range(1001)]
+    assert_invalid(take_in(client, "\n".join(lines)), "value")
+    assert shared(client) == {}
+    assert take_in(client, "\n".join(lines[:1000])).status == 200
+    assert_invalid(put(client, "more", 1), "value")
+    assert put(client, "k7", 1).status == 200
+
+
+# Settings of ours
+
+BAD = [
+    *(("agents.max_concurrent", value) for value in (0, 1001, -1, 2.0, "20", True, None, [], {})),
+    *(("agents.dead_after", value) for value in (9, 86401, "120")),
+    *(("agents.file_lock_timeout", value) for value in (0, 86401, 600_000_000_000)),
+    *(("beads.max_failures", value) for value in (0, 1001)),
+    *(("beads.max_attempts", value) for value in (0, 1001)),
+    *(("locks.history_days", value) for value in (0, 3651)),
+    *(("events.history_days", value) for value in (0, 3651)),
+    *(("logging.level", value) for value in ("loud", "INFO", 20, None)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD, ids=repr)
+def test_a_bad_value_is_refused_wherever_it_comes_from(client: AppClient, sql: Sql, key: str, value: Any) -> None:
+    section, name = key.split(".")
+    for answer in (
+        put(client, key, value),
+        client.put(CONFIG, {"beads": {"max_failures": 7}, section: {name: value}}),
+        take_in(client, json.dumps({"a": 1, key: value, "z": 2})),
+        take_in(client, json.dumps({"a": 1, section: {name: value}, "z": 2})),
+    ):
+        fault = assert_invalid(answer, key)
+        assert "expected" in fault["problem"]
+        assert ("allowed" in fault) == (key == "logging.level")
+    assert sql("SELECT * FROM config") == sql("SELECT * FROM events") == []
+
+
+def test_what_is_shared_beats_the_file_and_is_seen_at_once(client: AppClient, instance: Instance) -> None:
+    client._app.config["LOOM"] = Config(agents=AgentsConfig(max_concurrent=7, dead_after=50))
+    share(client, "agents.max_concurrent", 3)
+    assert client.get(CONFIG).json["agents"] == {"max_concurrent": 3, "dead_after": 50, "file_lock_timeout": 600}
+    client.delete(f"{CONFIG}/agents.max_concurrent")
+    assert client.get(CONFIG).json["agents"]["max_concurrent"] == 7
+
+
+def test_limits_of_claims_take_effect_with_the_next_heartbeat(client: AppClient, sql: Sql, instance: Instance) -> None:
+    team(client, "a")
+    for key in ("x", "y", "z"):
+        bead(client, key)
+    share(client, "agents.max_concurrent", 1)
+    share(client, "beads.max_failures", 1)
+    instance.beat()
+    token = claim(client, "x")
+    assert_problem(ask(client, "y"), 409, "agent-busy")
+    assert fail(client, "x", token).json["status"] == "blocked"
+    client.delete(f"{CONFIG}/agents.max_concurrent")
+    share(client, "beads.max_failures", 2)
+    instance.beat()
+    token = claim(client, "y")
+    claim(client, "z")
+    assert fail(client, "y", token).json["status"] == "open"
+
+
+def test_retention_takes_effect_with_the_next_heartbeat(client: AppClient, sql: Sql, instance: Instance) -> None:
+    cleaner = upkeep.Upkeep(Config(), instance)
+    team(client, "a")
+    sql("UPDATE events SET timestamp = clock_timestamp() - INTERVAL '10 days'")
+    cleaner.clean()
+    assert sql("SELECT count(*) FROM events") == [(2,)]
+    share(client, "events.history_days", 9)
+    share(client, "locks.history_days", 9)
+    instance.beat()
+    cleaner.clean()
+    assert sql("SELECT DISTINCT entity_type FROM events") == [("config",)]
+    assert cleaner._config.locks.history_days == 9
+
+
+def test_triggers_go_by_the_shared_limits(client: AppClient, sql: Sql) -> None:
+    team(client, "a")
+    bead(client, "x")
+    bead(client, "y")
+    share(client, "beads.max_attempts", 1)
+    claim(client, "x")
+    sql("UPDATE agents SET status = 'dead'")
+    assert get(client, "x")["status"] == "blocked"
+    for bad in ('"x"', "0", "1001", "1.5", "null", "[]", "1e400", '"1"'):
+        sql("UPDATE config SET value = %s", bad)
+        assert sql("SELECT setting('beads.max_attempts', 20)") == [(20,)], bad
+    claim(client, "y")
+    sql("DELETE FROM agents")
+    assert get(client, "y")["status"] == "open"
+
+
+@pytest.mark.usefixtures("level")
+def test_the_log_level_follows_what_is_shared_and_returns(client: AppClient, instance: Instance) -> None:
+    logging.getLogger().setLevel("INFO")
+    share(client, "logging.level", "debug")
+    instance.beat()
+    assert logging.getLogger().level == logging.DEBUG
+    client.delete(f"{CONFIG}/logging.level")
+    instance.beat()
+    assert logging.getLogger().level == logging.INFO
+
+
+@pytest.mark.usefixtures("level")
+def test_an_instance_starts_with_what_is_shared(client: AppClient, database: db.Database) -> None:
+    share(client, "logging.level", "error")
+    share(client, "agents.max_concurrent", 3)
+    me = Instance(database, {})
+    me.beat()
+    assert me.shared.over(Config()).agents.max_concurrent == 3
+    assert logging.getLogger().level == logging.ERROR
+    me.leave()
+
+
+HAND_PUT = ['"x"', "0", "1e400", "null", "[]", '{"a": 1}', json.dumps("x" * 1000), "1" * 500]
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("bad", HAND_PUT, ids=range(len(HAND_PUT)))
+def test_a_bad_value_put_there_by_hand_is_ignored_and_logged_once(
+    client: AppClient, sql: Sql, instance: Instance, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
+    sql("INSERT INTO config (key, value) VALUES ('agents.max_concurrent', %s), ('agents.dead_after', '30')", bad)
+    for _ in range(3):
+        instance.beat()
+    ignored = [record.fields for record in caplog.records if record.getMessage() == "setting-ignored"]
+    assert [fields["setting"] for fields in ignored] == ["agents.max_concurrent"]
+    assert instance.missed == 0
+    in_force = instance.shared.over(Config()).agents
+    assert (in_force.max_concurrent, in_force.dead_after) == (20, 30)
+    answer = client.get(CONFIG)
+    assert answer.status == client.get(f"{CONFIG}/agents.max_concurrent").status == 200
+    assert b'"max_concurrent":20' in answer.body
+    assert client.get(f"{CONFIG}/export.yaml").status == 200
+    share(client, "agents.max_concurrent", 4)
+    instance.beat()
+    assert instance.shared.over(Config()).agents.max_concurrent == 4
+
+
+def test_a_heartbeat_reads_the_settings_in_its_one_round_trip(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements: list[str] = []
+    execute = db.Connection.execute
+    monkeypatch.setattr(
+        db.Connection, "execute", lambda *args, **kw: statements.append(args[1]) or execute(*args, **kw)
+    )
+    instance.beat()
+    assert len(statements) == 1
+
+
+# The snapshot
+
+
+def test_an_old_client_reads_changes_and_writes_back_the_whole(client: AppClient, sql: Sql) -> None:
+    whole = client.get(CONFIG).json
+    assert list(whole) == ["database", "server", "agents", "beads", "locks", "events", "logging", "shared"]
+    assert client.put(CONFIG, whole).json == whole
+    assert client.put(CONFIG, {}).json == whole
+    assert sql("SELECT * FROM config") == []
+    whole["agents"]["max_concurrent"] = 9
+    whole["logging"]["level"] = "debug"
+    whole["server"]["http_port"] = 8081  # another instance's
+    whole["server"]["tls"] = whole["security"] = {"jwt_secret": "s3cret"}
+    whole["temporal"] = None
+    whole["shared"]["x"] = 1
+    answer = client.put(CONFIG, whole, headers={"Loom-Actor": "ann"})
+    assert answer.status == 200
+    assert (answer.json["agents"]["max_concurrent"], answer.json["logging"]["level"]) == (9, "debug")
+    assert answer.json["server"]["http_port"] == 8080
+    assert answer.json["shared"] == {"agents.max_concurrent": 9, "logging.level": "debug"}
+    assert sql("SELECT key, version, updated_by FROM config ORDER BY 1") == [
+        ("agents.max_concurrent", 1, "ann"),
+        ("logging.level", 1, "ann"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("database", "dsn", "host=elsewhere"),
+        ("database", "type", "embedded"),
+        ("database", "pool_max", 3),
+        ("server", "threads", 9),
+        ("server", "host", "0.0.0.0"),
+        ("logging", "format", "text"),
+        ("logging", "output", None),
+    ],
+)
+def test_what_cannot_be_shared_is_named_and_nothing_is_shared(
+    client: AppClient, sql: Sql, section: str, name: str, value: Any
+) -> None:
+    fault = assert_invalid(
+        client.put(CONFIG, {"agents": {"dead_after": 30}, section: {name: value}}), f"{section}.{name}"
+    )
+    assert fault["allowed"] == sorted(SHAREABLE)
+    assert_invalid(
+        take_in(client, json.dumps({"agents.dead_after": 30, f"{section}.{name}": value})), f"{section}.{name}"
+    )
+    assert sql("SELECT * FROM config") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ([], "body"),
+        ({"agents": []}, "agents"),
+        ({"agents": None}, "agents"),
+        ({"logging": {"syslog": 1}}, "logging.syslog"),
+    ],
+)
+def test_a_section_that_is_none_is_named(client: AppClient, body: Any, field: str) -> None:
+    assert_invalid(client.put(CONFIG, body), field)
+
+
+def test_no_answer_bears_a_password(client: AppClient) -> None:
+    dsn = "postgresql://loom:s3cret@db:5432/loom?sslpassword=s3cret"
+    client._app.config["LOOM"] = Config(database=DatabaseConfig(type="postgres", dsn=dsn))
+    whole = client.get(CONFIG)
+    assert "host=db port=5432" in whole.json["database"]["dsn"]
+    answers = [
+        whole,
+        client.put(CONFIG, whole.json),
+        client.put(CONFIG, {"database": {"dsn": dsn + "x"}}),
+        put(client, "database.dsn", dsn),
+        take_in(client, "a: 1"),
+        client.get(f"{CONFIG}/export.yaml"),
+        client.get(f"{CONFIG}/database.dsn"),
+    ]
+    assert [answer.status for answer in answers] == [200, 200, 400, 400, 200, 200, 404]
+    assert not any(b"s3cret" in answer.body for answer in answers)
+
+
+# YAML
+
+
+def test_an_export_can_be_imported_again(client: AppClient, sql: Sql) -> None:
+    values = {
+        "agents.max_concurrent": 9,
+        "date": "2026-01-01",
+        "deep": json.loads("[" * 100 + "]" * 100),
+        "numbers": [0, -1, 2**63 - 1, 0.1, -5e-324],
+        "text": "line\nline\r\n\ttab \x7f\x85\u2028 ünï \U0001f600 # : - ' \"",
+        "yes": ["yes", "null", "~", "1e5", "0o7", "1:30", "<<", "=", " ", "", "- a", "&a", "*a", "!t", "%", "@"],
+    }
+    for key, value in values.items():
+        share(client, key, value)
+    export = client.get(f"{CONFIG}/export.yaml")
+    assert (export.status, export.headers["Content-Type"]) == (200, "application/x-yaml")
+    assert export.body.count(b"\n") == len(values)
+    sql("DELETE FROM config")
+    assert take_in(client, export.body).json["shared"] == shared(client)
+    assert [client.get(f"{CONFIG}/{key}").json["value"] for key in values] == list(values.values())
+    assert client.get(f"{CONFIG}/export.yaml").body == export.body
+    assert take_in(client, export.body).status == 200
+    assert sql("SELECT DISTINCT version FROM config") == [(1,)], "what is as it was makes no version"
+
+
+def test_a_number_that_is_no_integer_of_64_bits_returns_as_a_float(client: AppClient) -> None:
+    share(client, "k", 1e300)
+    export = client.get(f"{CONFIG}/export.yaml").body
+    assert take_in(client, export).status == 200
+    assert float(client.get(f"{CONFIG}/k").json["value"]) == yaml.read(export)["k"] == 1e300
+
+
+def test_nothing_is_exported_when_nothing_is_shared(client: AppClient) -> None:
+    export = client.get(f"{CONFIG}/export.yaml")
+    assert yaml.read(export.body) == {}
+    assert take_in(client, export.body).json == client.get(CONFIG).json
+
+
+def test_an_import_takes_the_file_of_an_instance_and_the_originals(client: AppClient) -> None:
+    """As sections; those that Loom has not are passed over."""
+    text = """
+        agents: {max_concurrent: 9, default_persona_path: ./personas, heartbeat_interval: 30000000000}
+        server: {http_port: 8081, threads: 32}
+        security: {jwt_secret: s3cret}
+        projects: []
+        team: 2026-01-01
+        logging.level: warning
+    """
+    answer = take_in(client, text)
+    assert answer.status == 200
+    assert answer.json["shared"] == {"agents.max_concurrent": 9, "logging.level": "warning", "team": "2026-01-01"}
+
+
+def test_an_import_leaves_alone_what_it_does_not_name(client: AppClient) -> None:
+    share(client, "a", 1)
+    assert take_in(client, "b: 2").json["shared"] == {"a": 1, "b": 2}
+
+
+WRONG = [
+    ("a: 'x", "body"),
+    ("a: [1", "body"),
+    ("- 1", "body"),
+    ("text", "body"),
+    ("a: 1\n---\nb: 1", "body"),
+    ("? [a]\n: 1", "body"),
+    (b"a: \xff", "body"),
+    (b"a: \x00", "body"),
+    ("[" * 100_000, "body"),
+    ("a: 1\nb: " + "[" * 101 + "]" * 101, "b"),
+    ("a: 1\na: 2", "a"),
+    ("a: 1\nb: {c: 1, c: 2}", "c"),
+    ("a: &a [x]\nb: [*a, *a]", "b"),
+    ("a: &a [*a]", "a"),
+    ("a: 1\nb: !!python/object:os.system {}", "b"),
+    ("a: 1\nb: !!binary aGk=", "b"),
+    ("a: 1\nb: .nan", "b"),
+    ("a: 1\nb: -.inf", "b"),
+    ("a: 1\nb: 9223372036854775808", "b"),
+    ("a: 1\nb: 1" + ":1" * 100_000, "b"),
+    ("a: 1\nb: " + "9" * 5000, "b"),
+    ('a: 1\nb: "\\0"', "b"),
+    ('a: 1\n"b\\0": 1', "b\\u0000"),
+    ('a: 1\n"b\\nc": 1', "b\\nc"),
+    ("a: 1\nb/c: 1", "b/c"),
+    ("a: 1\n'': 1", ""),
+    ("a: 1\n" + "b" * 201 + ": 1", "b" * 200),
+    ("a: 1\nb: " + "x" * 65535, "b"),
+    ("a: 1\nagents: 7", "agents"),
+    ("a: 1\nagents.max: 7", "agents.max"),
+    ("a: 1\nexport.yaml: 7", "export.yaml"),
+]
+
+
+@pytest.mark.parametrize(("text", "field"), WRONG, ids=range(len(WRONG)))
+def test_a_document_that_is_wrong_anywhere_changes_nothing(
+    client: AppClient, sql: Sql, text: str | bytes, field: str
+) -> None:
+    assert_invalid(take_in(client, text), field)
+    assert sql("SELECT * FROM config") == sql("SELECT * FROM events") == []
+
+
+def test_an_import_may_have_5_mib_and_no_other_body_more_than_1(client: AppClient) -> None:
+    assert take_in(client, b"a: 1\n" + b"#" * (5 * MIB - 5)).json["shared"] == {"a": 1}
+    for answer in (
+        take_in(client, b"a: 2\n" + b"#" * (5 * MIB - 4)),
+        take_in(client, b"a: 2\n" + b"#" * (5 * MIB - 4), **{"Idempotency-Key": "k"}),
+        client.put(CONFIG, b" " * MIB + b"{}"),
+        client.put(f"{CONFIG}/a", b" " * MIB + b'{"value": 2}'),
+    ):
+        assert_problem(answer, 413, "too-large")
+    assert shared(client) == {"a": 1}
+
+
+def test_no_document_costs_more_than_its_length(client: AppClient) -> None:
+    assert_invalid(take_in(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")
+    lines = [b"a%d: &a%d [%s]" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9) if n else b"lol") for n in range(10)]
+    assert_invalid(take_in(client, b"\n".join(lines)), "a1")
+
+
+TEXT = "ab \n\r\t\x01\x7f\x85\u2028\ufeffé\U0001f600\U0010ffff:#-'\"\\{}[],&*!|>%@`01.e+?~=<yn"
+
+
+def anything(dice: random.Random, depth: int = 0) -> Any:
+    kind = dice.randrange(7 if depth < 4 else 5)
+    if kind == 5:
+        return [anything(dice, depth + 1) for _ in range(dice.randrange(4))]
+    if kind == 6:
+        return {text(dice): anything(dice, depth + 1) for _ in range(dice.randrange(4))}
+    return (
+        dice.choice([None, True, False]),
+        dice.randrange(-(2**63), 2**63),
+        dice.choice([dice.random(), 1e300, -1e-300, 1e16, 5e-324, 0.0]),
+        text(dice),
+        dice.choice(["yes", "no", "null", "~", "2026-01-01", "0x1f", "0o7", "1:30", "1_0", "1e5", ".inf", "<<", "="]),
+    )[kind]
+
+
+def text(dice: random.Random) -> str:
+    return "".join(dice.choices(TEXT, k=dice.choice([0, 1, 3, 10, 200])))
+
+
+def test_what_is_written_as_yaml_is_read_as_it_was(seed: int) -> None:
+    dice = random.Random(seed)
+    for _ in range(1000):
+        values = {f"k{n}": anything(dice) for n in range(3)}
+        assert json.dumps(yaml.read(yaml.write(values).encode())) == json.dumps(values)
