@@ -126,7 +126,7 @@ def change(
             writer,
             """
             SELECT outcome, entity::text AS entity, detail FROM change_entity(
-                %(kind)s, %(key)s, %(action)s, %(patch)s, %(expected)s, %(merge)s, %(fences)s, %(replay)s)
+                %(kind)s, %(key)s, %(action)s, %(patch)s, %(expected)s::bigint[], %(merge)s, %(fences)s, %(replay)s)
             """,
             kind=name,
             key=key,
