@@ -68,10 +68,8 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
     refs = {key: ref for ref, key in ids.items()}
     beads = {key: {**bead, "id": key, "place": n} for n, (key, bead) in enumerate(zip(keys, given, strict=True))}
     _turn_around(beads, ids)
-    parents = {bead["parent"] for bead in beads.values() if bead.get("parent")}
     try:
         order = _in_order({key: bead.get("blocked_by", ()) for key, bead in beads.items()})
-        _in_order({key: [k for k, bead in beads.items() if bead.get("parent") == key] for key in parents})
         row = call(
             conn,
             writer,
