@@ -51,6 +51,7 @@ OPERATIONS = [
     Operation(
         "provider:v", "PUT", f"{PROVIDERS}/v", {"model": "m"}, "SELECT version, model FROM providers WHERE id = 'v'"
     ),
+    Operation("config:k", "PUT", "/api/v1/config/k", {"value": 1}, "SELECT version, value FROM config WHERE key = 'k'"),
     Operation("provider:v", "DELETE", f"{PROVIDERS}/v", None, "SELECT version, model FROM providers WHERE id = 'v'"),
     Operation("config:c", "PUT", f"{CONFIG}/c", {"value": 2}, SHARED),
     Operation("config:c", "DELETE", f"{CONFIG}/c", None, SHARED),
