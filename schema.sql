@@ -1038,7 +1038,9 @@ BEGIN
                           ELSE current_bead END
      WHERE id = OLD.assigned_to;
     PERFORM set_config('loom.ended_how', 'released', true);
-    DELETE FROM distributed_locks WHERE metadata ->> 'bead_id' = OLD.id AND metadata ? 'file_path';
+    DELETE FROM distributed_locks
+     WHERE metadata ->> 'bead_id' = OLD.id AND metadata ? 'file_path' AND lock_name LIKE 'file:%'
+       AND expires_at > clock_timestamp();
     PERFORM set_config('loom.ended_how', '', true);
     RETURN NULL;
 END $$;
@@ -1915,6 +1917,65 @@ BEGIN
     END IF;
     UPDATE agents SET heartbeat_at = clock_timestamp(), last_active = clock_timestamp() WHERE id = agent;
     outcome := 'alive';
+END $$;
+
+
+-- File locks ------------------------------------------------------------------------------------------------------
+
+-- Rows of distributed_locks, named file:PROJECT:PATH, owned by agent:ID, with the metadata file_path, project_id, agent_id and,
+-- when taken for a bead, bead_id: it ends with the bead's claim, see on_claim_ended().
+
+-- Takes one for the agent that `about` names. The bead's row first, and it stays locked: its claim cannot end, and find no lock
+-- to end with it, between a look at it and the commit. outcome: 'new', 'same', 'held', 'promised' as acquire_lock (held:
+-- the grant that has it); 'claim-lost' (holder: who has the bead, or null).
+CREATE OR REPLACE FUNCTION take_file_lock(
+    name text, about jsonb, instance uuid, ttl interval, dead_after interval, fences jsonb,
+    OUT outcome text, OUT held jsonb, OUT holder jsonb) LANGUAGE plpgsql AS $$
+DECLARE
+    agent text := about ->> 'agent_id';
+    b beads;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM raise_unknown('project_id', about ->> 'project_id')
+      WHERE NOT EXISTS (SELECT 1 FROM projects WHERE id = about ->> 'project_id');
+    PERFORM raise_unknown('agent_id', agent) WHERE NOT EXISTS (SELECT 1 FROM agents WHERE id = agent);
+    IF about ? 'bead_id' THEN
+        SELECT * INTO b FROM beads WHERE id = about ->> 'bead_id' FOR SHARE;
+        IF NOT FOUND THEN
+            PERFORM raise_unknown('bead_id', about ->> 'bead_id');
+        ELSIF b.fencing_token IS NULL OR b.lease_expires_at <= clock_timestamp() OR b.assigned_to <> agent THEN
+            outcome := 'claim-lost';
+            SELECT jsonb_build_object('agent_id', a.id, 'alive', NOT agent_is_dead(a, dead_after), 'lease_expires_at', b.lease_expires_at)
+              INTO holder FROM agents a WHERE a.id = b.assigned_to AND b.lease_expires_at > clock_timestamp();
+            RETURN;
+        END IF;
+    END IF;
+    PERFORM enter_names('{}', fences);
+    SELECT l.outcome, to_jsonb(l) - '{outcome, waiting}'::text[] INTO outcome, held
+      FROM acquire_lock(name, 'agent:' || agent, instance, ttl, NULL, false) AS l;
+    IF outcome IN ('new', 'same') THEN
+        -- What it was taken for stays when it is asked for again without a bead.
+        UPDATE distributed_locks AS l SET metadata = metadata || about WHERE lock_name = name RETURNING to_jsonb(l) INTO held;
+    ELSIF outcome = 'promised' THEN
+        held := NULL;
+    END IF;
+END $$;
+
+-- Ends the agent's lock, if it has it. True also for the request that ended it before: a proxy may send it twice.
+CREATE OR REPLACE FUNCTION release_file_lock(name text, agent text, request text, fences jsonb) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    why text := 'request ' || request;
+    token bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM enter_names('{}', fences);
+    SELECT fencing_token INTO token FROM distributed_locks WHERE lock_name = name AND owner = 'agent:' || agent;
+    IF EXISTS (SELECT 1 FROM grants
+                WHERE lock_name = name AND owner = 'agent:' || agent AND ended_how = 'released' AND reason = why) THEN
+        RETURN true;
+    END IF;
+    RETURN release_lock(name, token, 'released', why);
 END $$;
 
 

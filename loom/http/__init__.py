@@ -17,6 +17,7 @@ from loom.http import (
     beads,
     claims,
     events,
+    file_locks,
     grants,
     health,
     idempotency,
@@ -25,6 +26,7 @@ from loom.http import (
     problems,
     projects,
     providers,
+    work_graph,
 )
 from loom.http import config as shared_config
 from loom.http.parse import NameConverter, prepare
@@ -92,7 +94,10 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["LOOM"] = config or load()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
     app.url_map.converters["name"] = NameConverter
-    for routes in (health, instances, locks, grants, providers, projects, agents, beads, claims, shared_config, events):
+    for routes in (
+        *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
+        *(shared_config, events),
+    ):
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()

@@ -23,15 +23,15 @@ def nothing() -> Response:
 
 
 def page(
-    fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any], shown: Callable[[T], Any] = lambda row: row
+    fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any], shown: Callable[[Sequence[T]], Any] = list
 ) -> Response:
-    """A bare array of what `fetch` gives for a number of rows; with a Link when there is more.
+    """A bare array of what `fetch` gives for a number of rows, or what `shown` makes of them; with a Link to more.
 
     Without `limit` in the query, up to 10,000 rows.
     """
     limit = integer("limit", most=MAX_ROWS, default=MAX_ROWS)
     rows = fetch(limit + 1)
-    found = [shown(row) for row in rows[:limit]]
+    found = shown(rows[:limit])
     if len(rows) <= limit:
         return json(found)
     kept = {k: v for k, v in request.args.items() if k != "after"}

@@ -54,5 +54,5 @@ def history(kind: str, key: str) -> Response:
         return answer.page(
             lambda limit: events.history(conn, kind, key, before=before, limit=limit),
             lambda entry: entry.place,
-            lambda entry: entry.event,
+            lambda entries: [entry.event for entry in entries],
         )

@@ -38,6 +38,7 @@ Time = Annotated[datetime, Meta(tz=True)]
 
 MAX_ROWS = 10_000
 MAX_DEPTH = 100  # of JSON in JSON
+MAX_PATH = 2000  # bytes of a file's; percent-encoded, with a project, they still fit into a request line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx takes it from a client
@@ -191,13 +192,17 @@ def text(name: str, most: int = 255) -> str | None:
     return value
 
 
-def lock_name(prefix: str = "/api/v1/locks/") -> str:
-    """The name in the path, from its bytes: broken UTF-8 is refused, never replaced, or two names would be one."""
-    raw = request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :]
+def lock_name() -> str:
+    """The name in the path. Raises Invalid."""
+    return check_name(raw_path("/api/v1/locks/", "lock_name"))
+
+
+def raw_path(prefix: str, field: str) -> str:
+    """The path behind the prefix, from its bytes: broken UTF-8 is refused, never replaced, or two would be one."""
     try:
-        return check_name(raw.decode())
+        return request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :].decode()
     except UnicodeDecodeError:
-        raise errors.Invalid.field("lock_name", "is not UTF-8") from None
+        raise errors.Invalid.field(field, "is not UTF-8") from None
 
 
 def check_name(name: str, field: str = "lock_name") -> str:
@@ -209,6 +214,16 @@ def check_name(name: str, field: str = "lock_name") -> str:
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise errors.Invalid.field(field, "must not hold an empty part, . or .. between slashes")
     return name
+
+
+def file_path(value: str) -> str:
+    """One spelling of a file's path, without empty parts and `.`: two would be two locks. Raises Invalid."""
+    parts = [part for part in value.split("/") if part not in ("", ".")]
+    if not parts or len(value.encode()) > MAX_PATH or _CONTROL.search(value):
+        raise errors.Invalid.field("file_path", f"must name a file in at most {MAX_PATH} bytes, no control characters")
+    if ".." in parts:
+        raise errors.Invalid.field("file_path", "must not hold .. between slashes")
+    return "/" * value.startswith("/") + "/".join(parts)
 
 
 def key(value: str) -> str:

@@ -1,0 +1,71 @@
+"""/api/v1/file-locks: who works on which file of a project."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Any
+
+import msgspec
+from flask import Blueprint, Response
+from msgspec import Meta
+
+from loom import db, errors, locks
+from loom.http import answer, idempotency, parse
+from loom.http.parse import Key
+from loom.http.settings import settings
+from loom.state import file_locks
+from loom.state.file_locks import File, FileLock
+
+bp = Blueprint("file_locks", __name__, url_prefix="/api/v1/file-locks")
+
+
+class LockFile(msgspec.Struct):
+    """`bead_id`: the bead that it is for, claimed by the agent; the lock ends with the claim."""
+
+    file_path: str
+    project_id: Key
+    agent_id: Key
+    bead_id: Annotated[str, Meta(max_length=200)] | None = None
+
+
+def _timeout() -> timedelta:
+    return timedelta(seconds=settings().agents.file_lock_timeout)
+
+
+def _again(first: dict[str, Any]) -> FileLock:
+    """The lock that this request's first answer told of, extended. Raises LockLost when it has ended."""
+    with db.transaction() as conn:
+        return file_locks.of_grant(locks.extend(conn, first["lock_name"], first["fencing_token"], _timeout()))
+
+
+@bp.post("")
+@idempotency.checked(_again)
+def take() -> Response:
+    body = parse.body(LockFile)
+    file = File(body.project_id, parse.file_path(body.file_path))
+    writer = parse.writer(file.lock_name, body.agent_id)
+    dead_after = timedelta(seconds=settings().agents.dead_after)
+    with db.connection() as conn:
+        lock, new = file_locks.take(conn, writer, file, body.agent_id, body.bead_id or None, _timeout(), dead_after)
+    return answer.json(lock, 201 if new else 200)
+
+
+@bp.delete("/<name:_>")
+def release(_: str) -> Response:
+    project, _slash, path = parse.raw_path("/api/v1/file-locks/", "file_path").partition("/")
+    file, agent = File(parse.key(project), parse.file_path(path)), parse.text("agent_id")
+    if not agent:
+        raise errors.Invalid.field("agent_id", "is required")
+    with db.connection() as conn:
+        file_locks.release(conn, parse.writer(file.lock_name, agent), file, agent)
+    return answer.nothing()
+
+
+@bp.get("")
+def some() -> Response:
+    project, after = parse.text("project_id") or None, parse.cursor(str) or ""
+    with db.connection() as conn:
+        return answer.page(
+            lambda limit: file_locks.some(conn, project=project, after=after, limit=limit),
+            lambda lock: lock.lock_name,
+        )

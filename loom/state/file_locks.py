@@ -1,0 +1,135 @@
+"""File locks: who works on which file of a project, until when. Each is a lock of distributed_locks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime, timedelta
+
+import msgspec
+import psycopg2
+
+from loom import db, errors, locks
+from loom.locks.grants import COLUMNS
+from loom.state.claims import Holder
+from loom.state.entities import refusal
+from loom.state.writer import Writer, call
+
+LONGEST_NAME = 255
+
+
+class File(msgspec.Struct, frozen=True):
+    """One file of one project."""
+
+    project_id: str
+    path: str
+
+    @property
+    def lock_name(self) -> str:
+        """file:PROJECT:PATH, the project's colons escaped, or a hash of that when it is longer than a name may be.
+
+        No two files share a name: no project's id is empty, as that before a hash is.
+        """
+        project = self.project_id.replace("%", "%25").replace(":", "%3A")
+        name = f"file:{project}:{self.path}"
+        return name if len(name) <= LONGEST_NAME else f"file::{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+class FileLock(msgspec.Struct, frozen=True):
+    """One holding of a file. `bead_id`: the bead with whose claim it ends; empty when it is for none.
+
+    `lock_name` and `fencing_token` fence writes: they go into Loom-Lock-Token, or loom_fence() in SQL.
+    """
+
+    file_path: str
+    project_id: str
+    agent_id: str
+    bead_id: str
+    locked_at: datetime
+    expires_at: datetime
+    fencing_token: int
+    lock_name: str
+
+
+def of_grant(grant: locks.Grant) -> FileLock:
+    about = {name: grant.metadata.get(name, "") for name in ("file_path", "project_id", "agent_id", "bead_id")}
+    return FileLock(
+        **about,
+        locked_at=grant.acquired_at,
+        expires_at=grant.expires_at,
+        fencing_token=grant.fencing_token,
+        lock_name=grant.lock_name,
+    )
+
+
+def take(
+    conn: db.Connection, writer: Writer, file: File, agent: str, bead: str | None, ttl: timedelta, dead_after: timedelta
+) -> tuple[FileLock, bool]:
+    """Locks the file for the agent, and says whether the lock is new: its own of before is extended, never shortened.
+
+    bead: one that the agent has claimed; the lock ends with the claim. Without one, what it was for before stays.
+    dead_after: after so long without a heartbeat an agent is dead.
+    Raises LockHeld, ClaimLost, LockLost, Invalid for an unknown project, agent or bead.
+    """
+    about = {"file_path": file.path, "project_id": file.project_id, "agent_id": agent}
+    try:
+        row = call(
+            conn,
+            writer,
+            """
+            SELECT outcome, held, holder
+              FROM take_file_lock(%(name)s, %(about)s, %(instance)s, %(ttl)s, %(dead_after)s, %(fences)s)
+            """,
+            name=file.lock_name,
+            about=json.dumps(about if bead is None else {**about, "bead_id": bead}),
+            instance=writer.instance_id,
+            ttl=ttl,
+            dead_after=dead_after,
+        )
+    except psycopg2.DatabaseError as exc:
+        raise refusal(exc) from exc
+    outcome = row["outcome"]
+    if outcome == "claim-lost":
+        raise errors.ClaimLost(
+            f"Agent {agent} has no claim of bead {bead} now: claim the bead first.",
+            bead_id=bead,
+            holder=None if row["holder"] is None else msgspec.convert(row["holder"], Holder),
+        )
+    if outcome == "promised":
+        raise errors.LockHeld("file is promised to who waits for its lock", lock_name=file.lock_name, holder=None)
+    grant = msgspec.convert(row["held"], locks.Grant)
+    if outcome == "held":
+        by = grant.metadata.get("agent_id") or grant.owner
+        raise errors.LockHeld(f"file already locked by agent {by}", lock_name=file.lock_name, holder=grant)
+    return of_grant(grant), outcome == "new"
+
+
+def release(conn: db.Connection, writer: Writer, file: File, agent: str) -> None:
+    """Ends the agent's lock of the file; once more, by the same request, does no harm. Raises NotFound, LockLost."""
+    row = call(
+        conn,
+        writer,
+        "SELECT release_file_lock(%(name)s, %(agent)s, %(request_id)s, %(fences)s) AS done",
+        name=file.lock_name,
+        agent=agent,
+    )
+    if not row["done"]:
+        raise errors.NotFound(f"{file.path} is not locked by agent {agent}", lock_name=file.lock_name)
+
+
+def some(conn: db.Connection, *, project: str | None, after: str, limit: int) -> list[FileLock]:
+    """Those that are held, of all projects or one, in the order of their locks' names, those after `after` only."""
+    rows = db.all(
+        conn,
+        f"""
+        SELECT {COLUMNS} FROM distributed_locks
+         WHERE lock_name > %(after)s AND lock_name >= 'file:' AND lock_name < 'file;' AND expires_at > clock_timestamp()
+           AND metadata ?& '{{file_path,project_id,agent_id}}'
+           AND (%(project)s IS NULL OR metadata ->> 'project_id' = %(project)s)
+         ORDER BY lock_name LIMIT %(limit)s
+        """,
+        after=after,
+        project=project,
+        limit=limit,
+    )
+    return [of_grant(locks.Grant(**row)) for row in rows]
