@@ -87,6 +87,6 @@ def _valid(read: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     for key in config.SHAREABLE & read.keys():
         try:
             found[key] = config.check(key, msgspec.json.decode(read[key]))
-        except (ValueError, msgspec.DecodeError) as exc:
+        except ValueError as exc:
             refused[key] = str(exc)
     return found, refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,7 @@ from loom import db, upkeep
 from loom.config import SHAREABLE, AgentsConfig, Config, DatabaseConfig
 from loom.http import yaml
 from loom.instances import Instance
+from loom.state.config import Shared
 
 CONFIG = "/api/v1/config"
 MIB = 1024 * 1024
@@ -234,6 +236,18 @@ def test_what_is_shared_beats_the_file_and_is_seen_at_once(client: AppClient, in
     assert client.get(CONFIG).json["agents"]["max_concurrent"] == 7
 
 
+def test_what_is_in_force_follows_what_is_shared_and_what_is_ones_own() -> None:
+    own, other, known = Config(), Config(agents=AgentsConfig(dead_after=50)), Shared()
+    assert known.over(own) == own
+    assert known.learn({"agents.max_concurrent": "3"})
+    assert known.over(own).agents == AgentsConfig(max_concurrent=3)
+    assert known.over(own) is known.over(own)
+    assert known.over(other).agents == AgentsConfig(max_concurrent=3, dead_after=50)
+    assert not known.learn({"agents.max_concurrent": "3"})
+    assert known.learn(None)
+    assert known.over(other) == other
+
+
 def test_limits_of_claims_take_effect_with_the_next_heartbeat(client: AppClient, sql: Sql, instance: Instance) -> None:
     team(client, "a")
     for key in ("x", "y", "z"):
@@ -432,6 +446,7 @@ def test_an_export_can_be_imported_again(client: AppClient, sql: Sql) -> None:
         "date": "2026-01-01",
         "deep": json.loads("[" * 100 + "]" * 100),
         "numbers": [0, -1, 2**63 - 1, 0.1, -5e-324],
+        "lines": ["line\nline\n", {"a": "\n"}],
         "text": "line\nline\r\n\ttab \x7f\x85\u2028 ünï \U0001f600 # : - ' \"",
         "yes": ["yes", "null", "~", "1e5", "0o7", "1:30", "<<", "=", " ", "", "- a", "&a", "*a", "!t", "%", "@"],
     }
@@ -537,9 +552,12 @@ def test_an_import_may_have_5_mib_and_no_other_body_more_than_1(client: AppClien
 
 
 def test_no_document_costs_more_than_its_length(client: AppClient) -> None:
-    assert_invalid(take_in(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")
+    started = time.monotonic()
+    assert "500000" in assert_invalid(take_in(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")["problem"]
+    assert_invalid(take_in(client, b"a: 1" + b":1" * 400_000), "a")  # which would be a number to the base 60
     lines = [b"a%d: &a%d [%s]" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9) if n else b"lol") for n in range(10)]
     assert_invalid(take_in(client, b"\n".join(lines)), "a1")
+    assert time.monotonic() - started < 20
 
 
 TEXT = "ab \n\r\t\x01\x7f\x85\u2028\ufeffé\U0001f600\U0010ffff:#-'\"\\{}[],&*!|>%@`01.e+?~=<yn"
