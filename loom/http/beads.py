@@ -104,9 +104,7 @@ def remarks(key: str) -> Response:
 
 @bp.post("/<key>/comments")
 def remark(key: str) -> Response:
-    body = parse.body(Remark)
-    if not body.content:
-        raise errors.Invalid.field("content", "is required")
+    body = parse.body(Remark, required=("content",))
     with db.transaction() as conn:
         writer = parse.writer(f"bead:{parse.key(key)}", body.author_id or None)
         return answer.json(comments.on_bead(conn, writer, key, body.content, body.parent_id or None), 201)

@@ -79,7 +79,7 @@ def create(kind: Kind) -> Response:
     patch = given(kind, None)
     for field in kind.required:
         if not patch.get(field):
-            raise errors.Invalid.field(field, "is required")
+            raise parse.missing(field)
     key = patch.pop("id", None)
     writer = parse.writer(f"{kind.name}:{key or ''}")
     with db.connection() as conn:

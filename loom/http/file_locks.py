@@ -9,7 +9,7 @@ import msgspec
 from flask import Blueprint, Response
 from msgspec import Meta
 
-from loom import db, errors, locks
+from loom import db, locks
 from loom.http import answer, idempotency, parse
 from loom.http.parse import Key
 from loom.http.settings import settings
@@ -55,7 +55,7 @@ def release(_: str) -> Response:
     project, _slash, path = parse.raw_path("/api/v1/file-locks/", "file_path").partition("/")
     file, agent = File(parse.key(project), parse.file_path(path)), parse.text("agent_id")
     if not agent:
-        raise errors.Invalid.field("agent_id", "is required")
+        raise parse.missing("agent_id")
     with db.connection() as conn:
         file_locks.release(conn, parse.writer(file.lock_name, agent), file, agent)
     return answer.nothing()

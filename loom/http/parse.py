@@ -68,10 +68,10 @@ def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
         prepare(struct)
 
 
-def body(kind: type[T], known: Collection[str] | None = None) -> T:
+def body(kind: type[T], known: Collection[str] | None = None, required: Collection[str] = ()) -> T:
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge.
 
-    known: the keys that it may have, where the `kind` itself ignores others.
+    known: the keys that it may have, where the `kind` itself ignores others. required: those that may not be empty.
     """
     text = raw() or b"{}"
     try:
@@ -86,6 +86,9 @@ def body(kind: type[T], known: Collection[str] | None = None) -> T:
             raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
         if _is_deeper(found[key], MAX_DEPTH):
             raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
+    for key in required:
+        if not getattr(value, key):
+            raise missing(key)
     return value
 
 
@@ -95,6 +98,10 @@ def raw() -> bytes:
     if request.content_length is None and len(found) >= (request.max_content_length or math.inf):
         raise too_large()  # in chunks it is cut off there
     return found
+
+
+def missing(field: str) -> errors.Invalid:
+    return errors.Invalid.field(field, "is required")
 
 
 def too_large() -> errors.TooLarge:
@@ -169,7 +176,7 @@ def integer(name: str, *, least: int = 1, most: int, default: int | None = None)
     text = request.args.get(name)
     if text is None:
         if default is None:
-            raise errors.Invalid.field(name, "is required")
+            raise missing(name)
         return default
     if not re.fullmatch(r"-?[0-9]{1,19}", text, re.ASCII) or not least <= int(text) <= most:
         raise errors.Invalid.field(name, f"must be an integer from {least} to {most}")
@@ -187,9 +194,7 @@ def flag(name: str) -> bool:
 def text(name: str, most: int = 255) -> str | None:
     """A text of the query, or None."""
     value = request.args.get(name)
-    if value is not None and (len(value) > most or _CONTROL.search(value)):
-        raise errors.Invalid.field(name, f"must have at most {most} characters and no control characters")
-    return value
+    return None if value is None else _plain(value, name, least=0, most=most)
 
 
 def lock_name() -> str:
@@ -198,11 +203,8 @@ def lock_name() -> str:
 
 
 def raw_path(prefix: str, field: str) -> str:
-    """The path behind the prefix, from its bytes: broken UTF-8 is refused, never replaced, or two would be one."""
-    try:
-        return request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :].decode()
-    except UnicodeDecodeError:
-        raise errors.Invalid.field(field, "is not UTF-8") from None
+    """The path behind the prefix. Raises Invalid."""
+    return _utf8(request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :], field)
 
 
 def check_name(name: str, field: str = "lock_name") -> str:
@@ -228,9 +230,9 @@ def file_path(value: str) -> str:
 
 def key(value: str) -> str:
     """An entity's id from the path. Raises Invalid for what can't be one."""
-    if not 1 <= len(value) <= 200 or _CONTROL.search(value) or "\ufffd" in value:
-        raise errors.Invalid.field("id", "must have 1 to 200 characters of UTF-8 and no control characters")
-    return value
+    if "\ufffd" in value:
+        raise errors.Invalid.field("id", "is not UTF-8")
+    return _plain(value, "id", most=200)
 
 
 def cursor(kind: type[T], name: str = "after") -> T | None:
@@ -266,7 +268,7 @@ def writer(own: str, actor: str | None = None) -> Writer:
     named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
     request_id = headers.get("HTTP_X_REQUEST_ID", "")
     return Writer(
-        actor=actor if named is None else _plain(named, "Loom-Actor"),
+        actor=actor if named is None else _plain(_utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor"),
         instance_id=instance_id(),
         request_id=request_id if _REQUEST_ID.fullmatch(request_id) else None,
         fences={} if fences is None else _fences(fences, own),
@@ -287,21 +289,21 @@ def _fences(text: str, own: str) -> dict[str, int]:
             raise errors.Invalid.field("Loom-Lock-Token", problem)
         name = own
         if match[2] is not None:
-            try:
-                name = check_name(unquote_to_bytes(match[2].encode("latin-1")).decode(), "Loom-Lock-Token")
-            except UnicodeDecodeError:
-                raise errors.Invalid.field("Loom-Lock-Token", "names a lock that is not UTF-8") from None
+            name = check_name(_utf8(unquote_to_bytes(match[2].encode("latin-1")), "Loom-Lock-Token"), "Loom-Lock-Token")
         if found.setdefault(name, token) != token:
             raise errors.Invalid.field("Loom-Lock-Token", f"has two tokens for {name}")
     return found
 
 
-def _plain(text: str, field: str) -> str:
-    """A header as text, from bytes that WSGI gave as Latin-1."""
+def _utf8(raw: bytes, field: str) -> str:
+    """What WSGI gave as Latin-1, from its bytes: broken UTF-8 is refused, never replaced, or two would be one."""
     try:
-        value = text.encode("latin-1").decode()
+        return raw.decode()
     except UnicodeDecodeError:
         raise errors.Invalid.field(field, "is not UTF-8") from None
-    if not 1 <= len(value) <= 255 or _CONTROL.search(value):
-        raise errors.Invalid.field(field, "must have 1 to 255 characters and no control characters")
+
+
+def _plain(value: str, field: str, least: int = 1, most: int = 255) -> str:
+    if not least <= len(value) <= most or _CONTROL.search(value):
+        raise errors.Invalid.field(field, f"must have {least} to {most} characters and no control characters")
     return value

@@ -77,11 +77,9 @@ class Remark(entities.Body):
 @bp.post("/<key>/agents")
 def assign(key: str) -> Response:
     """Moves an agent into the project, or out of it."""
-    body = parse.body(Assignment)
+    body = parse.body(Assignment, required=("agent_id",))
     if body.action not in ("assign", "unassign"):
         raise errors.Invalid.field("action", "is neither assign nor unassign", allowed=["assign", "unassign"])
-    if not body.agent_id:
-        raise errors.Invalid.field("agent_id", "is required")
     writer = parse.writer(f"agent:{body.agent_id}")
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))
@@ -116,9 +114,7 @@ def reopen(key: str) -> Response:
 
 
 def _move(key: str, status: str) -> Response:
-    body = parse.body(Remark)
-    if not body.author_id:
-        raise errors.Invalid.field("author_id", "is required")
+    body = parse.body(Remark, required=("author_id",))
     writer = parse.writer(f"project:{parse.key(key)}", body.author_id)
     with db.transaction() as conn:
         state = projects.state(conn, key)
@@ -145,10 +141,7 @@ def remarks(key: str) -> Response:
 
 @bp.post("/<key>/comments")
 def remark(key: str) -> Response:
-    body = parse.body(Remark)
-    for field in ("author_id", "comment"):
-        if not getattr(body, field):
-            raise errors.Invalid.field(field, "is required")
+    body = parse.body(Remark, required=("author_id", "comment"))
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))
         writer = parse.writer(f"project:{key}", body.author_id)

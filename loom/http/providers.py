@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
-from loom import db, errors
+from loom import db
 from loom.http import answer, entities, parse
 from loom.http.beads import Tags
 from loom.http.parse import Key, Name, Time
@@ -53,7 +53,7 @@ class ProviderBody(entities.Body):
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
     if key is None and not (patch.get("name") or patch.get("id")):
-        raise errors.Invalid.field("name", "is required")
+        raise parse.missing("name")
     if patch.pop("api_key", None):
         patch["requires_key"] = True
         if key or patch.get("id"):  # else when there is one

@@ -175,7 +175,7 @@ def test_two_files_never_share_a_lock(work: AppClient) -> None:
     files = [
         *(("p", path) for path in ("a:b", "a", ":a", "A", "x" * 248, "x" * 249, long, long + "y", "3Aa:b")),
         *(("p:a", "b"), ("p%3Aa", "b"), ("p:a", ":b"), ("p%", "a"), (":", "a"), (":", ":a")),
-        *(("sha256", path) for path in ("a", File("p", long).lock_name.removeprefix("file::"))),
+        *((project, File("p", long).lock_name.rpartition(":")[2]) for project in ("p", "sha256", ":")),
     ]
     for n, (project, path) in enumerate(files):
         assert ask(work, path, "ab"[n % 2], project_id=project).status == 201, (project, path)
@@ -235,6 +235,7 @@ def test_the_list_is_of_a_project_and_in_pages(work: AppClient) -> None:
     acquire(work, "file:p:f3x", metadata={"file_path": "no"})
     assert locked(work, "?project_id=q") == [("other", "a")]
     assert locked(work, "?project_id=none") == []
+    assert {path for path, _ in locked(work)} == {*paths, "other"}
     found, target = [], f"{FILE_LOCKS}?project_id=p&limit=3"
     while target:
         answer = work.get(target)
