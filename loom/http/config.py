@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from loom import config as configuration
 from loom import db, errors
 from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
-from loom.http import answer, entities, events, parse, yaml
+from loom.http import answer, entities, parse, yaml
 from loom.http.settings import own
 from loom.state import config
 from loom.state.config import Config
@@ -53,6 +53,7 @@ class Value(parse.Body):
 KIND = entities.Kind(Config, entities.Body, required=(), filters=(), original=frozenset())
 bp.add_url_rule("/<key>", "one", partial(entities.one, KIND))
 bp.add_url_rule("/<key>", "delete", partial(entities.delete, KIND), methods=["DELETE"])
+bp.add_url_rule("/<key>/history", "history", partial(entities.history, KIND))
 
 
 @bp.put("/<key>")
@@ -71,11 +72,6 @@ def set_one(key: str) -> Response:
             replay=writer.request_id,
         )
     return entities.versioned(done.entity)
-
-
-@bp.get("/<key>/history")
-def history(key: str) -> Response:
-    return events.history("config", parse.key(key))
 
 
 @bp.get("")

@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 from msgspec import UNSET
 
 from loom import db, errors
-from loom.http import answer, parse
+from loom.http import answer, events, parse
 from loom.state import entities
 from loom.state.entities import Action, Versioned
 
@@ -49,6 +49,7 @@ def blueprint(kind: Kind) -> Blueprint:
         ("/<key>", one, ["GET"]),
         ("/<key>", change, ["PUT", "PATCH"]),
         ("/<key>", delete, ["DELETE"]),
+        ("/<key>/history", history, ["GET"]),
     ):
         bp.add_url_rule(rule, view.__name__, partial(view, kind), methods=methods)
     return bp
@@ -114,6 +115,10 @@ def delete(kind: Kind, key: str) -> Response:
     with db.connection() as conn:
         entities.change(conn, writer, kind.entity, key, "delete", expected=if_match(), replay=writer.request_id)
     return answer.nothing()
+
+
+def history(kind: Kind, key: str) -> Response:
+    return events.history(kind.name, parse.key(key))
 
 
 def given(kind: Kind, key: str | None) -> dict[str, Any]:

@@ -54,6 +54,22 @@ def test_who_has_the_current_version_is_not_sent_it_again(client: AppClient, kin
 
 
 @each_kind
+def test_every_version_says_who_made_it_of_what_and_when(client: AppClient, kind: Kind) -> None:
+    entity(client, kind)
+    client.patch(kind.path, {kind.text: "theirs"}, headers={"Loom-Actor": "ann"})
+    client.put(kind.path, {kind.other: "ours"}, headers={"Loom-Actor": "bob", "X-Request-ID": "r1"})
+    client.delete(kind.path, headers={"Loom-Actor": "eve"})
+    gone, last, change, first = client.get(kind.path + "/history").json
+    assert [event["version"] for event in (gone, last, change, first)] == [4, 3, 2, 1]
+    assert (change["actor"], change["changes"]) == ("ann", {kind.text: "theirs"})
+    assert (last["actor"], last["changes"], last["request_id"]) == ("bob", {kind.other: "ours"}, "r1")
+    assert (gone["actor"], gone["type"]) == ("eve", f"{kind.name}.deleted")
+    assert first["timestamp"] < change["timestamp"] < last["timestamp"] < gone["timestamp"]
+    page = client.get(kind.path + "/history?limit=3")
+    assert client.get(page.headers["Link"].partition(">")[0][1:]).json == [first]
+
+
+@each_kind
 def test_a_stale_write_is_refused_and_told_who_changed_what(client: AppClient, kind: Kind) -> None:
     entity(client, kind)
     client.patch(kind.path, {kind.text: "theirs", kind.other: "theirs"}, headers={"Loom-Actor": "ann"})
