@@ -13,8 +13,6 @@ from loom.waiting import Line, Waiter
 
 SCAN = 10_000  # events that a read with a filter looks at; 30 ms when none of them matches
 
-NUMBER = "SELECT number_events(); "  # a statement of its own: the next one sees what it did
-
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """A change. `id` is its cursor, null until it is numbered; `source` and `data` are for the original's clients."""
@@ -62,6 +60,8 @@ def read(conn: db.Connection, after: int | None, limit: int, **filters: str | No
     has seen, and the end is reached only when that is `last`.
     Raises CursorExpired.
     """
+    # By itself: who is frozen while it takes the page must not keep the others from numbering.
+    number(conn)
     wanted = {name: value for name, value in filters.items() if value is not None}
     where = "".join(f" AND {name} = %({name})s" for name in wanted)
     if after is None:
@@ -72,8 +72,7 @@ def read(conn: db.Connection, after: int | None, limit: int, **filters: str | No
         until, order = f"first + {SCAN - 1}", "ASC"
     rows = db.all(
         conn,
-        NUMBER
-        + f"""
+        f"""
         WITH here AS MATERIALIZED (
             SELECT COALESCE(({first}), 0) AS first, COALESCE((SELECT max(id) FROM event_numbers), 0) AS last,
                    %(after)s < events_forgotten AND %(after)s > 0
@@ -100,11 +99,13 @@ def read(conn: db.Connection, after: int | None, limit: int, **filters: str | No
 
 
 def history(conn: db.Connection, kind: str, key: str, *, before: int | None = None, limit: int) -> list[Entry]:
-    """What happened to one entity, newest first, also before it was deleted; `before`: a place to go on from."""
+    """What happened to one entity, newest first, also before it was deleted; `before`: a place to go on from.
+
+    What nobody has read in the feed yet has no id.
+    """
     rows = db.all(
         conn,
-        NUMBER
-        + f"""
+        f"""
         SELECT n.id, e.* FROM events e LEFT JOIN event_numbers n ON n.place = e.place
          WHERE e.entity_type = %(kind)s AND e.entity_id = %(key)s{" AND e.place < %(before)s" if before else ""}
          ORDER BY e.place DESC LIMIT %(limit)s
@@ -138,6 +139,6 @@ class Watch(Line[Reader]):
     period = 0.2  # seconds; two or three index lookups a poll
 
     def poll(self, conn: db.Connection, waiters: list[Reader]) -> None:
-        row = db.one(conn, NUMBER + "SELECT max(id) AS last FROM event_numbers")
+        row = db.one(conn, "SELECT number_events(); SELECT max(id) AS last FROM event_numbers")
         last = row["last"] if row is not None and row["last"] is not None else 0
         self.tell(lambda reader: reader.after < last, last)
