@@ -20,8 +20,8 @@ from harness import AppClient, Client, Cluster, wait_until
 from harness.feed import FEED, Event, assert_in_order, differences, follow, read, replay
 from harness.locks import LOCKS, Sql, assert_problem, instant
 
-from loom import db
-from loom.config import Config
+from loom import db, http
+from loom.config import Config, DatabaseConfig, ServerConfig
 from loom.instances import Instance
 from loom.state import events
 from loom.upkeep import Upkeep
@@ -124,6 +124,7 @@ def test_a_filter_looks_at_a_bounded_number_of_events_a_request(client: AppClien
     assert ids(found) == ["p"]
     assert [b - a for a, b in itertools.pairwise(steps)] == [events.SCAN] * 2
     assert ids(read(client, cursor, entity_id="p", wait_seconds=5)[0]) == ["p"], "who waits need not ask again"
+    assert sql(POLLS) == [], "nor does it wait for what is there"
     assert read(client, None, type="project.created")[0] == []
 
 
@@ -177,6 +178,20 @@ def test_an_open_transaction_keeps_its_place_open(client: AppClient, cursor: int
             read(client)
         assert sql("SELECT last - first FROM event_gaps ORDER BY first")[0] == (0,)
     assert ids(list(follow(client, cursor)))[-1] == "bd-1"
+
+
+def test_a_transaction_that_began_later_and_inserted_earlier(
+    client: AppClient, cursor: int, sql: Sql, session: Session
+) -> None:
+    """When the other is numbered, no snapshot shows that this one is under way: it has not come so far."""
+    with session() as earlier, session() as later, earlier.cursor() as first, later.cursor() as second:
+        first.execute("SELECT txid_current()")
+        second.execute(BEADS, (1, 1))
+        first.execute(BEADS, (2, 2))
+        earlier.commit()
+        for _ in range(3):
+            read(client)
+    assert ids(list(follow(client, cursor))) == ["bd-2", "bd-1"]
 
 
 def test_while_another_numbers_a_reader_does_not_wait(
@@ -476,6 +491,29 @@ def test_readers_that_wait_leave_threads_for_the_others(start_cluster: Callable[
             reader.join()
     assert refused
     assert worst < 1
+
+
+def test_readers_leave_room_for_who_waits_for_a_lock(dsn: str, app: Flask, cursor: int, sql: Sql, wait: Wait) -> None:
+    """Of four threads two may wait, and one of those for events."""
+    config = Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=4))
+    client = AppClient(http.create_app(config))
+    held = client.post(LOCKS + "build", {"owner": "holder"}).json
+    inside = wait(cursor, client)
+    wait_until(lambda: sql(POLLS))
+    refused = client.get(f"{FEED}?after={cursor}&wait_seconds=20")
+    assert (refused.json, refused.headers["Retry-After"]) == ({"events": [], "count": 0, "next": cursor}, "1")
+    with ThreadPoolExecutor(1) as threads:
+        body = {"owner": "waiter", "wait_seconds": 20}
+        waiting = threads.submit(client.post, LOCKS + "build", body)
+        wait_until(lambda: sql("SELECT 1 FROM lock_waiters"))
+        started = time.monotonic()
+        assert client.post(LOCKS + "build", {"owner": "another", "wait_seconds": 20}).status == 409
+        assert time.monotonic() - started < 2, "there is no room for a third"
+        client.delete(f"{LOCKS}build?fencing_token={held['fencing_token']}")
+        assert waiting.result(5).status == 201
+    assert not inside.done()
+    sql(BEADS, 1, 1)
+    assert ids(inside.result(5)[0]) == ["bd-1"]
 
 
 def age(sql: Sql, days: float, where: str) -> None:
