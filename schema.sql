@@ -452,7 +452,7 @@ CREATE OR REPLACE VIEW feed AS
 -- calls it first, in a transaction that has not written; if another is at it, that will do. The order is the promise: the
 -- lock, and then each statement sees what all who had the lock before have committed. One entity's later version is seen
 -- only together with the earlier ones.
-CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
 DECLARE
     set_back boolean;
     greatest_id bigint;
