@@ -10,21 +10,6 @@ from loom.db.connection import Connection, Row
 from loom.db.pool import Database, Dedicated
 from loom.db.schema import migrate
 
-__all__ = [
-    "Connection",
-    "Database",
-    "Dedicated",
-    "Row",
-    "all",
-    "configure",
-    "connection",
-    "default",
-    "migrate",
-    "one",
-    "run",
-    "transaction",
-]
-
 
 def one(conn: Connection, sql: str, **params: Any) -> Row | None:
     """The statement's first row, or None."""

@@ -16,21 +16,3 @@ from loom.locks.grants import (
     waiting,
 )
 from loom.locks.hold import Hold, hold
-
-__all__ = [
-    "Attempt",
-    "Grant",
-    "Hold",
-    "acquire",
-    "check",
-    "extend",
-    "force_release",
-    "get",
-    "held",
-    "history",
-    "hold",
-    "release",
-    "renew",
-    "take_back",
-    "waiting",
-]
