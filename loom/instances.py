@@ -231,6 +231,11 @@ def get(conn: db.Connection, instance_id: str) -> Row:
 current: Instance | None = None
 
 
+def own_id() -> str | None:
+    """This process's, if it is an instance."""
+    return None if current is None else current.instance_id
+
+
 def start(config: Config, instance_id: str | None = None, tell: Callable[[bytes], object] = lambda m: None) -> Instance:
     """Opens the process's database and makes the process an instance. Raises SchemaError."""
     global current

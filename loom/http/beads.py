@@ -9,7 +9,7 @@ from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from loom import db, errors
-from loom.http import answer, entities, parse
+from loom.http import answer, entities, headers, parse
 from loom.http.parse import Key, Name, Reference, Time
 from loom.state import beads, comments
 from loom.state.beads import Bead
@@ -78,7 +78,7 @@ bp = entities.blueprint(KIND)
 
 @bp.post("/bulk")
 def create_many() -> Response:
-    writer = parse.writer("")
+    writer = headers.writer("")
     given = [entities.written(bead) for bead in parse.body(ManyBeads).beads]
     names = Counter(name for bead in given for name in {bead.get("ref"), bead.get("id")} - {None})
     for name, times in names.items():
@@ -106,5 +106,5 @@ def remarks(key: str) -> Response:
 def remark(key: str) -> Response:
     body = parse.body(Remark, required=("content",))
     with db.transaction() as conn:
-        writer = parse.writer(f"bead:{parse.key(key)}", body.author_id or None)
+        writer = headers.writer(f"bead:{parse.key(key)}", body.author_id or None)
         return answer.json(comments.on_bead(conn, writer, key, body.content, body.parent_id or None), 201)

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, request
 from msgspec import Meta
 
 from loom import db
-from loom.http import answer, entities, idempotency, parse
+from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.parse import Key, Token
 from loom.http.settings import settings
 from loom.state import claims
@@ -76,7 +76,7 @@ def _again(first: dict[str, Any]) -> claims.Claim:
     bead, agent = first["bead"]["id"], first["bead"]["assigned_to"]
     lease = timedelta(seconds=first["bead"]["lease_seconds"])
     with db.connection() as conn:
-        writer = parse.writer(f"bead:{bead}", agent)
+        writer = headers.writer(f"bead:{bead}", agent)
         return claims.renew(conn, writer, settings(), bead, first["fencing_token"], lease, extend=True)
 
 
@@ -84,7 +84,7 @@ def _again(first: dict[str, Any]) -> claims.Claim:
 @idempotency.checked(_again)
 def claim_next() -> Response:
     body = parse.body(ClaimNext)
-    writer = parse.writer(f"agent:{body.agent_id}", body.agent_id)
+    writer = headers.writer(f"agent:{body.agent_id}", body.agent_id)
     with db.connection() as conn:
         claim = claims.claim_next(
             conn,
@@ -103,7 +103,7 @@ def claim_next() -> Response:
 @idempotency.checked(_again)
 def claim(key: str) -> Response:
     key, body = parse.key(key), parse.body(ClaimBead)
-    writer = parse.writer(f"bead:{key}", body.agent_id)
+    writer = headers.writer(f"bead:{key}", body.agent_id)
     with db.connection() as conn:
         lease = timedelta(seconds=body.lease_seconds)
         return answer.json(claims.claim(conn, writer, settings(), key, body.agent_id, lease))
@@ -114,7 +114,9 @@ def renew(key: str) -> Response:
     key, body = parse.key(key), parse.body(RenewClaim)
     lease = None if body.lease_seconds is None else timedelta(seconds=body.lease_seconds)
     with db.connection() as conn:
-        return answer.json(claims.renew(conn, parse.writer(f"bead:{key}"), settings(), key, body.fencing_token, lease))
+        return answer.json(
+            claims.renew(conn, headers.writer(f"bead:{key}"), settings(), key, body.fencing_token, lease)
+        )
 
 
 @bp.delete("/beads/<key>/claim")
@@ -122,14 +124,14 @@ def release(key: str) -> Response:
     key, token = parse.key(key), parse.integer("fencing_token", most=parse.MAX_TOKEN)
     reason = parse.text("reason", 1000)
     with db.connection() as conn:
-        claims.release(conn, parse.writer(f"bead:{key}"), settings(), key, token, reason)
+        claims.release(conn, headers.writer(f"bead:{key}"), settings(), key, token, reason)
     return answer.nothing()
 
 
 @bp.post("/beads/<key>/complete")
 def complete(key: str) -> Response:
     key, body = parse.key(key), parse.body(Complete)
-    writer = parse.writer(f"bead:{key}")
+    writer = headers.writer(f"bead:{key}")
     with db.connection() as conn:
         return entities.versioned(
             claims.complete(conn, writer, settings(), key, body.fencing_token, body.close_reason, body.context)
@@ -139,7 +141,7 @@ def complete(key: str) -> Response:
 @bp.post("/beads/<key>/fail")
 def fail(key: str) -> Response:
     key, body = parse.key(key), parse.body(Fail)
-    writer, after = parse.writer(f"bead:{key}"), body.retry_after_seconds
+    writer, after = headers.writer(f"bead:{key}"), body.retry_after_seconds
     with db.connection() as conn:
         return entities.versioned(
             claims.fail(
@@ -165,14 +167,14 @@ def redispatch(key: str) -> Response:
     }
     patch = {"status": "open", "assigned_to": None, "not_before": None, "context": asked}
     with db.connection() as conn:
-        done = state.change(conn, parse.writer(f"bead:{key}"), Bead, key, "patch", patch)
+        done = state.change(conn, headers.writer(f"bead:{key}"), Bead, key, "patch", patch)
     return entities.versioned(done.entity)
 
 
 def _beat(first: object = None) -> claims.Beat:
     key, body = parse.key((request.view_args or {})["key"]), parse.body(Heartbeat)
     with db.connection() as conn:
-        return claims.heartbeat(conn, parse.writer(f"agent:{key}", key), key, body.claims, body.status)
+        return claims.heartbeat(conn, headers.writer(f"agent:{key}", key), key, body.claims, body.status)
 
 
 @bp.post("/agents/<key>/heartbeat")

@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from loom import config as configuration
 from loom import db, errors
 from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
-from loom.http import answer, entities, parse, yaml
+from loom.http import answer, entities, headers, parse, yaml
 from loom.http.settings import own
 from loom.state import config
 from loom.state.config import Config
@@ -59,7 +59,7 @@ bp.add_url_rule("/<key>/history", "history", partial(entities.history, KIND))
 @bp.put("/<key>")
 def set_one(key: str) -> Response:
     value = _checked(parse.key(key), parse.body(Value).value)
-    writer = parse.writer(f"config:{key}")
+    writer = headers.writer(f"config:{key}")
     with db.connection() as conn:
         done = change(
             conn,
@@ -116,7 +116,7 @@ def _snapshot(conn: db.Connection) -> Response:
 def _share(conn: db.Connection, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:
     here = dict(_settings(_shown(config.in_force(own(), config.values(conn)))))
     changed = {key: _checked(key, value) for key, value in _settings(sections) if key != DIFFERS and value != here[key]}
-    config.share(conn, parse.writer(""), {**changed, **values})
+    config.share(conn, headers.writer(""), {**changed, **values})
     return _snapshot(conn)
 
 

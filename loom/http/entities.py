@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 from msgspec import UNSET
 
 from loom import db, errors
-from loom.http import answer, events, parse
+from loom.http import answer, events, headers, parse
 from loom.state import entities
 from loom.state.entities import Action, Versioned
 
@@ -82,7 +82,7 @@ def create(kind: Kind) -> Response:
         if not patch.get(field):
             raise parse.missing(field)
     key = patch.pop("id", None)
-    writer = parse.writer(f"{kind.name}:{key or ''}")
+    writer = headers.writer(f"{kind.name}:{key or ''}")
     with db.connection() as conn:
         expected = if_match() if kind.create == "upsert" else None
         made = entities.change(conn, writer, kind.entity, key, kind.create, patch, expected=expected)
@@ -93,7 +93,7 @@ def change(kind: Kind, key: str) -> Response:
     key, action = parse.key(key), request.method.lower()
     patch = given(kind, key)
     patch.pop("id", None)
-    writer = parse.writer(f"{kind.name}:{key}")
+    writer = headers.writer(f"{kind.name}:{key}")
     with db.connection() as conn:
         done = entities.change(
             conn,
@@ -111,7 +111,7 @@ def change(kind: Kind, key: str) -> Response:
 
 def delete(kind: Kind, key: str) -> Response:
     key = parse.key(key)
-    writer = parse.writer(f"{kind.name}:{key}")
+    writer = headers.writer(f"{kind.name}:{key}")
     with db.connection() as conn:
         entities.change(conn, writer, kind.entity, key, "delete", expected=if_match(), replay=writer.request_id)
     return answer.nothing()

@@ -10,7 +10,7 @@ from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db, locks
-from loom.http import answer, idempotency, parse
+from loom.http import answer, headers, idempotency, parse
 from loom.http.parse import Key
 from loom.http.settings import settings
 from loom.state import file_locks
@@ -43,7 +43,7 @@ def _again(first: dict[str, Any]) -> FileLock:
 def take() -> Response:
     body = parse.body(LockFile)
     file = File(body.project_id, parse.file_path(body.file_path))
-    writer = parse.writer(file.lock_name, body.agent_id)
+    writer = headers.writer(file.lock_name, body.agent_id)
     dead_after = timedelta(seconds=settings().agents.dead_after)
     with db.connection() as conn:
         lock, new = file_locks.take(conn, writer, file, body.agent_id, body.bead_id or None, _timeout(), dead_after)
@@ -57,7 +57,7 @@ def release(_: str) -> Response:
     if not agent:
         raise parse.missing("agent_id")
     with db.connection() as conn:
-        file_locks.release(conn, parse.writer(file.lock_name, agent), file, agent)
+        file_locks.release(conn, headers.writer(file.lock_name, agent), file, agent)
     return answer.nothing()
 
 

@@ -12,7 +12,7 @@ import msgspec
 from flask import Blueprint, Response
 from msgspec import Meta
 
-from loom import db, errors, locks
+from loom import db, errors, instances, locks
 from loom.http import answer, idempotency, parse, waiting
 from loom.locks.queue import Queue, Waiter
 
@@ -40,7 +40,7 @@ class RenewLock(parse.Body):
 
 @functools.cache
 def _queue() -> Queue:
-    return Queue(waiting.room(), parse.instance_id)
+    return Queue(waiting.room(), instances.own_id)
 
 
 def _again(first: dict[str, Any], made: dict[str, Any] | None = None) -> locks.Grant:
@@ -68,7 +68,7 @@ def acquire(_: str) -> Response:
                 name,
                 owner,
                 ttl,
-                instance_id=parse.instance_id(),
+                instance_id=instances.own_id(),
                 metadata=body.metadata,
                 wait=body.wait_seconds > 0,
             )

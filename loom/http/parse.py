@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 import msgspec.inspect
@@ -19,8 +18,7 @@ from flask import request
 from msgspec import Meta, UnsetType
 from werkzeug.routing import BaseConverter
 
-from loom import errors, instances
-from loom.state.writer import Writer
+from loom import errors
 
 T = TypeVar("T")
 
@@ -41,8 +39,6 @@ MAX_DEPTH = 100  # of JSON in JSON
 MAX_PATH = 2000  # bytes of a file's; percent-encoded, with a project, they still fit into a request line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx takes it from a client
-_FENCE = re.compile(r'\s*([0-9]{1,16})\s*(?:;\s*lock\s*=\s*"([^"]*)"\s*)?')
 
 
 class NameConverter(BaseConverter):
@@ -194,7 +190,7 @@ def flag(name: str) -> bool:
 def text(name: str, most: int = 255) -> str | None:
     """A text of the query, or None."""
     value = request.args.get(name)
-    return None if value is None else _plain(value, name, least=0, most=most)
+    return None if value is None else plain(value, name, least=0, most=most)
 
 
 def lock_name() -> str:
@@ -204,7 +200,7 @@ def lock_name() -> str:
 
 def raw_path(prefix: str, field: str) -> str:
     """The path behind the prefix. Raises Invalid."""
-    return _utf8(request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :], field)
+    return utf8(request.environ["PATH_INFO"].encode("latin-1")[len(prefix) :], field)
 
 
 def check_name(name: str, field: str = "lock_name") -> str:
@@ -232,7 +228,7 @@ def key(value: str) -> str:
     """An entity's id from the path. Raises Invalid for what can't be one."""
     if "\ufffd" in value:
         raise errors.Invalid.field("id", "is not UTF-8")
-    return _plain(value, "id", most=200)
+    return plain(value, "id", most=200)
 
 
 def cursor(kind: type[T], name: str = "after") -> T | None:
@@ -253,57 +249,19 @@ def encode_cursor(value: Any) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
-def instance_id() -> str | None:
-    """This instance's, if it is one."""
-    return instances.current.instance_id if instances.current is not None else None
+def utf8(raw: bytes, field: str) -> str:
+    """What WSGI gave as Latin-1, from its bytes: broken UTF-8 is refused, never replaced, or two would be one.
 
-
-def writer(own: str, actor: str | None = None) -> Writer:
-    """Who writes, from the request's headers, and the grants that it presents.
-
-    `own`: the lock that a bare number in Loom-Lock-Token means. `actor`: who it is when Loom-Actor does not say.
-    Raises Invalid, which names the header.
+    Raises Invalid.
     """
-    headers = request.environ
-    named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
-    request_id = headers.get("HTTP_X_REQUEST_ID", "")
-    return Writer(
-        actor=actor if named is None else _plain(_utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor"),
-        instance_id=instance_id(),
-        request_id=request_id if _REQUEST_ID.fullmatch(request_id) else None,
-        fences={} if fences is None else _fences(fences, own),
-    )
-
-
-def _fences(text: str, own: str) -> dict[str, int]:
-    """From `17` and `17; lock="NAME%20ENCODED"`, separated by commas."""
-    found: dict[str, int] = {}
-    problem = 'must be NUMBER or NUMBER; lock="NAME", the name percent-encoded; several separated by commas'
-    end = -1
-    while end < len(text):
-        match = _FENCE.match(text, end + 1)
-        if match is None or not 1 <= int(match[1]) <= MAX_TOKEN:
-            raise errors.Invalid.field("Loom-Lock-Token", problem)
-        end, token = match.end(), int(match[1])
-        if end < len(text) and text[end] != ",":
-            raise errors.Invalid.field("Loom-Lock-Token", problem)
-        name = own
-        if match[2] is not None:
-            name = check_name(_utf8(unquote_to_bytes(match[2].encode("latin-1")), "Loom-Lock-Token"), "Loom-Lock-Token")
-        if found.setdefault(name, token) != token:
-            raise errors.Invalid.field("Loom-Lock-Token", f"has two tokens for {name}")
-    return found
-
-
-def _utf8(raw: bytes, field: str) -> str:
-    """What WSGI gave as Latin-1, from its bytes: broken UTF-8 is refused, never replaced, or two would be one."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
         raise errors.Invalid.field(field, "is not UTF-8") from None
 
 
-def _plain(value: str, field: str, least: int = 1, most: int = 255) -> str:
+def plain(value: str, field: str, least: int = 1, most: int = 255) -> str:
+    """A text, if it is as long as it may be and holds no control characters. Raises Invalid."""
     if not least <= len(value) <= most or _CONTROL.search(value):
         raise errors.Invalid.field(field, f"must have {least} to {most} characters and no control characters")
     return value

@@ -8,7 +8,7 @@ from flask import Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import db, errors
-from loom.http import answer, entities, parse
+from loom.http import answer, entities, headers, parse
 from loom.http.entities import versioned
 from loom.http.parse import Key, Prefix, Reference, Time
 from loom.state import comments, projects
@@ -80,7 +80,7 @@ def assign(key: str) -> Response:
     body = parse.body(Assignment, required=("agent_id",))
     if body.action not in ("assign", "unassign"):
         raise errors.Invalid.field("action", "is neither assign nor unassign", allowed=["assign", "unassign"])
-    writer = parse.writer(f"agent:{body.agent_id}")
+    writer = headers.writer(f"agent:{body.agent_id}")
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))
         try:
@@ -115,7 +115,7 @@ def reopen(key: str) -> Response:
 
 def _move(key: str, status: str) -> Response:
     body = parse.body(Remark, required=("author_id",))
-    writer = parse.writer(f"project:{parse.key(key)}", body.author_id)
+    writer = headers.writer(f"project:{parse.key(key)}", body.author_id)
     with db.transaction() as conn:
         state = projects.state(conn, key)
         if status == "closed" and not state.can_close:
@@ -144,6 +144,6 @@ def remark(key: str) -> Response:
     body = parse.body(Remark, required=("author_id", "comment"))
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))
-        writer = parse.writer(f"project:{key}", body.author_id)
+        writer = headers.writer(f"project:{key}", body.author_id)
         made = comments.on_project(conn, writer, key, body.author_id, body.comment)
         return answer.json(made, 201)

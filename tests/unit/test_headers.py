@@ -8,14 +8,14 @@ import pytest
 from flask import Flask
 
 from loom import errors
-from loom.http import parse
+from loom.http import headers
 from loom.state.writer import Writer
 
 
-def writer(actor: str | None = None, **headers: str) -> Writer:
-    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in headers.items()}
+def writer(actor: str | None = None, **said: str) -> Writer:
+    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in said.items()}
     with Flask("test").test_request_context(environ_overrides=names):
-        return parse.writer("bead:bd-1", actor)
+        return headers.writer("bead:bd-1", actor)
 
 
 def test_who_writes_is_told_by_the_request() -> None:
@@ -63,4 +63,4 @@ def test_a_header_in_broken_utf8_is_refused() -> None:
         Flask("test").test_request_context(environ_overrides={"HTTP_LOOM_ACTOR": "\xff"}),
         pytest.raises(errors.Invalid, match="Loom-Actor: is not UTF-8"),
     ):
-        parse.writer("bead:bd-1")
+        headers.writer("bead:bd-1")
