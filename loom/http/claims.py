@@ -121,39 +121,28 @@ def renew(key: str) -> Response:
 
 @bp.delete("/beads/<key>/claim")
 def release(key: str) -> Response:
-    key, token = parse.key(key), parse.integer("fencing_token", most=parse.MAX_TOKEN)
-    reason = parse.text("reason", 1000)
-    with db.connection() as conn:
-        claims.release(conn, headers.writer(f"bead:{key}"), settings(), key, token, reason)
+    token = parse.integer("fencing_token", most=parse.MAX_TOKEN)
+    _ended(parse.key(key), token, "released", parse.text("reason", 1000))
     return answer.nothing()
 
 
 @bp.post("/beads/<key>/complete")
 def complete(key: str) -> Response:
     key, body = parse.key(key), parse.body(Complete)
-    writer = headers.writer(f"bead:{key}")
-    with db.connection() as conn:
-        return entities.versioned(
-            claims.complete(conn, writer, settings(), key, body.fencing_token, body.close_reason, body.context)
-        )
+    return _ended(key, body.fencing_token, "completed", body.close_reason, context=body.context)
 
 
 @bp.post("/beads/<key>/fail")
 def fail(key: str) -> Response:
     key, body = parse.key(key), parse.body(Fail)
-    writer, after = headers.writer(f"bead:{key}"), body.retry_after_seconds
+    after = None if body.retry_after_seconds is None else timedelta(seconds=body.retry_after_seconds)
+    return _ended(key, body.fencing_token, "failed", body.reason, retry_after=after)
+
+
+def _ended(key: str, token: int, how: claims.Ending, why: str | None, **more: Any) -> Response:
+    writer = headers.writer(f"bead:{key}")
     with db.connection() as conn:
-        return entities.versioned(
-            claims.fail(
-                conn,
-                writer,
-                settings(),
-                key,
-                body.fencing_token,
-                body.reason,
-                None if after is None else timedelta(seconds=after),
-            )
-        )
+        return entities.versioned(claims.end(conn, writer, settings(), key, token, how, why, **more))
 
 
 @bp.post("/beads/<key>/redispatch")

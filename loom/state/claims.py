@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,6 +15,8 @@ from loom.state.agents import Agent
 from loom.state.beads import Bead
 from loom.state.entities import not_found
 from loom.state.writer import Writer, call
+
+Ending = Literal["released", "completed", "failed"]
 
 
 class Claim(msgspec.Struct):
@@ -133,40 +135,44 @@ def renew(
     return _claim(row)
 
 
-def release(
-    conn: db.Connection, writer: Writer, config: Config, bead: str, token: int, reason: str | None = None
-) -> Bead:
-    """Gives the bead back, as if it had never been claimed; once more does no harm. Raises as `complete`."""
-    return _end(conn, writer, config, bead, token, "released", reason)
-
-
-def complete(
+def end(
     conn: db.Connection,
     writer: Writer,
     config: Config,
     bead: str,
     token: int,
-    reason: str | None = None,
+    how: Ending,
+    why: str | None = None,
+    *,
     context: Mapping[str, Any] | None = None,
-) -> Bead:
-    """Closes the bead, and merges into its context; once more does no harm.
-
-    Raises ClaimLost when the claim ended in any other way, NotFound, LockHeld, LockLost.
-    """
-    return _end(conn, writer, config, bead, token, "completed", reason, context=context)
-
-
-def fail(
-    conn: db.Connection,
-    writer: Writer,
-    config: Config,
-    bead: str,
-    token: int,
-    reason: str | None = None,
     retry_after: timedelta | None = None,
 ) -> Bead:
-    """Gives the bead back after a failure, for a later try; once more does no harm. Raises as `complete`."""
-    return _end(conn, writer, config, bead, token, "failed", reason, retry_after=retry_after)
+    """Ends a claim; once more in the same way does no harm.
+
+    'released' gives the bead back as if it had never been claimed. 'completed' closes it, and merges `context` into its
+    own. 'failed' gives it back for a later try: after `retry_after`, or by the number of its failures.
+    Raises ClaimLost when the claim ended in any other way, NotFound, LockHeld, LockLost.
+    """
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT outcome, bead::text AS bead, detail FROM end_claim(
+            %(bead)s, %(token)s, %(how)s, %(why)s, %(context)s, %(delay)s, %(failures)s, %(attempts)s, %(fences)s)
+        """,
+        bead=bead,
+        token=token,
+        how=how,
+        why=why,
+        context=None if context is None else json.dumps(context),
+        delay=None if retry_after is None else int(retry_after.total_seconds()),
+        **_limits(config),
+    )
+    if row["outcome"] == "claim-lost":
+        raise _lost(conn, config, bead, token)
+    if row["outcome"] == "not-found":
+        raise not_found(Bead, bead)
+    return msgspec.json.decode(row["bead"], type=Bead)
 
 
 def heartbeat(
@@ -222,40 +228,6 @@ def end_dead_agents(conn: db.Connection, writer: Writer, config: Config) -> list
         if done["done"]:
             ended.append(row["id"])
     return ended
-
-
-def _end(
-    conn: db.Connection,
-    writer: Writer,
-    config: Config,
-    bead: str,
-    token: int,
-    how: str,
-    why: str | None,
-    *,
-    context: Mapping[str, Any] | None = None,
-    retry_after: timedelta | None = None,
-) -> Bead:
-    row = call(
-        conn,
-        writer,
-        """
-        SELECT outcome, bead::text AS bead, detail FROM end_claim(
-            %(bead)s, %(token)s, %(how)s, %(why)s, %(context)s, %(delay)s, %(failures)s, %(attempts)s, %(fences)s)
-        """,
-        bead=bead,
-        token=token,
-        how=how,
-        why=why,
-        context=None if context is None else json.dumps(context),
-        delay=None if retry_after is None else int(retry_after.total_seconds()),
-        **_limits(config),
-    )
-    if row["outcome"] == "claim-lost":
-        raise _lost(conn, config, bead, token)
-    if row["outcome"] == "not-found":
-        raise not_found(Bead, bead)
-    return msgspec.json.decode(row["bead"], type=Bead)
 
 
 def _limits(config: Config) -> dict[str, int]:
