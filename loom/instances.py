@@ -104,21 +104,20 @@ class Instance:
             db.migrate(self.database.dsn, timeout=patience)
         with self._line.connection() as conn:
             if self._registered:
-                row = db.one(
+                row = db.row(
                     conn,
                     f"SELECT heartbeat_instance(%(id)s, %(status)s) AS alive, {state.COLUMN}",
                     id=self.instance_id,
                     status=self.status,
                     **state.PARAMETERS,
                 )
-                assert row is not None
                 self._learn(row)
                 if not row["alive"]:
                     log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
                     self.instance_id, self._registered = str(uuid.uuid4()), False
                     self._tell(uuid.UUID(self.instance_id).bytes)
             if not self._registered:
-                row = db.one(
+                row = db.row(
                     conn,
                     f"SELECT register_instance(%(id)s, %(host)s, %(about)s), {state.COLUMN}",
                     id=self.instance_id,
@@ -126,7 +125,6 @@ class Instance:
                     about=msgspec.json.encode(self._metadata).decode(),
                     **state.PARAMETERS,
                 )
-                assert row is not None
                 self._learn(row)
                 self._registered = True
                 log.info("instance-registered", extra={"fields": {"instance_id": self.instance_id, **self._metadata}})
@@ -198,13 +196,11 @@ class Instance:
 
 def active(conn: db.Connection) -> int:
     """How many instances are active, with a heartbeat of the last minute."""
-    row = db.one(
+    return db.value(
         conn,
-        "SELECT count(*) AS n FROM instances"
+        "SELECT count(*) FROM instances"
         " WHERE status = 'active' AND last_heartbeat > clock_timestamp() - INTERVAL '60 seconds'",
     )
-    assert row is not None
-    return row["n"]
 
 
 _ROWS = """

@@ -1,4 +1,4 @@
-"""PostgreSQL: `connection()` and `transaction()` of the process's own `Database`, and `one`, `all`, `run` on them."""
+"""PostgreSQL: `connection()` and `transaction()` of the process's own `Database`, and what runs statements on them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ def one(conn: Connection, sql: str, **params: Any) -> Row | None:
     """The statement's first row, or None."""
     rows = conn.execute(sql, params)
     return rows[0] if rows else None
+
+
+def row(conn: Connection, sql: str, **params: Any) -> Row:
+    """The row of a statement that always has one."""
+    return conn.execute(sql, params)[0]
+
+
+def value(conn: Connection, sql: str, **params: Any) -> Any:
+    """The value of a statement that always has one row with one column."""
+    (found,) = row(conn, sql, **params).values()
+    return found
 
 
 def all(conn: Connection, sql: str, **params: Any) -> list[Row]:

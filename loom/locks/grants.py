@@ -72,7 +72,7 @@ def acquire(
 
     The same owner asking again gets its grant of before, which ends no earlier than it would have.
     """
-    row = db.one(
+    row = db.row(
         conn,
         "SELECT * FROM acquire_lock(%(name)s, %(owner)s, %(instance)s, %(ttl)s, %(metadata)s, %(wait)s)",
         name=name,
@@ -82,7 +82,6 @@ def acquire(
         metadata=None if metadata is None else json.dumps(metadata),
         wait=wait,
     )
-    assert row is not None
     return attempt(row)
 
 
@@ -170,14 +169,12 @@ def get(conn: Connection, name: str) -> Grant | None:
 
 def waiting(conn: Connection, name: str) -> int:
     """How many wait for the lock."""
-    row = db.one(
+    return db.value(
         conn,
-        "SELECT count(*) AS n FROM lock_waiters"
+        "SELECT count(*) FROM lock_waiters"
         " WHERE lock_name = %(name)s AND asked_at > clock_timestamp() - INTERVAL '2 seconds'",
         name=name,
     )
-    assert row is not None
-    return row["n"]
 
 
 def held(conn: Connection, *, prefix: str = "", owner: str | None = None, after: str = "", limit: int) -> list[Grant]:
@@ -243,15 +240,8 @@ def lost(conn: Connection, name: str, token: int, past: db.Row | None = None) ->
 
 
 def _end(conn: Connection, name: str, token: int, how: str, reason: str | None = None) -> bool:
-    row = db.one(
-        conn,
-        "SELECT release_lock(%(name)s, %(token)s, %(how)s, %(reason)s) AS done",
-        name=name,
-        token=token,
-        how=how,
-        reason=reason,
-    )
-    return row is not None and row["done"]
+    sql = "SELECT release_lock(%(name)s, %(token)s, %(how)s, %(reason)s)"
+    return db.value(conn, sql, name=name, token=token, how=how, reason=reason)
 
 
 def _past(conn: Connection, name: str, token: int) -> db.Row | None:

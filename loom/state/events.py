@@ -49,8 +49,7 @@ class Entry(NamedTuple):
 
 def number(conn: db.Connection) -> bool:
     """Numbers a batch of what has been committed. Whether there may be more."""
-    row = db.one(conn, "SELECT number_events(10000) = 10000 AS more")
-    return row is not None and row["more"]
+    return db.value(conn, "SELECT number_events(10000) = 10000")
 
 
 def read(conn: db.Connection, after: int | None, limit: int, **filters: str | None) -> Page:
@@ -140,6 +139,5 @@ class Watch(Line[Reader]):
     period = 0.2  # seconds; two or three index lookups a poll
 
     def poll(self, conn: db.Connection, waiters: list[Reader]) -> None:
-        row = db.one(conn, "SELECT number_events(); SELECT max(id) AS last FROM event_numbers")
-        last = row["last"] if row is not None and row["last"] is not None else 0
+        last = db.value(conn, "SELECT number_events(); SELECT COALESCE(max(id), 0) FROM event_numbers")
         self.tell(lambda reader: reader.after < last, last)

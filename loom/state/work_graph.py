@@ -29,9 +29,7 @@ class WorkGraph(msgspec.Struct):
 
 def now(conn: db.Connection) -> datetime:
     """When a graph is begun to be read, by the database's clock: what was written before is in it."""
-    row = db.one(conn, "SELECT clock_timestamp() AS now")
-    assert row is not None
-    return row["now"]
+    return db.value(conn, "SELECT clock_timestamp()")
 
 
 def graph(beads: Sequence[Bead], updated_at: datetime) -> WorkGraph:

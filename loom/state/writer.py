@@ -29,7 +29,7 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
     """
     fences = writer.fences
     try:
-        row = db.one(
+        row = db.row(
             conn,
             ACTING + sql,
             actor=writer.actor,
@@ -43,7 +43,6 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
             raise
         name = exc.diag.message_detail or ""
         raise errors.LockLost(lock_name=name, fencing_token=fences.get(name)) from exc
-    assert row is not None
     if row.get("outcome") == "lock-held":
         raise errors.LockHeld(
             "An automatic lock of this change is held from outside: present its token in Loom-Lock-Token, or wait.",
