@@ -85,29 +85,11 @@ class Upkeep:
                 log.exception("upkeep-failed", extra={"fields": {"part": part.__name__, "reason": str(exc)}})
 
     def _locks(self, conn: db.Connection) -> None:
-        """Passes over rows that somebody is at; the trigger writes their history."""
-        self._in_batches(
-            conn,
-            """
-            WITH old AS MATERIALIZED (
-                SELECT lock_name FROM distributed_locks WHERE expires_at < clock_timestamp()
-                 LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
-            DELETE FROM distributed_locks USING old WHERE distributed_locks.lock_name = old.lock_name
-            RETURNING 1 AS gone
-            """,
-        )
+        """The trigger writes their history."""
+        self._remove(conn, "distributed_locks", "lock_name", "expires_at < clock_timestamp()")
 
     def _waiters(self, conn: db.Connection) -> None:
-        self._in_batches(
-            conn,
-            """
-            WITH old AS MATERIALIZED (
-                SELECT lock_name, owner FROM lock_waiters WHERE asked_at < clock_timestamp() - INTERVAL '1 minute'
-                 LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
-            DELETE FROM lock_waiters AS w USING old WHERE w.lock_name = old.lock_name AND w.owner = old.owner
-            RETURNING 1 AS gone
-            """,
-        )
+        self._remove(conn, "lock_waiters", "lock_name, owner", "asked_at < clock_timestamp() - INTERVAL '1 minute'")
 
     def _instances(self, conn: db.Connection) -> None:
         """Marks who has been silent for a minute, removes who has been for five: never itself, nor after an outage."""
@@ -174,16 +156,8 @@ class Upkeep:
         )
 
     def _answers(self, conn: db.Connection) -> None:
-        self._in_batches(
-            conn,
-            """
-            WITH old AS MATERIALIZED (
-                SELECT scope FROM idempotency_keys WHERE created_at < clock_timestamp() - INTERVAL '24 hours'
-                 ORDER BY created_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
-            DELETE FROM idempotency_keys AS k USING old WHERE k.scope = old.scope
-            RETURNING 1 AS gone
-            """,
-        )
+        which = "created_at < clock_timestamp() - INTERVAL '24 hours' ORDER BY created_at"
+        self._remove(conn, "idempotency_keys", "scope", which)
 
     def _events(self, conn: db.Connection) -> None:
         """Numbers what nobody has read; removes from the oldest number on, and none behind one that is kept."""
@@ -200,6 +174,18 @@ class Upkeep:
             RETURNING 1 AS gone
             """,
             keep=timedelta(days=self._config.events.history_days),
+        )
+
+    def _remove(self, conn: db.Connection, table: str, key: str, which: str) -> None:
+        """Passes over rows that somebody is at."""
+        self._in_batches(
+            conn,
+            f"""
+            WITH old AS MATERIALIZED (
+                SELECT {key} FROM {table} WHERE {which} LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+            DELETE FROM {table} WHERE ({key}) IN (SELECT {key} FROM old)
+            RETURNING 1 AS gone
+            """,
         )
 
     def _in_batches(self, conn: db.Connection, sql: str, **params: object) -> None:
