@@ -322,15 +322,16 @@ BEGIN
     END LOOP;
 END $$;
 
--- Never inserts, never revives. The order is the promise: name, row, only then the clock (an UPDATE that waits for the
--- row after reading the clock revives a lock that ended meanwhile).
-CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval) RETURNS SETOF distributed_locks
+-- Never inserts, never revives; never shortens with `extend`. The order is the promise: name, row, only then the clock (an
+-- UPDATE that waits for the row after reading the clock revives a lock that ended meanwhile).
+CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, extend boolean) RETURNS SETOF distributed_locks
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
     PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR NO KEY UPDATE;
     RETURN QUERY
-        UPDATE distributed_locks SET expires_at = clock_timestamp() + ttl, heartbeat_at = clock_timestamp()
+        UPDATE distributed_locks SET expires_at = GREATEST(CASE WHEN extend THEN expires_at END, clock_timestamp() + ttl),
+                                     heartbeat_at = clock_timestamp()
          WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp()
         RETURNING *;
 END $$;

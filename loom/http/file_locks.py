@@ -34,8 +34,9 @@ def _timeout() -> timedelta:
 
 def _again(first: dict[str, Any]) -> FileLock:
     """The lock that this request's first answer told of, extended. Raises LockLost when it has ended."""
-    with db.transaction() as conn:
-        return file_locks.of_grant(locks.extend(conn, first["lock_name"], first["fencing_token"], _timeout()))
+    with db.connection() as conn:
+        grant = locks.renew(conn, first["lock_name"], first["fencing_token"], _timeout(), extend=True)
+    return file_locks.of_grant(grant)
 
 
 @bp.post("")

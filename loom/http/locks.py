@@ -49,8 +49,8 @@ def _again(first: dict[str, Any], made: dict[str, Any] | None = None) -> locks.G
         with db.connection() as conn:
             locks.take_back(conn, msgspec.convert(made, locks.Grant))
     ttl = timedelta(seconds=parse.body(AcquireLock).ttl_seconds)
-    with db.transaction() as conn:
-        return locks.extend(conn, first["lock_name"], first["fencing_token"], ttl)
+    with db.connection() as conn:
+        return locks.renew(conn, first["lock_name"], first["fencing_token"], ttl, extend=True)
 
 
 @bp.post("/<name:_>")

@@ -5,7 +5,6 @@ from loom.locks.grants import (
     Grant,
     acquire,
     check,
-    extend,
     force_release,
     get,
     held,

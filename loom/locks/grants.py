@@ -85,29 +85,16 @@ def acquire(
     return attempt(row)
 
 
-def renew(conn: Connection, name: str, token: int, ttl: timedelta) -> Grant:
-    """Extends a grant that we hold, and returns it with its new end, which may be earlier.
+def renew(conn: Connection, name: str, token: int, ttl: timedelta, *, extend: bool = False) -> Grant:
+    """Gives a grant that we hold a new end, and returns it; with `extend`, never an earlier end.
 
     Raises LockLost when the token is no longer the holder's: expired, taken by another, or forced.
     """
-    row = db.one(conn, "SELECT * FROM renew_lock(%(name)s, %(token)s, %(ttl)s)", name=name, token=token, ttl=ttl)
+    sql = "SELECT * FROM renew_lock(%(name)s, %(token)s, %(ttl)s, %(extend)s)"
+    row = db.one(conn, sql, name=name, token=token, ttl=ttl, extend=extend)
     if row is None:
         raise lost(conn, name, token)
     return Grant(**row)
-
-
-def extend(conn: Connection, name: str, token: int, ttl: timedelta) -> Grant:
-    """As `renew`, but never to an earlier end. Call it in a transaction."""
-    db.run(conn, "SELECT pg_advisory_xact_lock(hashtextextended(%(name)s, 0))", name=name)  # nobody renews meanwhile
-    row = db.one(
-        conn,
-        "SELECT GREATEST(expires_at - clock_timestamp(), %(ttl)s) AS ttl FROM distributed_locks"
-        " WHERE lock_name = %(name)s AND fencing_token = %(token)s",
-        name=name,
-        token=token,
-        ttl=ttl,
-    )
-    return renew(conn, name, token, row["ttl"] if row else ttl)
 
 
 def release(conn: Connection, name: str, token: int) -> None:
