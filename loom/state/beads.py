@@ -74,7 +74,7 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
             conn,
             writer,
             "SELECT outcome, entities::text AS entities, detail FROM create_beads(%(beads)s, %(fences)s)",
-            beads=json.dumps([beads[key] for key in order]),
+            beads=msgspec.json.encode([beads[key] for key in order]).decode(),
         )
     except (psycopg2.DatabaseError, graphlib.CycleError) as exc:
         problem = refusal(exc) if isinstance(exc, psycopg2.DatabaseError) else cycle_of(exc.args[1][::-1])

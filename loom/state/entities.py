@@ -131,7 +131,7 @@ def change(
             kind=name,
             key=key,
             action=action,
-            patch=json.dumps(patch or {}, default=_text),
+            patch=msgspec.json.encode(patch or {}).decode(),
             expected=[expected] if isinstance(expected, int) else expected,
             merge=merge,
             replay=replay,
@@ -196,7 +196,3 @@ def _table(kind: type[Versioned]) -> str:
 
 def _key(kind: type[Versioned]) -> str:
     return "key" if kind_name(kind) == "config" else "id"
-
-
-def _text(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else msgspec.to_builtins(value)

@@ -437,10 +437,11 @@ def test_beads_of_one_call_refer_to_each_other_and_to_others_in_every_way(work: 
         {"id": "a", "blocks": ["old"], "children": ["c", "older"], "blocked_by": ["c"]},
         {"ref": "c", "id": "cc", "related_to": ["a", "d"], "blocks": []},
         {"ref": "d", "id": "dd", "blocked_by": ["c", "c"], "parent": "old", "tags": ["x"], "status": "closed"},
-        {"id": "e", "blocks": ["old", "a"]},
+        {"id": "e", "blocks": ["old", "a"], "due_date": "2030-02-01T01:00:00+02:00"},
     )
     assert answer.status == 201, answer
     assert [bead["id"] for bead in answer.json] == ["a", "cc", "dd", "e"]
+    assert answer.json[3]["due_date"] == "2030-01-31T23:00:00Z"
     assert answer.json == [get(work, bead["id"]) for bead in answer.json]
     assert dependencies(work, "a") == {"blocks": ["old"], "children": ["cc", "older"], "blocked_by": ["cc", "e"]}
     assert dependencies(work, "cc") == {"blocks": ["a", "dd"], "parent": "a"}
