@@ -146,7 +146,7 @@ def _checked(key: str, value: Any) -> Any:
         msgspec.convert(key, parse.Key)
     except msgspec.ValidationError:
         raise errors.Invalid.field(
-            yaml.shown(key), "must have 1 to 200 characters, no control characters or /"
+            parse.shown(key), "must have 1 to 200 characters, no control characters or /"
         ) from None
     if key in SHAREABLE:
         try:

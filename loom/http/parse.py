@@ -72,7 +72,7 @@ def body(kind: type[T], known: Collection[str] | None = None, required: Collecti
     text = raw() or b"{}"
     try:
         value = msgspec.json.decode(text, type=kind)
-        found = json.loads(text, object_pairs_hook=_object, parse_int=integer_of)
+        found = json.loads(text, object_pairs_hook=object_of, parse_int=integer_of)
     except msgspec.ValidationError as exc:
         raise _invalid(str(exc), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -132,21 +132,26 @@ def _allowed(kind: type) -> dict[str, list[Any]]:
     return allowed
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond 64 bits, and one key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         times = Counter(key for key, _ in pairs)
-        raise errors.Invalid.field(next(key for key in times if times[key] > 1), "stands there twice")
+        raise errors.Invalid.field(shown(next(key for key in times if times[key] > 1)), "stands there twice")
     for key, value in pairs:
         wrong = flaw(key) or flaw(value)
         if wrong:
-            raise errors.Invalid.field(key.replace("\x00", "\\u0000"), wrong)
+            raise errors.Invalid.field(shown(key), wrong)
     return found
 
 
+def shown(key: str) -> str:
+    """A key within a message of one line."""
+    return json.dumps(key, ensure_ascii=False)[1:-1][:200]
+
+
 def flaw(value: Any) -> str | None:
-    """What is wrong with a value that is no object: see `_object`."""
+    """What is wrong with a value that is no object: see `object_of`."""
     if isinstance(value, list):
         return next(filter(None, map(flaw, value)), None)
     if isinstance(value, str) and "\x00" in value:
