@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -34,9 +35,10 @@ class Invalid(Error):
     status = 400
 
     @classmethod
-    def field(cls, field: str, problem: str, **more: Any) -> Invalid:
-        """The usual case: one field, what is wrong with it, and perhaps the values that are `allowed`."""
-        return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **more}])
+    def field(cls, field: str, problem: str, *, allowed: Sequence[Any] = (), **more: Any) -> Invalid:
+        """The usual case: one field, what is wrong with it, and the values that it may have where they are few."""
+        named = {"allowed": list(allowed)} if allowed else {}
+        return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **named, **more}])
 
 
 class NotFound(Error):

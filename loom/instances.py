@@ -203,25 +203,26 @@ def active(conn: db.Connection) -> int:
     )
 
 
-_ROWS = """
-    SELECT instance_id, hostname, started_at, last_heartbeat, metadata,
-           instance_status(status, last_heartbeat) AS status,
-           greatest(0, extract(epoch FROM clock_timestamp() - last_heartbeat))::float AS heartbeat_age_seconds
-      FROM instances
-"""
-
-
 def rows(conn: db.Connection) -> list[Row]:
     """The registry, oldest instance first."""
-    return [Row(**row) for row in db.all(conn, _ROWS + "ORDER BY started_at, instance_id")]
+    found = db.all(
+        conn,
+        """
+        SELECT instance_id, hostname, started_at, last_heartbeat, metadata,
+               instance_status(status, last_heartbeat) AS status,
+               greatest(0, extract(epoch FROM clock_timestamp() - last_heartbeat))::float AS heartbeat_age_seconds
+          FROM instances ORDER BY started_at, instance_id
+        """,
+    )
+    return [Row(**row) for row in found]
 
 
 def get(conn: db.Connection, instance_id: str) -> Row:
     """One instance. Raises NotFound."""
-    row = db.one(conn, _ROWS + "WHERE instance_id = %(id)s", id=instance_id)
-    if row is None:
-        raise errors.NotFound("There is no such instance.")
-    return Row(**row)
+    for row in rows(conn):
+        if row.instance_id == instance_id.lower():
+            return row
+    raise errors.NotFound("There is no such instance.")
 
 
 current: Instance | None = None

@@ -152,8 +152,7 @@ def _checked(key: str, value: Any) -> Any:
         try:
             return configuration.check(key, value)
         except ValueError as exc:
-            allowed = configuration.allowed(key)
-            raise errors.Invalid.field(key, str(exc), **({"allowed": allowed} if allowed else {})) from None
+            raise errors.Invalid.field(key, str(exc), allowed=configuration.allowed(key)) from None
     if key in SETTINGS:
         raise errors.Invalid.field(key, "cannot be shared: it is each instance's own", allowed=sorted(SHAREABLE))
     word = key.partition(".")[0]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
-
 from flask import Blueprint, Response
 
-from loom import db, errors, instances
+from loom import db, instances
 from loom.http import answer
 
 bp = Blueprint("instances", __name__, url_prefix="/api/v1/instances")
@@ -20,9 +18,5 @@ def rows() -> Response:
 
 @bp.get("/<instance_id>")
 def get(instance_id: str) -> Response:
-    try:
-        uuid.UUID(instance_id)
-    except ValueError:
-        raise errors.NotFound("There is no such instance.") from None
     with db.connection() as conn:
         return answer.json(instances.get(conn, instance_id))

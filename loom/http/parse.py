@@ -112,10 +112,8 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
     named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
-    allowed = _allowed(kind).get(re.sub(r"\[\d+\]", "[]", field))
-    return errors.Invalid.field(
-        field or "body", problem[:1].lower() + problem[1:], **({"allowed": allowed} if allowed else {})
-    )
+    allowed = _allowed(kind).get(re.sub(r"\[\d+\]", "[]", field), ())
+    return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:], allowed=allowed)
 
 
 @functools.cache

@@ -66,7 +66,7 @@ bp = entities.blueprint(KIND)
 
 class Assignment(entities.Body):
     agent_id: str = ""
-    action: str = "assign"
+    action: Literal["assign", "unassign"] = "assign"
 
 
 class Remark(entities.Body):
@@ -78,8 +78,6 @@ class Remark(entities.Body):
 def assign(key: str) -> Response:
     """Moves an agent into the project, or out of it."""
     body = parse.body(Assignment, required=("agent_id",))
-    if body.action not in ("assign", "unassign"):
-        raise errors.Invalid.field("action", "is neither assign nor unassign", allowed=["assign", "unassign"])
     writer = headers.writer(f"agent:{body.agent_id}")
     with db.transaction() as conn:
         get(conn, Project, parse.key(key))

@@ -8,7 +8,7 @@ import msgspec
 
 from loom import db
 from loom.state.beads import Bead
-from loom.state.entities import Versioned, change, get
+from loom.state.entities import E, Versioned, change, get
 from loom.state.writer import Writer
 
 MAX_DEPTH = 50  # of replies to replies as they are answered; deeper ones stand side by side
@@ -40,23 +40,7 @@ class ProjectComment(Versioned, kw_only=True):
 def on_bead(conn: db.Connection, writer: Writer, bead_id: str, content: str, parent_id: str | None) -> Comment:
     """Adds one, by the writer. Raises NotFound for the bead, Invalid for a parent that is not there."""
     bead = get(conn, Bead, bead_id)
-    author = writer.actor or ""
-    return change(
-        conn,
-        writer,
-        Comment,
-        None,
-        "create",
-        {
-            "entity_type": "bead",
-            "entity_id": bead_id,
-            "project_id": bead.project_id,
-            "parent_id": parent_id,
-            "author_id": author,
-            "author_username": author,
-            "content": content,
-        },
-    ).entity
+    return _add(conn, writer, Comment, "bead", bead.id, bead.project_id, writer.actor or "", content, parent_id)
 
 
 def of_bead(conn: db.Connection, bead_id: str) -> list[Comment]:
@@ -82,18 +66,27 @@ def of_bead(conn: db.Connection, bead_id: str) -> list[Comment]:
 
 def on_project(conn: db.Connection, writer: Writer, project_id: str, author: str, content: str) -> ProjectComment:
     """Adds one. The project must be there."""
-    return change(
-        conn,
-        writer,
-        ProjectComment,
-        None,
-        "create",
-        {
-            "entity_type": "project",
-            "entity_id": project_id,
-            "project_id": project_id,
-            "author_id": author,
-            "author_username": author,
-            "content": content,
-        },
-    ).entity
+    return _add(conn, writer, ProjectComment, "project", project_id, project_id, author, content)
+
+
+def _add(
+    conn: db.Connection,
+    writer: Writer,
+    kind: type[E],
+    entity_type: str,
+    entity_id: str,
+    project_id: str,
+    author: str,
+    content: str,
+    parent_id: str | None = None,
+) -> E:
+    given = {
+        "entity_type": entity_type,
+        "entity_id": entity_id,
+        "project_id": project_id,
+        "parent_id": parent_id,
+        "author_id": author,
+        "author_username": author,
+        "content": content,
+    }
+    return change(conn, writer, kind, None, "create", given).entity
