@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from msgspec import UNSET, UnsetType
+from typing import Any
 
 from loom.http import entities
-from loom.http.beads import Tags
-from loom.http.parse import Key, Name, Reference
+from loom.http.parse import Name
 from loom.state.agents import Agent
 
-
-class AgentBody(entities.Body):
-    id: Key | UnsetType = UNSET
-    name: Name | UnsetType = UNSET
-    role: str | UnsetType = UNSET
-    persona_name: Name | UnsetType = UNSET
-    persona: dict[str, Any] | UnsetType | None = UNSET
-    provider_id: Reference = UNSET
-    status: Literal["paused", "idle", "working", "deciding", "blocked", "dead"] | UnsetType = UNSET
-    project_id: Reference = UNSET
-    position_id: Reference = UNSET
-    capabilities: Tags | UnsetType = UNSET
-    attributes: dict[str, Any] | UnsetType = UNSET
+AgentBody = entities.body_of(
+    Agent,
+    without=("current_bead", "open_claims", "started_at", "last_active", "heartbeat_at"),
+    name=Name,
+    persona_name=Name,
+)
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:

@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from loom import db, errors
 from loom.http import answer, entities, headers, parse
-from loom.http.parse import Key, Name, Reference, Time
+from loom.http.parse import Key, Name
 from loom.state import beads, comments
 from loom.state.beads import Bead
 
-Keys = Annotated[list[Key], Meta(max_length=1000)]
-Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=1000)]
+CLAIM = ("fencing_token", "claimed_at", "lease_seconds", "lease_expires_at")
+ENDS = ("attempts", "failures", "blocked_reason", "closed_at", "not_before")  # what ends of claims leave behind
+
+BeadBody = entities.body_of(
+    Bead,
+    "`blocks` and `children` write `blocked_by` and `parent` of the beads that they name.",
+    without=(*CLAIM, *ENDS),
+    type=Annotated[str, Meta(min_length=1, max_length=64)],
+    title=Name,
+    priority=Annotated[int, Meta(ge=0, le=3)],
+)
 
 
-class BeadBody(entities.Body):
-    """`blocks` and `children` write `blocked_by` and `parent` of the beads that they name."""
-
-    id: Key | UnsetType = UNSET
-    type: Annotated[str, Meta(min_length=1, max_length=64)] | UnsetType = UNSET
-    title: Name | UnsetType = UNSET
-    description: str | UnsetType = UNSET
-    status: Literal["open", "in_progress", "blocked", "closed"] | UnsetType = UNSET
-    priority: Annotated[int, Meta(ge=0, le=3)] | UnsetType = UNSET
-    project_id: Key | UnsetType = UNSET
-    assigned_to: Reference = UNSET
-    parent: Reference = UNSET
-    children: Keys | UnsetType = UNSET
-    blocked_by: Keys | UnsetType = UNSET
-    blocks: Keys | UnsetType = UNSET
-    related_to: Keys | UnsetType = UNSET
-    tags: Tags | UnsetType = UNSET
-    context: dict[str, Any] | UnsetType = UNSET
-    attributes: dict[str, Any] | UnsetType = UNSET
-    due_date: Time | UnsetType | None = UNSET
-    milestone_id: Reference = UNSET
-    estimated_time: Annotated[int, Meta(ge=0, le=2**53 - 1)] | UnsetType | None = UNSET
-    close_reason: str | UnsetType | None = UNSET
-
-
-class NewBead(BeadBody, kw_only=True, forbid_unknown_fields=True):
+class NewBead(BeadBody, kw_only=True, forbid_unknown_fields=True):  # type: ignore
     """One of several: `ref` names it for the others."""
 
     ref: Key | UnsetType = UNSET

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 from flask import Blueprint, Response, request
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from loom import db, errors
 from loom.http import answer, events, headers, parse
+from loom.http.parse import Count, Key, Keys, Reference, Tags, Time
 from loom.state import entities
-from loom.state.entities import Action, Versioned
+from loom.state.entities import Action, Id, Versioned
 
 MOST_VALUES = 100  # of one filter
 
 
+# What a client must write where an entity holds a value of such a type.
+WRITTEN: dict[Any, Any] = {
+    Id: Key,
+    Id | None: Reference,
+    list[Id]: Keys,
+    list[str]: Tags,
+    int: Count,
+    int | None: Count | None,
+    datetime | None: Time | None,
+}
+
+
 class Body(msgspec.Struct, kw_only=True):
     """What a client may write of an entity; a key that is absent stays as it is."""
+
+
+def body_of(entity: type[Versioned], doc: str = "", *, without: Collection[str] = (), **types: Any) -> type[Body]:
+    """A Body with the fields of an entity but those in `without`: of its own type, or as WRITTEN or `types` says.
+
+    `types` may name further fields.
+    """
+    read_only = {*without, *Versioned.__struct_fields__}
+    own = {f.name: WRITTEN.get(f.type, f.type) for f in msgspec.structs.fields(entity) if f.name not in read_only}
+    fields = [(name, hint | UnsetType, UNSET) for name, hint in {**own, **types}.items()]
+    name, namespace = f"{entity.__name__}Body", {"__doc__": doc or Body.__doc__}
+    return msgspec.defstruct(name, fields, bases=(Body,), module=__name__, namespace=namespace)  # type: ignore
 
 
 class Kind(NamedTuple):

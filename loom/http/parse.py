@@ -30,6 +30,9 @@ _IN_PATH = r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\ufffd]+$(?!\n)"  # in Python, $ 
 Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=_IN_PATH)]
 Prefix = Annotated[str, Meta(min_length=1, max_length=100, pattern=_IN_PATH)]  # of a Key
 Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to what may be absent; empty is none
+Keys = Annotated[list[Key], Meta(max_length=1000)]
+Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=1000)]
+Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
 Time = Annotated[datetime, Meta(tz=True)]
@@ -112,22 +115,22 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
     named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
-    allowed = _allowed(kind).get(re.sub(r"\[\d+\]", "[]", field), ())
-    return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:], allowed=allowed)
+    few = allowed(kind).get(re.sub(r"\[\d+\]", "[]", field), ())
+    return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:], allowed=few)
 
 
 @functools.cache
-def _allowed(kind: type) -> dict[str, list[Any]]:
+def allowed(kind: type) -> dict[str, list[Any]]:
     """The values that a field of a Struct, or of one in its lists, may have, where they are few."""
-    allowed = {}
+    found: dict[str, list[Any]] = {}
     for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
         for hint in getattr(field.type, "types", (field.type,)):
             if isinstance(hint, msgspec.inspect.LiteralType):
-                allowed[field.encode_name] = list(hint.values)
+                found.setdefault(field.encode_name, []).extend(hint.values)
             elif isinstance(hint, msgspec.inspect.ListType) and isinstance(hint.item_type, msgspec.inspect.StructType):
-                for name, values in _allowed(hint.item_type.cls).items():
-                    allowed[f"{field.encode_name}[].{name}"] = values
-    return allowed
+                for name, values in allowed(hint.item_type.cls).items():
+                    found[f"{field.encode_name}[].{name}"] = values
+    return found
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

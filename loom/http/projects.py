@@ -5,41 +5,25 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from flask import Response, request
-from msgspec import UNSET, UnsetType
 
 from loom import db, errors
 from loom.http import answer, entities, headers, parse
 from loom.http.entities import versioned
-from loom.http.parse import Key, Prefix, Reference, Time
+from loom.http.parse import Prefix
 from loom.state import comments, projects
 from loom.state.agents import Agent
 from loom.state.entities import change, get
-from loom.state.projects import Project
+from loom.state.projects import GitAuth, GitStrategy, Project, Status
 from loom.state.writer import Writer
 
-
-class ProjectBody(entities.Body):
-    id: Key | UnsetType = UNSET
-    name: str | UnsetType = UNSET
-    description: str | UnsetType = UNSET
-    git_repo: str | UnsetType = UNSET
-    branch: str | UnsetType = UNSET
-    beads_path: str | UnsetType = UNSET
-    bead_prefix: Prefix | UnsetType = UNSET
-    parent_id: Reference = UNSET
-    is_perpetual: bool | UnsetType = UNSET
-    is_sticky: bool | UnsetType = UNSET
-    git_strategy: Literal["direct", "branch-pr", ""] | UnsetType = UNSET
-    git_auth_method: Literal["none", "ssh", "token", "basic", "git-helper", ""] | UnsetType = UNSET
-    git_credential_id: str | UnsetType | None = UNSET
-    git_config_options: dict[str, Any] | UnsetType = UNSET
-    work_dir: str | UnsetType | None = UNSET
-    last_sync_at: Time | UnsetType | None = UNSET
-    last_commit_hash: str | UnsetType | None = UNSET
-    status: Literal["open", "closed", "reopened", ""] | UnsetType = UNSET
-    context: dict[str, Any] | UnsetType = UNSET
-    attributes: dict[str, Any] | UnsetType = UNSET
-    due_date: Time | UnsetType | None = UNSET
+ProjectBody = entities.body_of(
+    Project,
+    without=("comments", "agents", "closed_at"),
+    bead_prefix=Prefix,
+    status=Status | Literal[""],
+    git_strategy=GitStrategy | Literal[""],
+    git_auth_method=GitAuth | Literal[""],
+)
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:

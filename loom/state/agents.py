@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-from loom.state.entities import Entity
+from loom.state.entities import Entity, Id
 
 
 class Agent(Entity, kw_only=True):
@@ -15,11 +15,11 @@ class Agent(Entity, kw_only=True):
     role: str = ""
     persona_name: str
     persona: dict[str, Any] | None = None
-    provider_id: str | None = None
-    status: str
-    current_bead: str | None = None
-    project_id: str | None
-    position_id: str | None = None
+    provider_id: Id | None = None
+    status: Literal["paused", "idle", "working", "deciding", "blocked", "dead"]
+    current_bead: Id | None = None
+    project_id: Id | None
+    position_id: Id | None = None
     capabilities: list[str] = []
     open_claims: int = 0
     started_at: datetime

@@ -6,22 +6,23 @@ import graphlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 import psycopg2
 
 from loom import db, errors
-from loom.state.entities import Entity, cycle_of, refusal
+from loom.state.entities import Entity, Id, cycle_of, refusal
 from loom.state.writer import Writer, call
 
+Status = Literal["open", "in_progress", "blocked", "closed"]
 UNFINISHED = ["open", "in_progress", "blocked"]
 
 
 class Bead(Entity, kw_only=True):
     """A unit of work. Its claim is `fencing_token` and the lease; `blocks` and `children` are derived."""
 
-    statuses: ClassVar[tuple[str, ...]] = (*UNFINISHED, "closed")
+    statuses: ClassVar[tuple[str, ...]] = get_args(Status)
     orders: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("assigned_to", "status"),
         ("type", "status"),
@@ -32,19 +33,19 @@ class Bead(Entity, kw_only=True):
     type: str
     title: str
     description: str
-    status: str
+    status: Status
     priority: int
-    project_id: str
-    assigned_to: str | None = None
-    parent: str | None = None
-    children: list[str] = []
-    blocked_by: list[str] = []
-    blocks: list[str] = []
-    related_to: list[str] = []
+    project_id: Id
+    assigned_to: Id | None = None
+    parent: Id | None = None
+    children: list[Id] = []
+    blocked_by: list[Id] = []
+    blocks: list[Id] = []
+    related_to: list[Id] = []
     tags: list[str] = []
     context: dict[str, Any] = {}
     due_date: datetime | None = None
-    milestone_id: str | None = None
+    milestone_id: Id | None = None
     estimated_time: int | None = None
     attempts: int
     failures: int

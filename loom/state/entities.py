@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NewType, TypeVar
 
 import msgspec
 import psycopg2
@@ -16,6 +16,7 @@ from loom import db, errors
 from loom.state.writer import Writer, call
 
 E = TypeVar("E", bound="Versioned")
+Id = NewType("Id", str)  # of an entity
 Action = Literal["create", "upsert", "put", "patch", "delete"]
 
 MOST_PARTS = 64  # of a list's query
@@ -35,7 +36,7 @@ class Versioned(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Entity(Versioned, kw_only=True):
     """Shared state with an id."""
 
-    id: str
+    id: Id
     attributes: dict[str, Any] = {}
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from loom import db
 from loom.state.beads import UNFINISHED
 from loom.state.comments import ProjectComment
-from loom.state.entities import Entity, not_found
+from loom.state.entities import Entity, Id, not_found
+
+Status = Literal["open", "closed", "reopened"]
+GitStrategy = Literal["direct", "branch-pr"]
+GitAuth = Literal["none", "ssh", "token", "basic", "git-helper"]
 
 
 class Project(Entity, kw_only=True):
@@ -22,17 +26,17 @@ class Project(Entity, kw_only=True):
     branch: str
     beads_path: str
     bead_prefix: str
-    parent_id: str | None = None
+    parent_id: Id | None = None
     context: dict[str, Any]
-    status: str
+    status: Status
     is_perpetual: bool
     is_sticky: bool
     comments: list[ProjectComment]
-    agents: list[str]
+    agents: list[Id]
     closed_at: datetime | None = None
     due_date: datetime | None = None
-    git_strategy: str
-    git_auth_method: str
+    git_strategy: GitStrategy
+    git_auth_method: GitAuth
     git_credential_id: str | None = None
     git_config_options: dict[str, Any] = {}
     work_dir: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from loom.state.entities import Entity
 
@@ -26,7 +26,7 @@ class Provider(Entity, kw_only=True):
     key_id: str
     owner_id: str
     is_shared: bool
-    status: str
+    status: Literal["pending", "active", "error"]
     last_heartbeat_at: datetime | None
     last_heartbeat_latency_ms: int
     last_heartbeat_error: str
