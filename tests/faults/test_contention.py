@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
-from harness import Answer, Client, Cluster
+from harness import Answer, Client, Cluster, Patient
 from harness.history import assert_one_holder, grants
 from harness.load import Load, use_lock
 from harness.locks import Sql
@@ -31,18 +31,8 @@ class Contender:
         """`turns` counts the grants of all contenders, so that each fate has its share of however many there are."""
         self.turns = turns
         self.random = random.Random(f"{seed}/{number}")
-        self.clients = [Client(port) for port in (*ports[number % 3 :], *ports[: number % 3])]
+        self.ports, self.client = ports, Patient([*ports[number % 3 :], *ports[: number % 3]])
         self.held: list[Holding] = []
-
-    def call(self, method: str, path: str, body: Any = None) -> Answer:
-        """Asks until somebody answers, as one must who does not know whether a lost answer was a yes."""
-        while True:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                answer = self.clients[0].request(method, path, body)
-                if answer.status != 503:
-                    return answer
-            self.clients.append(self.clients.pop(0))
-            time.sleep(0.05)
 
     def run(self, over: threading.Event) -> None:
         while not over.is_set():
@@ -52,12 +42,11 @@ class Contender:
             elif (holding := self.acquire(owner, ttl, over)) is not None:
                 self.held.append(holding)
                 self.use(holding, {3: "die", 6: "renew", 9: "pause"}.get(next(self.turns) % 20, "release"))
-        for client in self.clients:
-            client.close()
+        self.client.close()
 
     def hang_up(self, owner: str, ttl: int) -> None:
         """Waits for the lock and is gone before it can be told."""
-        client = Client(self.random.choice(self.clients)._conn.port, timeout=self.random.uniform(0.1, 0.5))
+        client = Client(self.random.choice(self.ports), timeout=self.random.uniform(0.1, 0.5))
         with contextlib.suppress(OSError, http.client.HTTPException):
             client.post(LOCK, {"owner": owner, "ttl_seconds": ttl, "wait_seconds": 10})
         client.close()
@@ -65,7 +54,7 @@ class Contender:
     def acquire(self, owner: str, ttl: int, over: threading.Event) -> Holding | None:
         while not over.is_set():
             sent = time.monotonic()
-            answer = self.call("POST", LOCK, {"owner": owner, "ttl_seconds": ttl, "wait_seconds": 2})
+            answer = self.client.post(LOCK, {"owner": owner, "ttl_seconds": ttl, "wait_seconds": 2})
             if answer.status in (200, 201):
                 return Holding(answer.json, ttl, sent)
             assert (answer.status, answer.json["type"]) == (409, "/problems/lock-held"), answer
@@ -79,12 +68,12 @@ class Contender:
             time.sleep(holding.ttl + 0.2)
         for _ in range(3 if fate == "renew" else 1 if fate == "pause" else 0):
             sent = time.monotonic()
-            answer = self.call("PUT", LOCK, {"fencing_token": holding.token, "ttl_seconds": holding.ttl})
+            answer = self.client.put(LOCK, {"fencing_token": holding.token, "ttl_seconds": holding.ttl})
             holding.hear(answer, sent)
             assert fate != "pause" or answer.status == 409, f"renewed {holding.ttl + 0.2} s after a grant of it"
             time.sleep(self.random.uniform(0, 0.03))
         holding.stop()
-        holding.hear(self.call("DELETE", f"{LOCK}?fencing_token={holding.token}"), time.monotonic())
+        holding.hear(self.client.delete(f"{LOCK}?fencing_token={holding.token}"), time.monotonic())
 
 
 class Holding:

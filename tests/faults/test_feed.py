@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg2
-from harness import Client, Cluster, Postgres, wait_until
-from harness.feed import FEED, Event, assert_in_order, differences, follow, read, replay
+from harness import Cluster, Postgres, wait_until
+from harness.feed import Follower, assert_in_order, differences, follow, read, replay
 from harness.load import Caller, Load
 from harness.processes import stopped
 
@@ -44,39 +42,6 @@ def change_beads(i: int, seed: int, acknowledged: dict[tuple[str, int], dict[str
     return job
 
 
-class Reader(threading.Thread):
-    """Follows the feed, from instance to instance, and asks again from the same cursor when it was not answered."""
-
-    def __init__(self, ports: list[int], first: int) -> None:
-        super().__init__(daemon=True)
-        self.seen, self.longest = list[Event](), 0.0
-        self._clients = [Client(port, 10) for port in (*ports[first:], *ports[:first])]
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        after = 0
-        while True:
-            last, asked = self._over.is_set(), time.monotonic()
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                answer = self._clients[0].get(f"{FEED}?after={after}&limit=50&wait_seconds=1")
-                self.longest = max(self.longest, time.monotonic() - asked)
-                if answer.status == 200:
-                    self.seen += answer.json["events"]
-                    if last and after == answer.json["next"]:
-                        break
-                    after = answer.json["next"]
-                    continue
-                assert answer.status == 503, answer
-            self._clients.append(self._clients.pop(0))
-            time.sleep(0.1)
-        for client in self._clients:
-            client.close()
-
-    def stop(self) -> None:
-        self._over.set()
-        self.join()
-
-
 @contextlib.contextmanager
 def numbering(postgres: Postgres, name: str) -> Iterator[int]:
     """The back end that is numbering, held in the midst of it: some rows are written and none is committed."""
@@ -100,7 +65,7 @@ def test_no_event_is_skipped_or_doubled_when_everything_dies(
     cluster = start_cluster(3, dsn=own_postgres.dsn(name, tcp=True))
     cluster.wait_healthy()
     acknowledged: dict[tuple[str, int], dict[str, Any]] = {}
-    readers = [Reader(cluster.ports, i) for i in range(3)]
+    readers = [Follower(cluster.ports, i) for i in range(3)]
     for reader in readers:
         reader.start()
     with Load(cluster.ports, [change_beads(i, seed, acknowledged) for i in range(6)], pause=0.005):

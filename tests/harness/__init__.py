@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.client import Answer, AppClient, Client
+from harness.client import Answer, AppClient, Client, Patient
 from harness.cluster import Cluster
 from harness.pgbouncer import PgBouncer
 from harness.postgres import Postgres
@@ -13,6 +13,7 @@ __all__ = [
     "AppClient",
     "Client",
     "Cluster",
+    "Patient",
     "PgBouncer",
     "Postgres",
     "Process",

@@ -6,6 +6,9 @@ import http.client
 import json
 import select
 import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -16,6 +19,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.test import run_wsgi_app
 
 BOUND = 40.0  # seconds for an answer: the longest wait for a lock, and the bound for the rest
+PATIENCE = 90.0  # seconds for which somebody asks who goes on asking
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,43 @@ class Client(Methods):
 
     def close(self) -> None:
         self._conn.close()
+
+
+class Patient(Methods):
+    """Asks, each server in turn, until somebody answers, as one must who cannot know whether a lost answer was a yes.
+
+    What is asked for must bear that, as with an Idempotency-Key. `lost` counts the answers that it did without.
+    """
+
+    def __init__(self, servers: Sequence[str | int], timeout: float = BOUND) -> None:
+        """`timeout`: seconds until it asks again."""
+        self._clients = [Client(server, timeout) for server in servers]
+        self.lost: Counter[str] = Counter()
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                answer = self._clients[0].request(method, path, body, headers)
+            except (OSError, http.client.HTTPException) as exc:
+                why = type(exc).__name__
+            else:
+                if answer.status not in (502, 503, 504) and not _in_progress(answer):
+                    return answer
+                why = str(answer.status)
+            self.lost[why] += 1
+            assert time.monotonic() < deadline, f"{method} {path} was not answered: {self.lost}"
+            self._clients.append(self._clients.pop(0))
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+
+
+def _in_progress(answer: Answer) -> bool:
+    """Whether a former try of the same request is still at it."""
+    return answer.status == 409 and answer.json["type"] == "/problems/in-progress"
 
 
 class AppClient(Methods):

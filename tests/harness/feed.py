@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from harness.client import Methods
+from harness.client import Client, Methods
 
 Event = dict[str, Any]
 
@@ -39,6 +43,45 @@ def follow(client: Methods, after: int = 0, **query: Any) -> Iterator[Event]:
         if on == after:
             return
         after = on
+
+
+class Follower(threading.Thread):
+    """Follows the feed, from server to server, and asks again from the same cursor when it was not answered.
+
+    `seen`: what it was told; `longest`: seconds that one answer took.
+    """
+
+    def __init__(self, servers: Sequence[str | int], first: int = 0, limit: int = 50) -> None:
+        super().__init__(daemon=True)
+        self.seen, self.longest = list[Event](), 0.0
+        self._clients = [Client(server, 10) for server in (*servers[first:], *servers[:first])]
+        self._query = f"limit={limit}&wait_seconds=1"
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        after = 0
+        while True:
+            last, asked = self._over.is_set(), time.monotonic()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                try:
+                    answer = self._clients[0].get(f"{FEED}?after={after}&{self._query}")
+                finally:
+                    self.longest = max(self.longest, time.monotonic() - asked)
+                if answer.status == 200:
+                    self.seen += answer.json["events"]
+                    if last and after == answer.json["next"]:
+                        break
+                    after = answer.json["next"]
+                    continue
+                assert answer.status in (502, 503, 504), answer
+            self._clients.append(self._clients.pop(0))
+            time.sleep(0.1)
+        for client in self._clients:
+            client.close()
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
 
 
 def assert_in_order(events: Iterable[Event]) -> None:

@@ -1,10 +1,11 @@
-"""What the history of grants must look like, whatever was done to their holders."""
+"""What the history of grants and claims must look like, whatever was done to their holders."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from harness.locks import Sql
 
@@ -46,3 +47,34 @@ def assert_one_holder(past: list[Past]) -> None:
         assert grant.acquired_at < grant.expires_at
         assert grant.ended_at is None or grant.acquired_at <= grant.ended_at <= grant.expires_at
         assert (grant.ended_how == "expired") == (grant.ended_at == grant.expires_at)
+
+
+class PastClaim(NamedTuple):
+    """A claim that has ended, as the database remembers it."""
+
+    token: int
+    bead: str
+    agent: str
+    claimed_at: datetime
+    expires_at: datetime
+    ended_at: datetime
+    ended_how: str
+
+
+def claims(sql: Sql) -> dict[str, list[PastClaim]]:
+    """Every claim that has ended, by bead, in the order of the tokens."""
+    rows = sql(
+        "SELECT fencing_token, bead_id, agent_id, claimed_at, lease_expires_at, ended_at, ended_how"
+        "  FROM claims ORDER BY bead_id, fencing_token"
+    )
+    return {bead: list(past) for bead, past in itertools.groupby(map(PastClaim._make, rows), lambda claim: claim.bead)}
+
+
+def assert_one_claimant(past: list[PastClaim]) -> None:
+    """No two of a bead overlap by the database's clock, tokens grow, and none lapsed too early."""
+    for former, later in itertools.pairwise(past):
+        assert former.ended_at <= later.claimed_at, f"{former} overlaps {later}"
+    for claim in past:
+        assert claim.claimed_at < claim.expires_at
+        assert claim.claimed_at <= claim.ended_at
+        assert claim.ended_how != "lapsed" or claim.expires_at <= claim.ended_at, claim

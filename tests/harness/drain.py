@@ -1,0 +1,205 @@
+"""Beads that wait for each other, and agents that drain them, who fail, vanish, oversleep, and note what they hear."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from harness.client import Answer, Methods, Patient
+from harness.locks import assert_problem, instant
+from harness.processes import wait_until
+from harness.work import AGENTS, BEADS, PROJECT, beat, complete, fail, release
+
+BATCH = 500  # beads of one bulk call
+LEASE = 10  # seconds, the least there is
+TRY = 2.0  # seconds after which an agent asks again
+
+# Which of a hundred claims come to what; the others are completed.
+FATES = {
+    **dict.fromkeys((5, 30, 55, 80), "fail"),
+    **dict.fromkeys((15, 40, 65, 90), "release"),
+    **dict.fromkeys((20, 70), "vanish"),  # never heard of again
+    **dict.fromkeys((1, 51), "die"),  # the same, with a long lease: it is for its heartbeats that it is missed
+    45: "oversleep",  # completed after the lease's end
+    95: "stay",  # completed long after, kept by heartbeats
+}
+RARE = {"die": 25, "oversleep": 2, "stay": 2}  # only each so manieth of them
+
+
+@dataclass
+class Plan:
+    """A bead to be made. What it names are the numbers of others, and it waits only for lesser ones."""
+
+    number: int
+    priority: int
+    due_date: str | None
+    blocked_by: list[int]
+    parent: int | None
+    waits_for: set[int] = field(default_factory=set)  # blocked_by, and its children
+
+
+def plan_beads(count: int, chance: random.Random) -> list[Plan]:
+    """In each fifty a chain, one that many wait for, one that waits for many, a family of three generations; the rest
+    waits for up to three others, or for none.
+    """
+    plans: list[Plan] = []
+    for n in range(count):
+        first, place = n - n % 50, n % 50
+        parent = None
+        if 1 <= place <= 9:
+            blocked_by = [n - 1]
+        elif 11 <= place <= 20:
+            blocked_by = [first + 10]
+        elif place == 21:
+            blocked_by = [*range(first + 11, first + 21)]
+        elif 22 <= place <= 27:
+            blocked_by, parent = [], first + (28 if place < 25 else 29)
+        else:
+            blocked_by = sorted(chance.sample(range(n), min(n, chance.choice((0, 0, 1, 2, 3)))))
+            parent = first + 30 if place in (28, 29) else None
+        due = f"2030-{chance.randint(1, 12):02}-01T00:00:00Z" if chance.random() < 0.3 else None
+        plans.append(Plan(n, chance.randrange(4), due, blocked_by, parent))
+    for plan in plans:
+        plan.waits_for.update(plan.blocked_by)
+        if plan.parent is not None:
+            plans[plan.parent].waits_for.add(plan.number)
+    return plans
+
+
+def make_beads(client: Methods, plans: Sequence[Plan]) -> list[str]:
+    """Makes them in bulk, and returns their ids. Those of the same call are named by `ref`, the others by id."""
+    ids: list[str] = []
+    for first in range(0, len(plans), BATCH):
+        beads = [
+            {
+                "ref": f"n{plan.number}",
+                "title": f"t{plan.number}",
+                "project_id": PROJECT,
+                "priority": plan.priority,
+                "due_date": plan.due_date,
+                "blocked_by": [ids[other] if other < first else f"n{other}" for other in plan.blocked_by],
+                "parent": None if plan.parent is None else f"n{plan.parent}",
+            }
+            for plan in plans[first : first + BATCH]
+        ]
+        answer = client.post(f"{BEADS}/bulk", {"beads": beads}, headers={"Idempotency-Key": f"bulk-{first}"})
+        assert answer.status == 201, answer
+        ids += [made["id"] for made in answer.json]
+    return ids
+
+
+@dataclass
+class Holding:
+    """A claim as its agent knows it."""
+
+    token: int
+    bead: str
+    agent: str
+    fate: str
+    promised: datetime | None  # the end of the lease that it was last told of
+    ended_how: str | None = None  # as it was told; None when it did not ask
+
+
+class Agent:
+    """One of the team's. Whatever comes in between, it goes on until it knows."""
+
+    def __init__(self, server: str, name: str, seed: int, turns: Iterator[int], last_turn: int) -> None:
+        """`turns` counts the claims of all agents; from the last turn on all are completed."""
+        self.name, self.held = name, list[Holding]()
+        self.client = Patient([server], TRY)
+        self._random, self._over = random.Random(f"{seed}/{name}"), threading.Event()
+        self._turns, self._last_turn, self._keys = turns, last_turn, itertools.count()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            fate = self._fate(next(self._turns))
+            if fate == "die":
+                beat(self.client, self.name)
+            held = self._claim(fate)
+            if held is not None and held.ended_how is None:
+                self._use(held)
+        self.client.close()
+
+    def stop(self) -> None:
+        """It is done, and wakes up."""
+        self._over.set()
+
+    def _fate(self, turn: int) -> str:
+        fate = FATES.get(turn % 100, "complete") if turn < self._last_turn else "complete"
+        return fate if turn // 100 % RARE.get(fate, 1) == 0 else "complete"
+
+    def _claim(self, fate: str) -> Holding | None:
+        """The next bead, with one key until there is one: a try that seemed lost may yet get it."""
+        body = {"agent_id": self.name, "lease_seconds": 30 * LEASE if fate == "die" else LEASE}
+        key = {"Idempotency-Key": f"{self.name}-{next(self._keys)}"}
+        while not self._over.is_set():
+            answer = self.client.post(f"{BEADS}/claim", body, headers=key)
+            if answer.status == 204:
+                self._sleep(0.3, 0.6)
+                continue
+            if answer.status == 200:
+                bead = answer.json["bead"]["id"]
+                promised = instant(answer.json["lease_expires_at"])
+                held = Holding(answer.json["fencing_token"], bead, self.name, fate, promised)
+            else:  # it was had, and lost, while nobody answered
+                lost = assert_problem(answer, 409, "claim-lost")
+                held = Holding(lost["fencing_token"], lost["bead_id"], self.name, fate, None, lost["ended_how"])
+            self.held.append(held)
+            return held
+        return None
+
+    def _use(self, held: Holding) -> None:
+        self._sleep(0, 0.03)
+        if held.fate == "vanish":
+            self.client.close()
+            self._sleep(0.5, 3)
+        elif held.fate == "die":
+            wait_until(lambda: self.client.get(f"{AGENTS}/{self.name}").json["status"] == "dead", 90, 0.5)
+        elif held.fate == "fail":
+            self._hear(held, "failed", 200, fail(self.client, held.bead, held.token, retry_after_seconds=0))
+        elif held.fate == "release":
+            self._hear(held, "released", 204, release(self.client, held.bead, held.token))
+        else:
+            overslept = held.fate == "oversleep" and not self._over.wait(LEASE + 0.5)
+            if held.fate == "stay":
+                self._stay(held)
+            elif self._random.random() < 0.1:
+                self._beat(held)
+            if held.ended_how is None:
+                self._complete(held)
+            assert not overslept or held.ended_how in ("lapsed", "agent-died"), held
+
+    def _complete(self, held: Holding) -> None:
+        words: dict[str, Any] = {"close_reason": f"by {self.name}", "context": {"token": str(held.token)}}
+        self._hear(held, "completed", 200, complete(self.client, held.bead, held.token, **words))
+        if self._random.random() < 0.05:
+            self._hear(held, "completed", 200, complete(self.client, held.bead, held.token, **words))
+            again = fail(self.client, held.bead, held.token)
+            assert_problem(again, 409, "claim-lost", ended_how=held.ended_how)
+
+    def _stay(self, held: Holding) -> None:
+        """For longer than its lease."""
+        for _ in range(4):
+            if held.ended_how is None and not self._over.wait(LEASE / 3):
+                self._beat(held)
+
+    def _beat(self, held: Holding) -> None:
+        told = beat(self.client, self.name, claims={held.bead: held.token})
+        if held.bead in told["extended"]:
+            held.promised = instant(told["extended"][held.bead])
+        else:
+            held.ended_how = told["lost"][held.bead]
+
+    def _hear(self, held: Holding, how: str, status: int, answer: Answer) -> None:
+        if answer.status != status:
+            how = assert_problem(answer, 409, "claim-lost")["ended_how"]
+        assert held.ended_how in (None, how), (held, answer)
+        held.ended_how = how
+
+    def _sleep(self, least: float, most: float) -> None:
+        self._over.wait(self._random.uniform(least, most))
