@@ -55,6 +55,7 @@ def number(conn: db.Connection) -> bool:
 def read(conn: db.Connection, after: int | None, limit: int, **filters: str | None) -> Page:
     """The events that follow the cursor, 0 for the oldest kept; the latest ones without a cursor.
 
+    None follow one beyond the end, as a reader has it whose database was set back: the ids to come are greater.
     filters: `type`, `entity_id`, `project_id`. With one, it looks at SCAN events at most: `next` is then behind what it
     has seen, and the end is reached only when that is `last`.
     Raises CursorExpired.
@@ -64,16 +65,16 @@ def read(conn: db.Connection, after: int | None, limit: int, **filters: str | No
     wanted = {name: value for name, value in filters.items() if value is not None}
     where = "WHERE " + " AND ".join(f"{name} = %({name})s" for name in wanted) if wanted else ""
     if after is None:
-        first = f"SELECT id FROM event_numbers ORDER BY id DESC OFFSET {SCAN - 1} LIMIT 1"
+        first = f"COALESCE((SELECT id FROM event_numbers ORDER BY id DESC OFFSET {SCAN - 1} LIMIT 1), 0)"
         until, order = "last", "DESC"
     else:
-        first = "SELECT id FROM event_numbers WHERE id > %(after)s ORDER BY id LIMIT 1"
+        first = "(SELECT id FROM event_numbers WHERE id > %(after)s ORDER BY id LIMIT 1)"
         until, order = f"first + {SCAN - 1}", "ASC"
     rows = db.all(
         conn,
         f"""
         WITH here AS MATERIALIZED (
-            SELECT COALESCE(({first}), 0) AS first, COALESCE((SELECT max(id) FROM event_numbers), 0) AS last,
+            SELECT {first} AS first, COALESCE((SELECT max(id) FROM event_numbers), 0) AS last,
                    %(after)s < events_forgotten AND %(after)s > 0
                    AND COALESCE((SELECT min(id) FROM event_numbers) > %(after)s + 1, true) AS expired
               FROM cluster LIMIT 1) -- or the planner expects many, and compiles for 100 ms

@@ -598,6 +598,16 @@ def test_a_database_that_was_set_back_gives_no_id_again(client: AppClient, curso
     assert event["id"] < 2**53
 
 
+def test_at_the_end_and_beyond_it_nothing_follows(client: AppClient, sql: Sql) -> None:
+    """In a database whose ids begin at 1; a restored one is behind its readers until its next event."""
+    sql("UPDATE cluster SET fencing_base = 0, fencing_identity = fencing_identity_now()")
+    sql(BEADS, 1, 3)
+    assert [event["id"] for event in read(client, 0)[0]] == [1, 2, 3, 4]
+    for after in (4, 5, 99, 2**53 - 1):
+        assert read(client, after) == read(client, after, entity_id="bd-1") == ([], after)
+    assert len(list(follow(client, limit=1))) == 4
+
+
 def test_rows_restored_without_their_gaps_are_not_numbered_twice(client: AppClient, cursor: int, sql: Sql) -> None:
     sql(BEADS, 1, 5)
     before = list(follow(client, cursor))
