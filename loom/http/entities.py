@@ -88,6 +88,9 @@ def some(kind: Kind) -> Response:
             filters[column] = value.split(",")
             if len(filters[column]) > MOST_VALUES:
                 raise errors.Invalid.field(column, f"must have at most {MOST_VALUES} values")
+            few = parse.allowed(kind.entity).get(column)
+            if few and not set(few).issuperset(filters[column]):
+                raise errors.Invalid.field(column, f"must be among {', '.join(few)}", allowed=few)
     after = parse.cursor(str)
     with db.connection() as conn:
         return answer.page(
