@@ -13,6 +13,8 @@ from loom.waiting import Line, Waiter
 
 SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of them matches
 
+TIMES = {"created_at", "closed_at", "due_date", "started_at", "last_heartbeat_at", "last_sync_at"}  # with a version
+
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """A change. `id` is its cursor, null until it is numbered; `source` and `data` are for the original's clients."""
@@ -121,8 +123,17 @@ def history(conn: db.Connection, kind: str, key: str, *, before: int | None = No
 
 def _event(row: db.Row) -> Event:
     known = {name: row[name] for name in Event.__struct_fields__ if name in row}
-    data = {f"{row['entity_type']}_id": row["entity_id"], **row["changes"]}
+    known["changes"] = {name: _time(value) if name in TIMES else value for name, value in row["changes"].items()}
+    data = {f"{row['entity_type']}_id": row["entity_id"], **known["changes"]}
     return Event(**known, source=row["instance_id"] or "loom", data=data)
+
+
+def _time(value: Any) -> Any:
+    """As the entity itself is answered; PostgreSQL writes times into JSON in another way."""
+    try:
+        return msgspec.convert(value, datetime)
+    except msgspec.ValidationError:  # null; or infinity, by hand
+        return value
 
 
 class Reader(Waiter):

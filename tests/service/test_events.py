@@ -66,6 +66,37 @@ def test_an_event_says_who_changed_what(client: AppClient, cursor: int, instance
     assert on == changed["id"]
 
 
+def test_a_time_is_written_as_its_entity_has_it(client: AppClient, cursor: int, sql: Sql) -> None:
+    due = "2027-01-01T00:00:00.12+01:00"
+    made = [
+        client.post("/api/v1/beads", {"id": "bd-1", "title": "T", "project_id": "p", "due_date": due}),
+        client.patch("/api/v1/beads/bd-1", {"status": "closed"}),
+        client.patch("/api/v1/projects/p", {"last_sync_at": due, "due_date": due, "status": "closed"}),
+        client.post("/api/v1/agents", {"id": "a", "persona_name": "x", "project_id": "p"}),
+        client.post("/api/v1/providers", {"id": "v", "name": "v", "last_heartbeat_at": due}),
+    ]
+    found, _ = read(client, cursor)
+    for event, answer in zip(found, made, strict=True):
+        times = {name: value for name, value in answer.json.items() if name in events.TIMES & event["changes"].keys()}
+        assert times
+        assert (
+            {name: event["changes"][name] for name in times} == {name: event["data"][name] for name in times} == times
+        )
+    sql("UPDATE beads SET closed_at = 'infinity' WHERE id = 'bd-1'")
+    assert read(client, found[-1]["id"])[0][0]["changes"] == {"closed_at": "infinity"}
+
+
+def test_what_is_a_time_of_an_entity_is_one_in_its_events(sql: Sql) -> None:
+    rows = sql(
+        """
+        SELECT DISTINCT c.column_name FROM information_schema.triggered_update_columns u
+          JOIN information_schema.columns c ON (c.table_name, c.column_name) = (event_object_table, event_object_column)
+         WHERE trigger_name = 'entity_updated' AND data_type LIKE 'timestamp%%'
+        """
+    )
+    assert {name for (name,) in rows} == events.TIMES
+
+
 def test_a_change_by_hand_is_an_event_too(client: AppClient, cursor: int, sql: Sql) -> None:
     sql("UPDATE projects SET description = 'by hand'")
     (event,), _ = read(client, cursor)
