@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import random
 import signal
@@ -103,38 +104,26 @@ class Instance:
         if not self._registered:
             db.migrate(self.database.dsn, timeout=patience)
         with self._line.connection() as conn:
-            if self._registered:
-                row = db.row(
-                    conn,
-                    f"SELECT heartbeat_instance(%(id)s, %(status)s) AS alive, {state.COLUMN}",
-                    id=self.instance_id,
-                    status=self.status,
-                    **state.PARAMETERS,
-                )
-                self._learn(row)
-                if not row["alive"]:
-                    log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
-                    self.instance_id, self._registered = str(uuid.uuid4()), False
-                    self._tell(uuid.UUID(self.instance_id).bytes)
+            if self._registered and not self._call(conn, "heartbeat_instance(%(id)s, %(status)s)", status=self.status):
+                log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
+                self.instance_id, self._registered = str(uuid.uuid4()), False
+                self._tell(uuid.UUID(self.instance_id).bytes)
             if not self._registered:
-                row = db.row(
-                    conn,
-                    f"SELECT register_instance(%(id)s, %(host)s, %(about)s), {state.COLUMN}",
-                    id=self.instance_id,
-                    host=self.hostname,
-                    about=msgspec.json.encode(self._metadata).decode(),
-                    **state.PARAMETERS,
-                )
-                self._learn(row)
+                about = msgspec.json.encode(self._metadata).decode()
+                self._call(conn, "register_instance(%(id)s, %(host)s, %(about)s)", host=self.hostname, about=about)
                 self._registered = True
                 log.info("instance-registered", extra={"fields": {"instance_id": self.instance_id, **self._metadata}})
                 self._warn_of_settings(conn)
         self.missed = 0
         self._last_good = sent
 
-    def _learn(self, row: db.Row) -> None:
+    def _call(self, conn: db.Connection, function: str, **params: Any) -> Any:
+        """What a function of the registry returns; the shared settings are read in the same round trip."""
+        sql = f"SELECT {function} AS returned, {state.COLUMN}"
+        row = db.row(conn, sql, id=self.instance_id, **params, **state.PARAMETERS)
         if self.shared.learn(row["shared"]):
             set_level(self.shared.over(self._config).logging.level)
+        return row["returned"]
 
     def confirm(self) -> None:
         """Before a request is served when we are not `fresh`: finds out whether we are still registered.
@@ -260,21 +249,25 @@ def draining() -> None:
 
 
 # gunicorn's hooks. The master makes a worker's identity before the fork, so that it can mark the worker dead whatever
-# happens; a later identity reaches it through a pipe.
+# happens; both see it in shared memory, where a worker puts a later one, and GONE when it has left in order.
+
+GONE = bytes(16)
 
 
 def before_fork(worker: Any) -> None:
     """pre_fork, in the master."""
-    worker.loom_id = str(uuid.uuid4())
-    worker.loom_pipe = os.pipe()
-    os.set_blocking(worker.loom_pipe[0], False)
+    worker.identity = mmap.mmap(-1, len(GONE))
+    worker.identity[:] = uuid.uuid4().bytes
 
 
 def after_fork(worker: Any, config: Config) -> Instance:
     """post_fork, in the worker. A schema that does not fit ends the whole gunicorn, with one line."""
-    _, write = worker.loom_pipe
+
+    def tell(identity: bytes) -> None:
+        worker.identity[:] = identity or GONE
+
     try:
-        return start(config, worker.loom_id, lambda message: os.write(write, message or b"left in order..."))
+        return start(config, str(uuid.UUID(bytes=worker.identity[:])), tell)
     except errors.SchemaError as exc:
         log.critical("schema-does-not-fit", extra={"fields": {"reason": str(exc)}})
         sys.exit(BOOT_ERROR)
@@ -291,16 +284,10 @@ def child_died(worker: Any, dsn: str) -> None:
 
     In a process of its own, since a slow database must not delay the replacement, which gunicorn forks after this.
     """
-    read, write = worker.loom_pipe
-    said = b""
-    with contextlib.suppress(BlockingIOError):
-        said = os.read(read, 65536)
-    os.close(read)
-    os.close(write)
-    messages = [said[i : i + 16] for i in range(0, len(said), 16)]
-    if messages and messages[-1] == b"left in order...":
+    identity = worker.identity[:]
+    worker.identity.close()
+    if identity == GONE:
         return
-    identities = [worker.loom_id, *(str(uuid.UUID(bytes=m)) for m in messages)]
     master = os.getpid()
     if os.fork() == 0:
         try:
@@ -308,20 +295,17 @@ def child_died(worker: Any, dsn: str) -> None:
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(60)
             os.closerange(3, 4096)
-            _mark_dead(dsn, identities, master)
+            _mark_dead(dsn, str(uuid.UUID(bytes=identity)), master)
         finally:
             os._exit(0)
 
 
-def _mark_dead(dsn: str, identities: list[str], master: int) -> None:
+def _mark_dead(dsn: str, identity: str, master: int) -> None:
     while True:
         try:
             with contextlib.closing(db.Connection(dsn, "loom master", 5)) as conn:
-                conn.execute(
-                    "UPDATE instances SET status = 'dead'"
-                    " WHERE instance_id = ANY(%(ids)s::uuid[]) AND status <> 'dead'",
-                    {"ids": identities},
-                )
+                sql = "UPDATE instances SET status = 'dead' WHERE instance_id = %(id)s AND status <> 'dead'"
+                db.run(conn, sql, id=identity)
             return
         except psycopg2.Error:
             if os.getppid() != master:  # the whole gunicorn has ended: nothing of it may stay behind

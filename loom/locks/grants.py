@@ -188,14 +188,10 @@ def history(
     conn: Connection, *, name: str | None = None, owner: str | None = None, before: int | None = None, limit: int
 ) -> list[PastGrant]:
     """Grants, newest first, those with a smaller token than `before` only. One past its end reads as expired."""
-    where = "true"
-    if name is not None:
-        where += " AND lock_name = %(name)s"
-    if owner is not None:
-        where += " AND owner = %(owner)s"
-    if before is not None:
-        where += " AND fencing_token < %(before)s"
-    part = f"WHERE {where} ORDER BY fencing_token DESC LIMIT %(limit)s"
+    part = """
+        WHERE (%(name)s IS NULL OR lock_name = %(name)s) AND (%(owner)s IS NULL OR owner = %(owner)s)
+          AND (%(before)s IS NULL OR fencing_token < %(before)s)
+        ORDER BY fencing_token DESC LIMIT %(limit)s"""
     rows = db.all(
         conn,
         f"""
