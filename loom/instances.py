@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import psycopg2
 
 from loom import __version__, db, embedded, errors
 from loom.config import Config
+from loom.db import Time
 from loom.log import set_level
 from loom.state import config as state
 
@@ -46,8 +46,8 @@ class Row:
 
     instance_id: str
     hostname: str
-    started_at: datetime
-    last_heartbeat: datetime
+    started_at: Time
+    last_heartbeat: Time
     status: str
     metadata: dict[str, Any]
     heartbeat_age_seconds: float

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from loom import errors
-from loom.db.connection import Connection, Row
+from loom.db.connection import Connection, Row, Time
 from loom.db.pool import Database, Dedicated
 from loom.db.schema import migrate
 

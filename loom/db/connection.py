@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from datetime import datetime, timezone
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import psycopg2
@@ -23,6 +23,7 @@ import psycopg2.extras
 from loom import errors
 
 Row = dict[str, Any]
+Time = Annotated[datetime, msgspec.Meta(tz=True)]  # as the database gives it
 
 TICK = 0.05  # seconds between two looks of the watchdog
 SLACK = 0.2  # seconds of a request's bound kept for what comes after its last statement

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from loom import db, errors
 from loom.http import answer, events, headers, parse
-from loom.http.parse import Count, Key, Keys, Reference, Tags, Time
+from loom.http.parse import Count, Key, Keys, Reference, Tags
 from loom.state import entities
 from loom.state.entities import Action, Id, Versioned
 
@@ -28,7 +28,6 @@ WRITTEN: dict[Any, Any] = {
     list[str]: Tags,
     int: Count,
     int | None: Count | None,
-    datetime | None: Time | None,
 }
 
 

@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection
-from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -35,7 +34,6 @@ Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=100
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
-Time = Annotated[datetime, Meta(tz=True)]
 
 MAX_ROWS = 10_000
 MAX_DEPTH = 100  # of JSON in JSON

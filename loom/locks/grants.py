@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 import psycopg2
 
 from loom import db, errors
-from loom.db import Connection
+from loom.db import Connection, Time
 
 COLUMNS = "lock_name, owner, instance_id, fencing_token, acquired_at, expires_at, heartbeat_at, metadata"
 LAST_CHARACTER = "\U0010ffff"  # sorts after every other in COLLATE "C": the end of a range of names with one prefix
@@ -23,16 +23,16 @@ class Grant(msgspec.Struct, frozen=True):
     owner: str
     instance_id: str | None
     fencing_token: int
-    acquired_at: datetime
-    expires_at: datetime
-    heartbeat_at: datetime
+    acquired_at: Time
+    expires_at: Time
+    heartbeat_at: Time
     metadata: dict[str, Any]
 
 
 class PastGrant(Grant, frozen=True):
     """A grant of the history; `ended_at` and `ended_how` are None while it is held."""
 
-    ended_at: datetime | None
+    ended_at: Time | None
     ended_how: str | None
     reason: str | None
 

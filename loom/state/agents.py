@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, Literal
 
+from loom.db import Time
 from loom.state.entities import Entity, Id
 
 
@@ -22,6 +22,6 @@ class Agent(Entity, kw_only=True):
     position_id: Id | None = None
     capabilities: list[str] = []
     open_claims: int = 0
-    started_at: datetime
-    last_active: datetime
-    heartbeat_at: datetime | None = None
+    started_at: Time
+    last_active: Time
+    heartbeat_at: Time | None = None

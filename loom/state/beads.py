@@ -5,13 +5,13 @@ from __future__ import annotations
 import graphlib
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 import psycopg2
 
 from loom import db, errors
+from loom.db import Time
 from loom.state.entities import Entity, Id, cycle_of, refusal
 from loom.state.writer import Writer, call
 
@@ -44,19 +44,19 @@ class Bead(Entity, kw_only=True):
     related_to: list[Id] = []
     tags: list[str] = []
     context: dict[str, Any] = {}
-    due_date: datetime | None = None
+    due_date: Time | None = None
     milestone_id: Id | None = None
     estimated_time: int | None = None
     attempts: int
     failures: int
     blocked_reason: str | None = None
     close_reason: str | None = None
-    closed_at: datetime | None = None
-    not_before: datetime | None = None
+    closed_at: Time | None = None
+    not_before: Time | None = None
     fencing_token: int | None = None
-    claimed_at: datetime | None = None
+    claimed_at: Time | None = None
     lease_seconds: int | None = None
-    lease_expires_at: datetime | None = None
+    lease_expires_at: Time | None = None
 
 
 def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, Any]]) -> list[Bead]:

@@ -11,6 +11,7 @@ import msgspec
 
 from loom import db, errors
 from loom.config import Config
+from loom.db import Time
 from loom.state.agents import Agent
 from loom.state.beads import Bead
 from loom.state.entities import not_found
@@ -25,7 +26,7 @@ class Claim(msgspec.Struct):
     status: str
     bead: Bead
     fencing_token: int
-    lease_expires_at: datetime
+    lease_expires_at: Time
 
 
 class Holder(msgspec.Struct):
@@ -33,13 +34,13 @@ class Holder(msgspec.Struct):
 
     agent_id: str | None
     alive: bool | None
-    lease_expires_at: datetime | None
+    lease_expires_at: Time | None
 
 
 class Beat(msgspec.Struct):
     """What a heartbeat came to. extended: bead -> its claim's new end; lost: bead -> how its claim ended."""
 
-    extended: dict[str, datetime]
+    extended: dict[str, Time]
     lost: dict[str, str | None]
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import msgspec
 
 from loom import db
+from loom.db import Time
 from loom.state.beads import Bead
 from loom.state.entities import E, Versioned, change, get
 from loom.state.writer import Writer
@@ -34,7 +33,7 @@ class ProjectComment(Versioned, kw_only=True):
     project_id: str
     author_id: str
     comment: str
-    timestamp: datetime
+    timestamp: Time
 
 
 def on_bead(conn: db.Connection, writer: Writer, bead_id: str, content: str, parent_id: str | None) -> Comment:

@@ -6,13 +6,13 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from typing import Any, ClassVar, Literal, NewType, TypeVar
 
 import msgspec
 import psycopg2
 
 from loom import db, errors
+from loom.db import Time
 from loom.state.writer import Writer, call
 
 E = TypeVar("E", bound="Versioned")
@@ -29,8 +29,8 @@ class Versioned(msgspec.Struct, kw_only=True, omit_defaults=True):
     orders: ClassVar[tuple[tuple[str, ...], ...]] = ()  # columns of its indexes before the id, the best first
 
     version: int
-    created_at: datetime
-    updated_at: datetime
+    created_at: Time
+    updated_at: Time
 
 
 class Entity(Versioned, kw_only=True):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import msgspec
 
 from loom import db, errors
+from loom.db import Time
 from loom.waiting import Line, Waiter
 
 SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of them matches
@@ -27,7 +27,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     actor: str
     instance_id: str | None
-    timestamp: datetime
+    timestamp: Time
     request_id: str | None
     changes: dict[str, Any]
     source: str
@@ -131,7 +131,7 @@ def _event(row: db.Row) -> Event:
 def _time(value: Any) -> Any:
     """As the entity itself is answered; PostgreSQL writes times into JSON in another way."""
     try:
-        return msgspec.convert(value, datetime)
+        return msgspec.convert(value, Time)
     except msgspec.ValidationError:  # null; or infinity, by hand
         return value
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import msgspec
 import psycopg2
 
 from loom import db, errors, locks
+from loom.db import Time
 from loom.locks.grants import COLUMNS
 from loom.state.claims import Holder
 from loom.state.entities import refusal
@@ -45,8 +46,8 @@ class FileLock(msgspec.Struct, frozen=True):
     project_id: str
     agent_id: str
     bead_id: str
-    locked_at: datetime
-    expires_at: datetime
+    locked_at: Time
+    expires_at: Time
     fencing_token: int
     lock_name: str
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
 
 from loom import db
+from loom.db import Time
 from loom.state.beads import UNFINISHED
 from loom.state.comments import ProjectComment
 from loom.state.entities import Entity, Id, not_found
@@ -33,14 +33,14 @@ class Project(Entity, kw_only=True):
     is_sticky: bool
     comments: list[ProjectComment]
     agents: list[Id]
-    closed_at: datetime | None = None
-    due_date: datetime | None = None
+    closed_at: Time | None = None
+    due_date: Time | None = None
     git_strategy: GitStrategy
     git_auth_method: GitAuth
     git_credential_id: str | None = None
     git_config_options: dict[str, Any] = {}
     work_dir: str | None = None
-    last_sync_at: datetime | None = None
+    last_sync_at: Time | None = None
     last_commit_hash: str | None = None
 
 
@@ -56,9 +56,9 @@ class State(msgspec.Struct):
     can_close: bool
     readiness_ok: bool
     readiness_issues: list[str]
-    created_at: datetime
-    updated_at: datetime
-    closed_at: datetime | None
+    created_at: Time
+    updated_at: Time
+    closed_at: Time | None
     comments_count: int
 
 

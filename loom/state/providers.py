@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, Literal
 
+from loom.db import Time
 from loom.state.entities import Entity
 
 
@@ -27,7 +27,7 @@ class Provider(Entity, kw_only=True):
     owner_id: str
     is_shared: bool
     status: Literal["pending", "active", "error"]
-    last_heartbeat_at: datetime | None
+    last_heartbeat_at: Time | None
     last_heartbeat_latency_ms: int
     last_heartbeat_error: str
     cost_per_mtoken: float

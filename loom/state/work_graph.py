@@ -8,6 +8,7 @@ from datetime import datetime
 import msgspec
 
 from loom import db
+from loom.db import Time
 from loom.state.beads import Bead
 
 
@@ -24,7 +25,7 @@ class WorkGraph(msgspec.Struct):
 
     beads: dict[str, Bead]
     edges: list[Edge]
-    updated_at: datetime
+    updated_at: Time
 
 
 def now(conn: db.Connection) -> datetime:
