@@ -23,6 +23,7 @@ from loom.http import (
     idempotency,
     instances,
     locks,
+    openapi,
     problems,
     projects,
     providers,
@@ -33,7 +34,7 @@ from loom.http.parse import NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 LARGER = {"config.take_in": shared_config.MAX_YAML}  # than that, by endpoint
-ALWAYS_SERVED = ("/health", "/api/v1/health")
+ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
 
 class Application(Flask):
@@ -96,7 +97,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.url_map.converters["name"] = NameConverter
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(shared_config, events),
+        *(shared_config, events, openapi),
     ):
         app.register_blueprint(routes.bp)
     problems.register(app)

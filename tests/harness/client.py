@@ -18,6 +18,8 @@ from flask import Flask
 from werkzeug.datastructures import Headers
 from werkzeug.test import run_wsgi_app
 
+from harness import contract
+
 BOUND = 40.0  # seconds for an answer: the longest wait for a lock, and the bound for the rest
 PATIENCE = 90.0  # seconds for which somebody asks who goes on asking
 
@@ -157,4 +159,6 @@ class AppClient(Methods):
         if self._sock is not None:
             environ["gunicorn.socket"] = self._sock
         chunks, status, out = run_wsgi_app(self._app, environ, buffered=True)
-        return Answer(int(status.split()[0]), out, b"".join(chunks))
+        answer = Answer(int(status.split()[0]), out, b"".join(chunks))
+        contract.check(method, path, answer)
+        return answer

@@ -41,7 +41,7 @@ def assert_away(client: AppClient, instance: Instance) -> None:
     assert health["instance_id"] == instance.instance_id
     assert health["dependencies"]["database"]["message"]
     assert client.get("/health/ready").status == 503
-    assert client.get("/health/live").status == 200
+    assert client.get("/health/live").status == client.get("/api/openapi.yaml").status == 200
     for _ in range(5):
         for answer in (client.post(BUILD), client.put(BUILD, {"fencing_token": 1}), client.get("/api/v1/locks")):
             assert_problem(answer, 503, "unavailable")

@@ -1,0 +1,161 @@
+"""/api/openapi.yaml: the contract. What openapi.yaml says by hand, joined with what the code says already."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+from flask import Blueprint, Response, request
+
+from loom import __version__, errors
+from loom.http import agents, beads, parse, projects, providers
+from loom.http.entities import Kind
+
+bp = Blueprint("openapi", __name__)
+
+KINDS = (projects.KIND, providers.KIND, agents.KIND, beads.KIND)
+
+
+@bp.get("/api/openapi.yaml")
+def contract() -> Response:
+    text, tag = _text()
+    response = Response(text, content_type="application/yaml")
+    response.set_etag(tag)
+    response.make_conditional(request)
+    return response
+
+
+@functools.cache
+def _text() -> tuple[str, str]:
+    """The document, and a tag that changes when it does."""
+    text = yaml.dump(document(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text, hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Writes out what stands in several places."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document."""
+    given = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    also, template, structs, problems = (given.pop(part) for part in ("also", "kinds", "structs", "problems"))
+    parts = given["components"]
+    paths: dict[str, Any] = {}
+    refusals: dict[str, Any] = {}
+    for kind in KINDS:
+        paths |= _of_kind(kind, template, parts["parameters"]["filter"])
+    del parts["parameters"]["filter"]
+    for path, item in _merged(paths, given["paths"]).items():
+        tag = path.split("/")[3] if path.startswith("/api/v1/") else "service"
+        for method in item.keys() - {"parameters"}:
+            item[method] = _operation(method, {"tags": [tag], **item[method]}, also, refusals)
+        paths[path] = item
+    references, found = msgspec.json.schema_components(
+        [pkgutil.resolve_name(place) for place in structs.values()], ref_template="{name}"
+    )
+    names = {reference["$ref"]: name for reference, name in zip(references, structs, strict=True)}
+    for name, schema in found.items():
+        parts["schemas"][names.get(name, name)] = {key: value for key, value in schema.items() if key != "title"}
+    parts["schemas"] |= {name: _problem(name, **more) for name, more in problems.items()}
+    parts["responses"] = refusals
+    given["info"]["version"] = __version__
+    return _long({**given, "paths": paths}, names)
+
+
+def _of_kind(kind: Kind, template: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """The paths of one kind of shared state."""
+    text = json.dumps(template)
+    for word, name in (("kind", kind.name), ("Kind", kind.entity.__name__), ("Body", kind.body.__name__)):
+        text = text.replace(f"<{word}>", name)
+    paths = json.loads(text)
+    every, one, _ = paths.values()
+    for column in kind.filters:
+        few = parse.allowed(kind.entity).get(column)
+        value = {"schema": {"items": {"enum": few}}} if few else {}
+        every["get"].setdefault("parameters", []).append(_merged({"name": column, **by}, value))
+    every["post"]["requestBody"]["json"] |= {"required": list(kind.required)} if kind.required else {}
+    known = sorted({*kind.body.__struct_fields__, *kind.entity.__struct_fields__})
+    for method in {"put", "patch"} - {each.lower() for each in kind.original}:
+        one[method]["requestBody"]["json"]["propertyNames"] = {"enum": known}
+    return paths
+
+
+def _operation(
+    method: str, operation: dict[str, Any], also: Mapping[str, Any], refusals: dict[str, Any]
+) -> dict[str, Any]:
+    """The operation with what it has besides, and with an answer for its problems of each status."""
+    for group in ("every", method, *(["body"] if "requestBody" in operation else []), *operation.pop("also", [])):
+        operation = _merged(operation, also.get(group, {}))
+    answers = operation["responses"]
+    for answer in answers.values() if method == "post" else ():
+        answer["headers"] = [*answer.get("headers", []), "Idempotency-Replayed"]
+    kinds = [getattr(errors, name) for name in sorted(set(operation.pop("problems")))]
+    for status in sorted({kind.status for kind in kinds}):
+        these = [kind for kind in kinds if kind.status == status]
+        name = "Or".join(kind.__name__ for kind in these)
+        schemas = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in these]
+        mapping = {f"/problems/{kind.type}": schema["$ref"] for kind, schema in zip(these, schemas, strict=True)}
+        several = {"oneOf": schemas, "discriminator": {"propertyName": "type", "mapping": mapping}}
+        refusals[name] = {
+            "description": " Or: ".join(kind().title for kind in these),
+            "headers": ["Retry-After"] if any(kind.retry_after for kind in these) else [],
+            "content": {"application/problem+json": {"schema": several if len(these) > 1 else schemas[0]}},
+        }
+        answers[str(status)] = {"$ref": f"#/components/responses/{name}"}
+    return operation
+
+
+def _problem(name: str, properties: Mapping[str, Any] = {}, required: list[str] = []) -> dict[str, Any]:  # noqa: B006
+    kind = getattr(errors, name)
+    known = {"type": {"const": f"/problems/{kind.type}"}, "status": {"const": kind.status}}
+    return {
+        "description": kind().title,
+        "allOf": [{"$ref": "Problem"}],
+        "properties": {**known, **properties},
+        "required": [*known, *required],
+    }
+
+
+def _merged(one: Any, other: Any) -> Any:
+    """Both: objects key by key, lists one behind the other; else the other."""
+    if isinstance(one, dict):
+        return one | {key: _merged(one[key], value) if key in one else value for key, value in other.items()}
+    return [*one, *other] if isinstance(one, list) else other
+
+
+def _long(node: Any, names: Mapping[str, str]) -> Any:
+    """As OpenAPI has it, what is written shorter in openapi.yaml. `names`: of Structs that have another one here."""
+    if not isinstance(node, dict):
+        return [_long(each, names) for each in node] if isinstance(node, list) else node
+    found = {key: _long(value, names) for key, value in node.items()}
+    reference = found.get("$ref", "#")
+    if not reference.startswith("#"):
+        found["$ref"] = f"#/components/schemas/{names.get(reference, reference)}"
+    if "json" in found:
+        example = {"example": found.pop("example")} if "example" in found else {}
+        found["content"] = {"application/json": {"schema": _schema(found.pop("json")), **example}}
+    if isinstance(node.get("headers"), list):
+        found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in node["headers"]}
+    if isinstance(node.get("parameters"), list):
+        found["parameters"] = [
+            {"$ref": f"#/components/parameters/{each}"} if isinstance(each, str) else each
+            for each in found["parameters"]
+        ]
+    return found
+
+
+def _schema(short: Any) -> Any:
+    if isinstance(short, list):
+        return {"type": "array", "items": _schema(short[0])}
+    return {"$ref": f"#/components/schemas/{short}"} if isinstance(short, str) else short

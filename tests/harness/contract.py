@@ -1,0 +1,87 @@
+"""Holds answers against the OpenAPI document: nothing may be answered that it does not tell of."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import jsonschema_rs
+from werkzeug.http import parse_options_header
+
+from loom.http import openapi
+
+if TYPE_CHECKING:
+    from harness.client import Answer
+
+TOLD = ("ETag", "Link", "Retry-After", "Idempotency-Replayed")  # the headers that mean something
+SLASHES = ("/api/v1/locks/{name}", "/api/v1/file-locks/{project_id}/{path}")  # whose last part may hold them
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    return openapi.document()
+
+
+def operation(method: str, path: str) -> tuple[str, dict[str, Any]] | None:
+    """The path's template and the operation, or None when there is none."""
+    for pattern, template in _patterns():
+        if pattern.fullmatch(path):
+            found = document()["paths"][template].get(method.lower())
+            if found is not None:
+                return template, found
+    return None
+
+
+def check(method: str, path: str, answer: Answer) -> None:
+    """Asserts that the document tells of such an answer. Of what it has no operation, it says nothing."""
+    found = operation(method, path.partition("?")[0])
+    if found is None:
+        return
+    template, asked = found
+    where = f"{method} {template}: {answer.status} {answer.body[:1000]!r}"
+    told = asked["responses"].get(str(answer.status))
+    assert told is not None, f"{where}: no such status in the contract"
+    told = resolved(told)
+    for name in TOLD:
+        assert name not in answer.headers or name in told.get("headers", {}), f"{where}: {name} is not in the contract"
+    if "ETag" in told.get("headers", {}):
+        assert "ETag" in answer.headers, f"{where}: no ETag"
+    kind = parse_options_header(answer.headers.get("Content-Type"))[0]
+    if "content" not in told:
+        assert not answer.body, f"{where}: a body that is not in the contract"
+        return
+    assert kind in told["content"], f"{where}: {kind} is not in the contract"
+    if kind.endswith("json"):
+        schema = json.dumps(told["content"][kind]["schema"])
+        faults = [f"{fault.instance_path}: {fault.message}" for fault in _validator(schema).iter_errors(answer.json)]
+        assert not faults, f"{where}: {faults}"
+
+
+def resolved(node: dict[str, Any]) -> dict[str, Any]:
+    """The component that a reference names, or the node itself."""
+    while "$ref" in node:
+        *_, kind, name = node["$ref"].split("/")
+        node = document()["components"][kind][name]
+    return node
+
+
+@functools.cache
+def _patterns() -> list[tuple[re.Pattern[str], str]]:
+    """Those with fewer parameters first: /beads/claim is no bead."""
+    found = []
+    for template in sorted(document()["paths"], key=lambda path: path.count("{")):
+        text = re.sub(r"\\\{[^}]*\\\}", "[^/]+", re.escape(template))
+        found.append((re.compile(text + "(/.*)?" if template in SLASHES else text), template))
+    return found
+
+
+@functools.cache
+def _validator(schema: str) -> Any:
+    """For a schema within the document, closed: it has no keys that are not told."""
+    told = json.loads(schema)
+    closed = {**told, "unevaluatedProperties": False} if told.get("type") != "array" else told
+    if told.get("type") == "array":
+        closed = {**told, "items": {**told["items"], "unevaluatedProperties": False}}
+    return jsonschema_rs.Draft202012Validator({**closed, "components": document()["components"]}, validate_formats=True)
