@@ -1575,7 +1575,9 @@ BEGIN
               ORDER BY id FOR NO KEY UPDATE
     LOOP
         IF try_name('bead:' || b.id) THEN
-            PERFORM give_back(b, 'agent-died', NULL, NULL, max_failures, max_attempts);
+            -- A lease that is over has lapsed: the agent may have been told so.
+            PERFORM give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
+                              NULL, NULL, max_failures, max_attempts);
         ELSE
             UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
         END IF;

@@ -145,6 +145,21 @@ def test_a_dead_agents_bead_is_taken_over_before_anybody_cleans(work: AppClient,
 
 
 @pytest.mark.usefixtures("server_age")
+def test_who_was_told_that_its_lease_is_over_is_told_no_other_end_once_it_is_dead(
+    work: AppClient, sql: Sql, cleaner: Upkeep
+) -> None:
+    beat(work)
+    token = claim(work, "x")
+    lapse(sql, "x")
+    assert_lost(complete(work, "x", token), "lapsed")
+    silent(sql)
+    cleaner.clean()
+    assert status(work) == "dead"
+    assert_lost(complete(work, "x", token), "lapsed")
+    assert get(work, "x")["attempts"] == 1
+
+
+@pytest.mark.usefixtures("server_age")
 def test_who_has_never_sent_a_heartbeat_does_not_die_of_it(work: AppClient, sql: Sql, cleaner: Upkeep) -> None:
     claim(work, "x")
     sql("UPDATE agents SET last_active = clock_timestamp() - INTERVAL '1 day', started_at = last_active")
