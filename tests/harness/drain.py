@@ -101,8 +101,9 @@ class Holding:
     bead: str
     agent: str
     fate: str
-    promised: datetime | None  # the end of the lease that it was last told of
+    promised: datetime | None = None  # the end of the lease that it was last told of
     ended_how: str | None = None  # as it was told; None when it did not ask
+    taken_over: bool = False  # from one that was lost
 
 
 class Agent:
@@ -143,18 +144,19 @@ class Agent:
                 self._sleep(0.3, 0.6)
                 continue
             if answer.status == 200:
-                bead = answer.json["bead"]["id"]
-                promised = instant(answer.json["lease_expires_at"])
-                held = Holding(answer.json["fencing_token"], bead, self.name, fate, promised)
+                bead = answer.json["bead"]
+                held = Holding(answer.json["fencing_token"], bead["id"], self.name, fate)
+                held.promised = instant(answer.json["lease_expires_at"])
+                held.taken_over = bead["attempts"] > bead["failures"]
             else:  # it was had, and lost, while nobody answered
                 lost = assert_problem(answer, 409, "claim-lost")
-                held = Holding(lost["fencing_token"], lost["bead_id"], self.name, fate, None, lost["ended_how"])
+                held = Holding(lost["fencing_token"], lost["bead_id"], self.name, fate, ended_how=lost["ended_how"])
             self.held.append(held)
             return held
         return None
 
     def _use(self, held: Holding) -> None:
-        self._sleep(0, 0.03)
+        self._sleep(*((1, 2) if held.taken_over else (0, 0.03)))  # who had it before may yet want to complete it
         if held.fate == "vanish":
             self.client.close()
             self._sleep(0.5, 3)
@@ -165,7 +167,7 @@ class Agent:
         elif held.fate == "release":
             self._hear(held, "released", 204, release(self.client, held.bead, held.token))
         else:
-            overslept = held.fate == "oversleep" and not self._over.wait(LEASE + 0.5)
+            overslept = held.fate == "oversleep" and not self._over.wait(LEASE + self._random.random())
             if held.fate == "stay":
                 self._stay(held)
             elif self._random.random() < 0.1:
