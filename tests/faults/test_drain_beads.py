@@ -27,8 +27,10 @@ DEAD_AFTER = 10  # seconds without a heartbeat, the least there is
 CONFIG = f"agents: {{dead_after: {DEAD_AFTER}}}\nbeads: {{max_failures: 100, max_attempts: 100}}"
 OVERDUE = {"lapsed", "agent-died"}
 
+Strikes = dict[str, Callable[[int], object]]
 
-def strikes(cluster: Cluster, sql: Sql, chance: random.Random, long: bool) -> dict[str, Callable[[int], object]]:
+
+def strikes(cluster: Cluster, sql: Sql, chance: random.Random, long: bool) -> Strikes:
     """Workers and masters killed, one instance stopped for a while, sessions of the database ended."""
 
     def kill_master(i: int) -> None:
@@ -56,9 +58,10 @@ def strikes(cluster: Cluster, sql: Sql, chance: random.Random, long: bool) -> di
     return {**kinds, "kill a host": kill_host} if long else kinds
 
 
-def strike_until(over: Callable[[], bool], kinds: dict[str, Callable[[int], object]], pause: float) -> Counter[str]:
-    """Each in turn, on one instance after the other, and says how many. Here, since a master that is started ends with
-    the thread that started it.
+def strike_until(over: Callable[[], bool], kinds: Strikes, pause: float) -> Counter[str]:
+    """Each in turn, on one instance after the other, with so many seconds between; says how many there were.
+
+    In the main thread: a master ends with the thread that started it.
     """
     struck = Counter[str]()
     for n, (kind, strike) in enumerate(itertools.cycle(kinds.items())):
@@ -97,7 +100,7 @@ def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
         working = [pool.submit(agent.run) for agent in agents]
         making = pool.submit(make_beads, Patient([cluster.nginx_url]), plans)
         try:
-            struck = strike_until(drained, strikes(cluster, sql, chance, long), 3.0 if long else 1.5)
+            struck = strike_until(drained, strikes(cluster, sql, chance, long), 3.0 if long else 1.2)
         finally:
             for agent in agents:
                 agent.stop()
