@@ -72,7 +72,7 @@ def plan_beads(count: int, chance: random.Random) -> list[Plan]:
 
 
 def make_beads(client: Methods, plans: Sequence[Plan]) -> list[str]:
-    """Makes them in bulk, and returns their ids. Those of the same call are named by `ref`, the others by id."""
+    """Makes them in bulk, each call sent twice, and returns their ids. Names those of the same call by `ref`."""
     ids: list[str] = []
     for first in range(0, len(plans), BATCH):
         beads = [
@@ -87,8 +87,9 @@ def make_beads(client: Methods, plans: Sequence[Plan]) -> list[str]:
             }
             for plan in plans[first : first + BATCH]
         ]
-        answer = client.post(f"{BEADS}/bulk", {"beads": beads}, headers={"Idempotency-Key": f"bulk-{first}"})
-        assert answer.status == 201, answer
+        call = f"{BEADS}/bulk", {"beads": beads}
+        answer, again = (client.post(*call, headers={"Idempotency-Key": f"bulk-{first}"}) for _ in range(2))
+        assert (answer.status, answer.body) == (201, again.body), answer
         ids += [made["id"] for made in answer.json]
     return ids
 
