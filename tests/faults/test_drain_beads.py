@@ -79,14 +79,14 @@ def strike_until(over: Callable[[], bool], kinds: Strikes, pause: float) -> Coun
 def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
-    count, limit = (20_000, 900) if long else (1_500, 180)
+    count, limit, work, pause = (20_000, 900, 0.1, 3.0) if long else (1_500, 180, 0.2, 1.2)
     chance = random.Random(seed)
     cluster = start_cluster(3, nginx=True, config=CONFIG)
     cluster.wait_healthy()
     client = Patient([cluster.nginx_url])
     team(client, *AGENT_IDS)
     plans, turns = plan_beads(count, chance), itertools.count()
-    agents = [Agent(cluster.nginx_url, name, seed, turns, count * 4 // 5) for name in AGENT_IDS]
+    agents = [Agent(cluster.nginx_url, name, seed, work, turns, count * 2 // 3) for name in AGENT_IDS]
     follower = Follower([cluster.nginx_url], limit=200)
     follower.start()
 
@@ -100,7 +100,7 @@ def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
         working = [pool.submit(agent.run) for agent in agents]
         making = pool.submit(make_beads, Patient([cluster.nginx_url]), plans)
         try:
-            struck = strike_until(drained, strikes(cluster, sql, chance, long), 3.0 if long else 1.2)
+            struck = strike_until(drained, strikes(cluster, sql, chance, long), pause)
         finally:
             for agent in agents:
                 agent.stop()
@@ -135,6 +135,7 @@ def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
     assert_reproduced(replayed, {"bead": beads.values(), "agent": everything(client, AGENTS)})
 
     assert ends.keys() == {"completed", "failed", "released", *OVERDUE}
+    assert lost.total() > 0
     assert Counter(holding.fate for holding in held if holding.ended_how in OVERDUE)["oversleep"] > 1
     assert Counter(holding.fate for holding in held if holding.ended_how == "completed")["stay"] > 1
     assert all(struck[kind] >= 1 for kind in strikes(cluster, sql, chance, long)), struck

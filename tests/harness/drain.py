@@ -110,12 +110,12 @@ class Holding:
 class Agent:
     """One of the team's. Whatever comes in between, it goes on until it knows."""
 
-    def __init__(self, server: str, name: str, seed: int, turns: Iterator[int], last_turn: int) -> None:
-        """`turns` counts the claims of all agents; from the last turn on all are completed."""
+    def __init__(self, server: str, name: str, seed: int, work: float, turns: Iterator[int], last_turn: int) -> None:
+        """`work`: seconds that a bead takes, at most; `turns` counts all agents' claims, of which the later succeed."""
         self.name, self.held = name, list[Holding]()
         self.client = Patient([server], TRY)
         self._random, self._over = random.Random(f"{seed}/{name}"), threading.Event()
-        self._turns, self._last_turn, self._keys = turns, last_turn, itertools.count()
+        self._work, self._turns, self._last_turn, self._keys = work, turns, last_turn, itertools.count()
 
     def run(self) -> None:
         while not self._over.is_set():
@@ -157,7 +157,7 @@ class Agent:
         return None
 
     def _use(self, held: Holding) -> None:
-        self._sleep(*((1, 2) if held.taken_over else (0, 0.03)))  # who had it before may yet want to complete it
+        self._sleep(*((1, 2) if held.taken_over else (0, self._work)))  # who had it before may yet want to complete it
         if held.fate == "vanish":
             self.client.close()
             self._sleep(0.5, 3)
