@@ -58,14 +58,14 @@ def strikes(cluster: Cluster, sql: Sql, chance: random.Random, long: bool) -> St
     return {**kinds, "kill a host": kill_host} if long else kinds
 
 
-def strike_until(over: Callable[[], bool], kinds: Strikes, pause: float) -> Counter[str]:
-    """Each in turn, on one instance after the other, with so many seconds between; says how many there were.
+def strike_until(over: Callable[[], bool], kinds: Strikes) -> Counter[str]:
+    """Each in turn, on one instance after the other, with a pause between; says how many there were.
 
     In the main thread: a master ends with the thread that started it.
     """
     struck = Counter[str]()
     for n, (kind, strike) in enumerate(itertools.cycle(kinds.items())):
-        ends = time.monotonic() + pause
+        ends = time.monotonic() + 1.2
         while time.monotonic() < ends:
             if over():
                 return struck
@@ -79,7 +79,7 @@ def strike_until(over: Callable[[], bool], kinds: Strikes, pause: float) -> Coun
 def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
-    count, limit, work, pause = (20_000, 900, 0.1, 3.0) if long else (1_500, 180, 0.2, 1.2)
+    count, limit, work = (20_000, 900, 0.1) if long else (1_500, 180, 0.2)
     chance = random.Random(seed)
     cluster = start_cluster(3, nginx=True, config=CONFIG)
     cluster.wait_healthy()
@@ -100,7 +100,7 @@ def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
         working = [pool.submit(agent.run) for agent in agents]
         making = pool.submit(make_beads, Patient([cluster.nginx_url]), plans)
         try:
-            struck = strike_until(drained, strikes(cluster, sql, chance, long), pause)
+            struck = strike_until(drained, strikes(cluster, sql, chance, long))
         finally:
             for agent in agents:
                 agent.stop()
