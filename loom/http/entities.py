@@ -178,7 +178,8 @@ def if_match() -> list[int] | None:
     tags = request.if_match.as_set(include_weak=True)  # which a proxy makes them when it compresses
     if not tags:
         raise errors.Invalid.field("If-Match", "must be ETags, or *")
-    return [int(tag) if tag.isascii() and tag.isdigit() and len(tag) < 19 else 0 for tag in tags]
+    # werkzeug reads the tag "" as None
+    return [int(tag) if tag and tag.isascii() and tag.isdigit() and len(tag) < 19 else 0 for tag in tags]
 
 
 def versioned(entity: Versioned, status: int = 200) -> Response:

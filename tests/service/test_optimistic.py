@@ -99,7 +99,19 @@ def test_which_tags_match(client: AppClient) -> None:
     for tags in ('"{}"', 'W/"{}"', '"999", "{}"', '"x", W/"y", "{}"', "{}"):
         answer = client.patch(path, {"model": tags}, headers={"If-Match": tags.format(version)})
         version = assert_version(answer, version + 1)["version"]
-    for tags in ('"0"', '"-1"', '"1.0"', '"99999999999999999999"', '"7"', '"x"', '"1", "2"', '"٣"', "garbage"):
+    for tags in (
+        '"0"',
+        '"-1"',
+        '"1.0"',
+        '"99999999999999999999"',
+        '"7"',
+        '"x"',
+        '"1", "2"',
+        '"٣"',
+        "garbage",
+        '""',
+        '"1", W/""',
+    ):
         headers = {"If-Match": tags.encode().decode("latin-1")}
         assert_problem(client.patch(path, {"model": "m"}, headers=headers), 412, "stale")
         assert_problem(client.delete(path, headers=headers), 412, "stale")
