@@ -1,0 +1,117 @@
+"""Whatever is sent, good or bad, an instance answers as its contract says, and never with a fault of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Client, Cluster
+from harness.contract import document
+from harness.locks import acquire
+from harness.work import PROJECT, claim, make, team
+
+pytest.importorskip("schemathesis", reason="needs Python 3.11")
+
+ROOT = Path(__file__).parents[2]
+CHECKS = (
+    *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"),
+    *("response_schema_conformance", "negative_data_rejection", "unsupported_method"),
+)
+CONTRACT = "/api/openapi.yaml"
+PLENTY = 30  # of each kind: some are deleted on the way
+
+
+def world(client: Client) -> dict[str, list[Any]]:
+    """What there is to be reached: ids by the name of what refers to them, and claims and locks with their tokens.
+
+    Of each kind, there are some to which nothing refers.
+    """
+    names = [f"n{i}" for i in range(PLENTY)]
+    spare = [f"s{i}" for i in range(PLENTY)]
+    team(client, *names, *spare)
+    for name in (*names, *spare):
+        make(client, "/api/v1/projects", id=name, name=name, git_repo="r", branch="b")
+        make(client, "/api/v1/providers", id=name, name=name)
+    beads = [{"id": f"{letter}{i}", "title": "t", "project_id": PROJECT} for letter in "bcs" for i in range(PLENTY)]
+    make(client, "/api/v1/beads/bulk", beads=beads)
+    for name in names:
+        assert client.put(f"/api/v1/config/{name}", {"value": name}).status == 200
+    files = [{"file_path": name, "project_id": PROJECT, "agent_id": name} for name in names]
+    for file in files:
+        make(client, "/api/v1/file-locks", **file)
+    return {
+        "project_id": [PROJECT, *names],
+        "provider_id": names,
+        "agent_id": names,
+        "bead_id": [bead["id"] for bead in beads[: 2 * PLENTY]],
+        "spare": spare,
+        "key": names,
+        "name": names,
+        "files": [{**file, "path": file["file_path"]} for file in files],
+        "claims": [(f"c{i}", claim(client, f"c{i}", f"n{i % 10}", lease_seconds=3600)) for i in range(PLENTY)],
+        "locks": [(n, acquire(client, n, owner=n, ttl_seconds=3600)["fencing_token"]) for n in names],
+    }
+
+
+def test_no_request_is_answered_in_a_way_that_the_contract_does_not_tell_of(
+    start_cluster: Callable[..., Cluster], tmp_path: Path, seed: int, long: bool
+) -> None:
+    """Every operation, with good and bad requests, on two instances at once: all edge cases, and random ones."""
+    cluster = start_cluster(2)
+    (tmp_path / "world.json").write_text(json.dumps(world(cluster.client())))
+    runs = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run"),
+                f"http://127.0.0.1:{port}{CONTRACT}",
+                *("--checks", ",".join(CHECKS), "--phases", phases, "--max-examples", str(examples)),
+                *("--seed", str(seed), "--generation-database", "none", "--continue-on-failure", "--no-color"),
+                *("--warnings", "off", "--workers", "2", "--request-timeout", "30", "--no-shrink"),
+            ],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "SCHEMATHESIS_HOOKS": str(ROOT / "tests/harness/generated.py"),
+                "CONTRACT_WORLD": str(tmp_path / "world.json"),
+                "CONTRACT_SEEN": str(tmp_path / "seen"),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for port, phases, examples in zip(
+            cluster.ports, ("examples,coverage", "fuzzing,stateful"), (1, 200 if long else 8), strict=True
+        )
+    ]
+    try:
+        said = [run.communicate(timeout=1200 if long else 240)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    for run, text in zip(runs, said, strict=True):
+        print(text[:20_000])
+        assert run.returncode == 0, text[-2000:]
+    assert_reached(Counter((tmp_path / "seen").read_text().splitlines()))
+
+
+def assert_reached(seen: Counter[str]) -> None:
+    """Each operation but that of the contract, which is not called, did at least once what it is for.
+
+    Else only refusals would have been looked at.
+    """
+    operations = {
+        f"{method.upper()} {path}"
+        for path, item in document()["paths"].items()
+        for method in item.keys() - {"parameters"}
+        if path != CONTRACT
+    }
+    good = {line.rpartition(" ")[0] for line in seen if line.rpartition(" ")[2].startswith("2")}
+    missed = operations - good
+    assert not missed, {line: n for line, n in seen.items() if line.rpartition(" ")[0] in missed}
