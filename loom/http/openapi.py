@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import pkgutil
 from collections.abc import Mapping
@@ -25,18 +24,15 @@ KINDS = (projects.KIND, providers.KIND, agents.KIND, beads.KIND)
 
 @bp.get("/api/openapi.yaml")
 def contract() -> Response:
-    text, tag = _text()
-    response = Response(text, content_type="application/yaml")
-    response.set_etag(tag)
+    response = Response(_text(), content_type="application/yaml")
+    response.add_etag()
     response.make_conditional(request)
     return response
 
 
 @functools.cache
-def _text() -> tuple[str, str]:
-    """The document, and a tag that changes when it does."""
-    text = yaml.dump(document(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    return text, hashlib.sha256(text.encode()).hexdigest()[:16]
+def _text() -> str:
+    return yaml.dump(document(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
@@ -52,23 +48,22 @@ def document() -> dict[str, Any]:
     also, template, structs, problems = (given.pop(part) for part in ("also", "kinds", "structs", "problems"))
     parts = given["components"]
     paths: dict[str, Any] = {}
-    refusals: dict[str, Any] = {}
     for kind in KINDS:
         paths |= _of_kind(kind, template, parts["parameters"]["filter"])
     del parts["parameters"]["filter"]
+    parts["responses"] = {}
     for path, item in _merged(paths, given["paths"]).items():
         tag = path.split("/")[3] if path.startswith("/api/v1/") else "service"
-        for method in item.keys() - {"parameters"}:
-            item[method] = _operation(method, {"tags": [tag], **item[method]}, also, refusals)
+        for method in [key for key in item if key != "parameters"]:
+            item[method] = _operation(method, {"tags": [tag], **item[method]}, also, parts["responses"])
         paths[path] = item
-    references, found = msgspec.json.schema_components(
-        [pkgutil.resolve_name(place) for place in structs.values()], ref_template="{name}"
-    )
+    kinds = [pkgutil.resolve_name(place) for place in structs.values()]
+    references, found = msgspec.json.schema_components(kinds, ref_template="{name}")
     names = {reference["$ref"]: name for reference, name in zip(references, structs, strict=True)}
-    for name, schema in found.items():
-        parts["schemas"][names.get(name, name)] = {key: value for key, value in schema.items() if key != "title"}
-    parts["schemas"] |= {name: _problem(name, **more) for name, more in problems.items()}
-    parts["responses"] = refusals
+    parts["schemas"] |= {
+        names.get(name, name): {**schema, "title": names.get(name, name)} for name, schema in found.items()
+    }
+    parts["schemas"] |= {name: _problem(getattr(errors, name), more) for name, more in problems.items()}
     given["info"]["version"] = __version__
     return _long({**given, "paths": paths}, names)
 
@@ -116,15 +111,10 @@ def _operation(
     return operation
 
 
-def _problem(name: str, properties: Mapping[str, Any] = {}, required: list[str] = []) -> dict[str, Any]:  # noqa: B006
-    kind = getattr(errors, name)
+def _problem(kind: type[errors.Error], more: dict[str, Any]) -> dict[str, Any]:
     known = {"type": {"const": f"/problems/{kind.type}"}, "status": {"const": kind.status}}
-    return {
-        "description": kind().title,
-        "allOf": [{"$ref": "Problem"}],
-        "properties": {**known, **properties},
-        "required": [*known, *required],
-    }
+    schema = {"description": kind().title, "allOf": [{"$ref": "Problem"}], "properties": known, "required": [*known]}
+    return _merged(schema, more)
 
 
 def _merged(one: Any, other: Any) -> Any:
@@ -136,26 +126,25 @@ def _merged(one: Any, other: Any) -> Any:
 
 def _long(node: Any, names: Mapping[str, str]) -> Any:
     """As OpenAPI has it, what is written shorter in openapi.yaml. `names`: of Structs that have another one here."""
+    if isinstance(node, list):
+        return [_long(each, names) for each in node]
     if not isinstance(node, dict):
-        return [_long(each, names) for each in node] if isinstance(node, list) else node
-    found = {key: _long(value, names) for key, value in node.items()}
-    reference = found.get("$ref", "#")
-    if not reference.startswith("#"):
-        found["$ref"] = f"#/components/schemas/{names.get(reference, reference)}"
-    if "json" in found:
-        example = {"example": found.pop("example")} if "example" in found else {}
-        found["content"] = {"application/json": {"schema": _schema(found.pop("json")), **example}}
+        return node
+    node = dict(node)
+    if "json" in node:
+        example = {"example": node.pop("example")} if "example" in node else {}
+        node["content"] = {"application/json": {"schema": _schema(node.pop("json")), **example}}
     if isinstance(node.get("headers"), list):
-        found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in node["headers"]}
+        node["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in node["headers"]}
     if isinstance(node.get("parameters"), list):
-        found["parameters"] = [
-            {"$ref": f"#/components/parameters/{each}"} if isinstance(each, str) else each
-            for each in found["parameters"]
-        ]
-    return found
+        shorts = node["parameters"]
+        node["parameters"] = [{"$ref": f"#/components/parameters/{p}"} if isinstance(p, str) else p for p in shorts]
+    if isinstance(node.get("$ref"), str) and node["$ref"][0] != "#":
+        node["$ref"] = f"#/components/schemas/{names.get(node['$ref'], node['$ref'])}"
+    return {key: _long(value, names) for key, value in node.items()}
 
 
 def _schema(short: Any) -> Any:
     if isinstance(short, list):
         return {"type": "array", "items": _schema(short[0])}
-    return {"$ref": f"#/components/schemas/{short}"} if isinstance(short, str) else short
+    return {"$ref": short} if isinstance(short, str) else short
