@@ -25,6 +25,12 @@ numbers = itertools.count(1)
 
 
 @schemathesis.hook
+def filter_query(context: HookContext, query: dict[str, Any]) -> bool:
+    """An empty object or list vanishes in a URL: what was to be a bad request is a good one."""
+    return not any(value in ({}, []) for value in (query or {}).values())
+
+
+@schemathesis.hook
 def filter_failure(context: HookContext, failure: Failure, case: Case, response: Response) -> bool:
     """A request line beyond 8,190 bytes is refused by gunicorn, before the application sees it."""
     return response.status_code != 414
@@ -36,7 +42,7 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
         if isinstance(part, dict) and str(part.get("wait_seconds")) in LONG:
             part["wait_seconds"] = 0
     if (case.headers or {}).get("Idempotency-Key", "").isalnum():  # else one is the retry of another
-        case.headers["Idempotency-Key"] = f"key-{next(numbers)}"
+        case.headers["Idempotency-Key"] = f"key-{os.getpid()}-{next(numbers)}"
     if case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE:
         _reach(case)
 
