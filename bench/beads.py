@@ -2,7 +2,7 @@
 
     python -m bench.beads [--seconds 60] [--rounds 3] [--sizes 20k,100k,1m,blocked] [--claims 200000] [--clients 8]
 
-Both run on one PostgreSQL, in turns: Loom's claim_next_bead(), not prepared, as psycopg2 sends it, and procrastinate's
+Both run on one PostgreSQL, in turns: Loom's claim_next(), not prepared, as psycopg2 sends it, and procrastinate's
 fetch_job, its own schema.sql and statement, prepared as its driver does after five calls, in one round trip (its pool
 sends BEGIN and COMMIT, too). pgbench is the client, so that no Python is measured.
 
@@ -46,7 +46,7 @@ from loom.http.answer import encode_cursor
 DATABASE = "loom_bench"
 CLAIM = """
 \\set agent random(1, 1000)
-SELECT * FROM claim_next_bead('agent-:agent', 1800, 1000000, 5, 20, NULL);
+SELECT claim_next('agent-:agent', 1800, 1000000, 5, 20, NULL, NULL, NULL, NULL)::text AS answer;
 """
 SIZES = {"20k": (20_000, 0), "100k": (100_000, 0), "1m": (1_000_000, 0), "blocked": (100_000, 1_000_000)}
 

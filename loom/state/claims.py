@@ -63,8 +63,8 @@ def claim_next(
         conn,
         writer,
         """
-        SELECT outcome, bead::text AS bead, detail FROM claim_next_bead(
-            %(agent)s, %(lease)s, %(most)s, %(failures)s, %(attempts)s, %(fences)s, %(project)s, %(types)s, %(tags)s)
+        SELECT claim_next(%(agent)s, %(lease)s, %(most)s, %(failures)s, %(attempts)s, %(fences)s,
+                          %(project)s, %(types)s, %(tags)s)::text AS answer
         """,
         agent=agent,
         lease=int(lease.total_seconds()),

@@ -22,6 +22,14 @@ class Writer(msgspec.Struct, frozen=True):
     fences: dict[str, int] = {}
 
 
+class Answer(msgspec.Struct):
+    """What a function tells in one value instead of several columns."""
+
+    outcome: str
+    bead: msgspec.Raw = msgspec.Raw(b"null")
+    detail: Any = None
+
+
 def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row:
     """Runs one deciding function of schema.sql for the writer, in one round trip; `%(fences)s` are its grants.
 
@@ -43,6 +51,8 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
             raise
         name = exc.diag.message_detail or ""
         raise errors.LockLost(lock_name=name, fencing_token=fences.get(name)) from exc
+    if "answer" in row:
+        row = msgspec.structs.asdict(msgspec.json.decode(row["answer"], type=Answer))
     if row.get("outcome") == "lock-held":
         raise errors.LockHeld(
             "An automatic lock of this change is held from outside: present its token in Loom-Lock-Token, or wait.",
