@@ -456,6 +456,17 @@ def test_a_bead_that_is_locked_from_outside_changes_only_for_who_presents_the_lo
             assert_problem(answer, 409, "lock-lost", lock_name="bead:x", fencing_token=held)
 
 
+def test_a_bead_that_is_locked_from_outside_is_passed_over_and_not_counted(work: AppClient, sql: Sql) -> None:
+    bead(work, "held", priority=0)
+    bead(work, "free")
+    held = acquire(work, "bead:held", owner="operator")["fencing_token"]
+    assert [claim_next(work), claim_next(work)] == ["free", None]
+    assert work.get("/api/v1/agents/a").json["current_bead"] == "free"
+    assert_counted(sql)
+    assert force(work, held, "bead:held").status == 204
+    assert claim_next(work) == "held"
+
+
 def test_an_agent_that_is_locked_from_outside_gets_no_more_work(work: AppClient) -> None:
     bead(work, "x")
     held = acquire(work, "agent:a", owner="operator")["fencing_token"]
@@ -464,6 +475,7 @@ def test_an_agent_that_is_locked_from_outside_gets_no_more_work(work: AppClient)
         assert_problem(answer, 409, "lock-held", lock_name="agent:a")
     assert work.post("/api/v1/agents/a/heartbeat").status == 200
     assert ask(work, "x", headers=mine).status == 200
+    assert_problem(work.post(f"{BEADS}/claim", {"agent_id": "a"}), 409, "lock-held")  # nothing is ready, but it is told why
 
 
 @pytest.mark.parametrize("path", [f"{BEADS}/claim", f"{BEADS}/x/claim"])
