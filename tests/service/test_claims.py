@@ -475,7 +475,8 @@ def test_an_agent_that_is_locked_from_outside_gets_no_more_work(work: AppClient)
         assert_problem(answer, 409, "lock-held", lock_name="agent:a")
     assert work.post("/api/v1/agents/a/heartbeat").status == 200
     assert ask(work, "x", headers=mine).status == 200
-    assert_problem(work.post(f"{BEADS}/claim", {"agent_id": "a"}), 409, "lock-held")  # nothing is ready, but it is told why
+    answer = work.post(f"{BEADS}/claim", {"agent_id": "a"})  # nothing is ready, but it is told why
+    assert_problem(answer, 409, "lock-held", lock_name="agent:a")
 
 
 @pytest.mark.parametrize("path", [f"{BEADS}/claim", f"{BEADS}/x/claim"])
