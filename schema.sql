@@ -823,13 +823,12 @@ CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALE
 DROP INDEX IF EXISTS beads_delayed, beads_lease; -- version 2's
 CREATE INDEX IF NOT EXISTS beads_timed ON beads (COALESCE(not_before, lease_expires_at))
     WHERE COALESCE(not_before, lease_expires_at) IS NOT NULL;
--- Lists: each column with the status, of which there are few, and then in the order of pages. What most beads have (no agent, the
--- default type) is found soon without one; and a vacuum reads all of each.
-DROP INDEX IF EXISTS beads_of_agent, beads_of_type; -- version 2's
+-- Lists: each column with the status, of which there are few, and then in the order of pages.
+DROP INDEX IF EXISTS beads_of_agent; -- version 2's, with those of no agent, too
 CREATE INDEX IF NOT EXISTS beads_in_status ON beads (status, id);
 CREATE INDEX IF NOT EXISTS beads_in_project ON beads (project_id, status, id);
 CREATE INDEX IF NOT EXISTS beads_assigned ON beads (assigned_to, status, id) WHERE assigned_to IS NOT NULL;
-CREATE INDEX IF NOT EXISTS beads_typed ON beads (type, status, id) WHERE type <> 'task';
+CREATE INDEX IF NOT EXISTS beads_of_type ON beads (type, status, id);
 CREATE INDEX IF NOT EXISTS beads_parent ON beads (parent, id) WHERE parent IS NOT NULL;
 
 -- The index of blocked_by, for both directions. Written by the triggers alone.

@@ -94,6 +94,7 @@ def _select(table: str, key: str, order: Sequence[str], values: Mapping[str, str
         if column not in order
     ]
     columns, bounds = ", ".join([*order, key]), ", ".join([*(given[column] for column in order), "%(after)s"])
+    where += [f"{column} IS NOT NULL" for column in order]  # which an index may be restricted to
     where.append(f"({columns}) > ({bounds})")
     if order:
         where.append(f"({', '.join(order)}) <= ({', '.join(given[column] for column in order)})")
