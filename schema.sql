@@ -1763,7 +1763,7 @@ BEGIN
              WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
                AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine_priority, mine_due, mine_created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
-               AND (plain OR NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > t))
+               AND NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > t)
              ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         ELSE
             SELECT id INTO best FROM beads b
