@@ -9,8 +9,8 @@ sends BEGIN and COMMIT, too). pgbench is the client, so that no Python is measur
 Only claims are counted. The number of ready ones stays: ten times a second a session of its own deletes what was
 claimed and inserts as many new ones at the end of the queue, on both sides with one statement in which triggers do not
 fire, so that neither pays for how the other creates its rows. Before each run the tables are vacuumed; during a run
-that is autovacuum's task alone. A run is to be long enough for that: at a million, procrastinate's table is vacuumed after
-100 thousand claims, and until then each steps over more that is dead.
+that is autovacuum's task alone. A run is to be long enough for that: at a million, procrastinate's table is vacuumed
+after 100 thousand claims, and until then each steps over more that is dead.
 
 `blocked` is 100 thousand ready beads beside a million that wait for another one. procrastinate has no such thing: its
 table carries a million finished jobs instead, which its queue's index leaves out.
