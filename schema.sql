@@ -805,15 +805,14 @@ CREATE TABLE IF NOT EXISTS beads (
     version          bigint      NOT NULL DEFAULT 1,
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at       timestamptz NOT NULL DEFAULT clock_timestamp()
-) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000,
-        -- else PostgreSQL 18, which counts only rows that are not frozen, goes through all indexes for each 5,000 that come
-        autovacuum_vacuum_insert_threshold = 100000,
-        autovacuum_vacuum_cost_delay = 0, vacuum_index_cleanup = on,
+) WITH (fillfactor = 80, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0, vacuum_index_cleanup = on,
         -- claims change a status, and no plan: a table that is small is not looked through again for each 400 of them
         autovacuum_analyze_scale_factor = 0.05, autovacuum_analyze_threshold = 50000);
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 DO $$
-BEGIN -- a table of before, in which nobody has set it by hand
+BEGIN
+    -- PostgreSQL 18 counts by the rows that are not frozen: else, for each 5,000 new ones, it goes through all indexes. Not in the
+    -- table's definition, so that those of before have it, too, unless somebody has set it by hand.
     IF NOT EXISTS (SELECT 1 FROM pg_class WHERE oid = 'beads'::regclass AND reloptions::text LIKE '%vacuum_insert_threshold%') THEN
         ALTER TABLE beads SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_insert_threshold = 100000);
     END IF;
