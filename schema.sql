@@ -1272,7 +1272,7 @@ DECLARE
     name text;
     held distributed_locks;
 BEGIN
-    FOR name IN SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n ORDER BY 1 LOOP
+    FOR name IN SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n WHERE n IS NOT NULL ORDER BY 1 LOOP
         PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
         IF fences IS NULL OR NOT fences ? name THEN
             SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp();
@@ -1312,6 +1312,7 @@ DECLARE
     blocks text[] := ARRAY(SELECT jsonb_array_elements_text(NULLIF(patch -> 'blocks', 'null')));
     children text[] := ARRAY(SELECT jsonb_array_elements_text(NULLIF(patch -> 'children', 'null')));
     others text[] := '{}';
+    names text[];
     columns text;
     held distributed_locks;
     found jsonb;
@@ -1331,7 +1332,15 @@ BEGIN
     IF patch ? 'children' OR (kind = 'bead' AND action = 'delete') THEN
         others := others || children || ARRAY(SELECT id FROM beads WHERE parent = key);
     END IF;
-    held := enter_names(ARRAY(SELECT kind || ':' || k FROM unnest(others || key) AS k), fences);
+    names := ARRAY(SELECT kind || ':' || k FROM unnest(others || key) AS k);
+    IF kind = 'bead' THEN
+        names := names || ('agent:' || (patch ->> 'assigned_to'));
+    ELSIF kind = 'agent' AND action = 'delete' THEN
+        names := names || ARRAY(SELECT 'bead:' || id FROM beads WHERE assigned_to = key AND status IN ('open', 'in_progress', 'blocked'));
+    ELSIF kind = 'provider' AND action = 'delete' THEN
+        names := names || ARRAY(SELECT 'agent:' || id FROM agents WHERE provider_id = key);
+    END IF;
+    held := enter_names(names, fences);
     IF held.lock_name IS NOT NULL THEN
         outcome := 'lock-held';
         detail := to_jsonb(held);
@@ -1463,7 +1472,9 @@ DECLARE
                        FROM jsonb_array_elements(given) AS it CROSS JOIN unnest('{blocks, children}'::text[]) AS field
                        CROSS JOIN jsonb_array_elements_text(it -> field) AS other);
     others text[] := ARRAY(SELECT DISTINCT x ->> 'other' FROM jsonb_array_elements(linked) AS x);
-    held distributed_locks := enter_names(ARRAY(SELECT 'bead:' || o FROM unnest(others) AS o), fences);
+    held distributed_locks := enter_names(ARRAY(
+        SELECT 'bead:' || o FROM unnest(others) AS o
+        UNION ALL SELECT 'agent:' || (it ->> 'assigned_to') FROM jsonb_array_elements(given) AS it), fences);
     names text;
     values_given text;
     missing record;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -71,17 +72,20 @@ class Redispatch(msgspec.Struct):
     reason: Reason | None = None
 
 
-def _again(first: dict[str, Any]) -> claims.Claim:
-    """The claim that this request's first answer told of, extended. Raises ClaimLost when it has ended."""
+def _again(own: str, first: dict[str, Any]) -> claims.Claim:
+    """The claim that this request's first answer told of, extended. `own`: what a bare lock token is for, by that bead.
+
+    Raises ClaimLost when it has ended.
+    """
     bead, agent = first["bead"]["id"], first["bead"]["assigned_to"]
     lease = timedelta(seconds=first["bead"]["lease_seconds"])
     with db.connection() as conn:
-        writer = headers.writer(f"bead:{bead}", agent)
+        writer = headers.writer(own.format_map(first["bead"]), agent)
         return claims.renew(conn, writer, settings(), bead, first["fencing_token"], lease, extend=True)
 
 
 @bp.post("/beads/claim")
-@idempotency.checked(_again)
+@idempotency.checked(partial(_again, "agent:{assigned_to}"))
 def claim_next() -> Response:
     body = parse.body(ClaimNext)
     writer = headers.writer(f"agent:{body.agent_id}", body.agent_id)
@@ -100,7 +104,7 @@ def claim_next() -> Response:
 
 
 @bp.post("/beads/<key>/claim")
-@idempotency.checked(_again)
+@idempotency.checked(partial(_again, "bead:{id}"))
 def claim(key: str) -> Response:
     key, body = parse.key(key), parse.body(ClaimBead)
     writer = headers.writer(f"bead:{key}", body.agent_id)

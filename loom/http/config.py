@@ -116,7 +116,7 @@ def _snapshot(conn: db.Connection) -> Response:
 def _share(conn: db.Connection, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:
     here = dict(_settings(_shown(config.in_force(own(), config.values(conn)))))
     changed = {key: _checked(key, value) for key, value in _settings(sections) if key != DIFFERS and value != here[key]}
-    config.share(conn, headers.writer(""), {**changed, **values})
+    config.share(conn, headers.writer(None), {**changed, **values})
     return _snapshot(conn)
 
 

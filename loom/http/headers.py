@@ -16,10 +16,11 @@ _FENCE = r'\s*([1-9][0-9]{0,15})\s*(?:;\s*lock\s*=\s*("[^"]*")\s*)?'
 _FENCES = re.compile(f"{_FENCE}(?:,{_FENCE})*")
 
 
-def writer(own: str, actor: str | None = None) -> Writer:
+def writer(own: str | None, actor: str | None = None) -> Writer:
     """Who writes, from the request's headers, and the grants that it presents.
 
-    `own`: the lock that a bare number in Loom-Lock-Token means. `actor`: who it is when Loom-Actor does not say.
+    `own`: the lock that a bare number in Loom-Lock-Token means, if there is one.
+    `actor`: who it is when Loom-Actor does not say.
     Raises Invalid, which names the header.
     """
     headers = request.environ
@@ -33,7 +34,7 @@ def writer(own: str, actor: str | None = None) -> Writer:
     )
 
 
-def _fences(text: str, own: str) -> dict[str, int]:
+def _fences(text: str, own: str | None) -> dict[str, int]:
     """From `17` and `17; lock="NAME%20ENCODED"`, separated by commas."""
     found: dict[str, int] = {}
     field = "Loom-Lock-Token"
@@ -46,6 +47,10 @@ def _fences(text: str, own: str) -> dict[str, int]:
             raise errors.Invalid.field(field, form)
         if quoted:
             name = check_name(utf8(unquote_to_bytes(quoted[1:-1].encode("latin-1")), field), field)
+        if name is None:
+            raise errors.Invalid.field(
+                field, 'must name the lock: NUMBER; lock="NAME". This request has none of its own'
+            )
         if found.setdefault(name, token) != token:
             raise errors.Invalid.field(field, f"has two tokens for {name}")
     return found

@@ -12,7 +12,7 @@ from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.entities import PROVIDERS
 from harness.locks import Sql, acquire, assert_problem, force, wait_expired
-from harness.work import AGENTS, BEADS, bead, claim, make, team
+from harness.work import AGENTS, BEADS, PROJECT, bead, claim, make, team
 
 Session = Callable[[], psycopg2.extensions.connection]
 
@@ -29,6 +29,7 @@ class Operation(NamedTuple):
 
 AGENT = "SELECT version, project_id, status, open_claims FROM agents WHERE id = 'a'"
 BEAD = "SELECT version, status, assigned_to FROM beads WHERE id = 'x'"
+RESERVED = "SELECT id, assigned_to FROM beads WHERE assigned_to IS NOT NULL ORDER BY id"
 CONFIG = "/api/v1/config"
 SHARED = "SELECT key, value, version FROM config ORDER BY key"
 PROVIDER = "SELECT version, model FROM providers WHERE id = 'new'"
@@ -38,6 +39,8 @@ OPERATIONS = [
     Operation("agent:a", "POST", f"{BEADS}/x/claim", {"agent_id": "a"}, AGENT),
     Operation("agent:a", "POST", f"{BEADS}/claim", {"agent_id": "a"}, AGENT),
     Operation("agent:a", "DELETE", f"{AGENTS}/a", None, AGENT),
+    Operation("agent:a", "PATCH", f"{BEADS}/x", {"assigned_to": "a"}, BEAD),
+    Operation("agent:a", "POST", BEADS, {"title": "new", "project_id": PROJECT, "assigned_to": "a"}, RESERVED),
     Operation("bead:x", "PATCH", f"{BEADS}/x", {"status": "closed"}, BEAD),
     Operation("bead:x", "PUT", f"{BEADS}/x", {"status": "blocked"}, BEAD),
     Operation("bead:x", "POST", f"{BEADS}/x/claim", {"agent_id": "a"}, BEAD),
@@ -46,12 +49,14 @@ OPERATIONS = [
     Operation("bead:x", "PATCH", f"{BEADS}/y", {"blocks": ["x"]}, BEAD),
     Operation("bead:x", "PATCH", f"{BEADS}/y", {"children": ["x"]}, BEAD),
     Operation("bead:x", "DELETE", f"{BEADS}/before", None, BEAD),
+    Operation("bead:reserved", "DELETE", f"{AGENTS}/b", None, RESERVED),
     Operation("provider:new", "POST", PROVIDERS, {"id": "new", "model": "m"}, PROVIDER),
     Operation("provider:new", "POST", PROVIDERS, {"name": "new", "model": "m"}, PROVIDER),
     Operation(
         "provider:v", "PUT", f"{PROVIDERS}/v", {"model": "m"}, "SELECT version, model FROM providers WHERE id = 'v'"
     ),
     Operation("config:k", "PUT", "/api/v1/config/k", {"value": 1}, "SELECT version, value FROM config WHERE key = 'k'"),
+    Operation("agent:a", "DELETE", f"{PROVIDERS}/of-a", None, "SELECT version, provider_id FROM agents WHERE id = 'a'"),
     Operation("provider:v", "DELETE", f"{PROVIDERS}/v", None, "SELECT version, model FROM providers WHERE id = 'v'"),
     Operation("config:c", "PUT", f"{CONFIG}/c", {"value": 2}, SHARED),
     Operation("config:c", "DELETE", f"{CONFIG}/c", None, SHARED),
@@ -63,12 +68,15 @@ each_operation = pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: f"{op.
 
 @pytest.fixture
 def work(client: AppClient) -> AppClient:
-    team(client, "a")
+    team(client, "a", "b")
     make(client, "/api/v1/projects", id="q", name="q", git_repo="r", branch="b")
     make(client, PROVIDERS, id="v", name="v")
+    make(client, PROVIDERS, id="of-a", name="of a")
+    client.patch(f"{AGENTS}/a", {"provider_id": "of-a"})
     bead(client, "before", status="closed")
     bead(client, "x", blocked_by=["before"])
     bead(client, "y", status="blocked")
+    bead(client, "reserved", assigned_to="b")
     client.put(f"{CONFIG}/c", {"value": 1})
     return client
 
@@ -176,9 +184,12 @@ def test_the_next_bead_is_none_that_is_locked_from_outside(work: AppClient, sql:
     assert work.post(f"{BEADS}/claim", {"agent_id": "a"}).status == 204
 
 
-def test_a_token_without_a_name_where_no_name_is_its_own_is_no_fence(work: AppClient, sql: Sql) -> None:
-    body = {"beads": [{"title": "t", "project_id": "p"}]}
-    before = sql("SELECT count(*) FROM beads")
-    answer = work.post(f"{BEADS}/bulk", body, headers={"Loom-Lock-Token": "17"})
-    assert answer.status in (400, 409)
-    assert sql("SELECT count(*) FROM beads") == before
+def test_a_token_without_a_name_is_refused_where_no_name_is_its_own(work: AppClient, sql: Sql) -> None:
+    before = sql("SELECT count(*) FROM beads"), sql(SHARED)
+    for method, path, body in (
+        ("POST", f"{BEADS}/bulk", {"beads": [{"title": "t", "project_id": PROJECT}]}),
+        ("PUT", CONFIG, {"agents": {"dead_after": 30}}),
+    ):
+        problem = assert_problem(work.request(method, path, body, {"Loom-Lock-Token": "17"}), 400, "invalid")
+        assert problem["errors"][0]["field"] == "Loom-Lock-Token"
+    assert (sql("SELECT count(*) FROM beads"), sql(SHARED)) == before

@@ -456,6 +456,14 @@ def test_a_bead_that_is_locked_from_outside_changes_only_for_who_presents_the_lo
             assert_problem(answer, 409, "lock-lost", lock_name="bead:x", fencing_token=held)
 
 
+def test_the_token_of_the_agents_own_lock_does_for_a_retry_of_its_claim(work: AppClient) -> None:
+    bead(work, "x")
+    headers = {"Loom-Lock-Token": str(acquire(work, "agent:a")["fencing_token"]), "Idempotency-Key": "k"}
+    first, again = (work.post(f"{BEADS}/claim", {"agent_id": "a"}, headers=headers) for _ in range(2))
+    assert (first.status, again.status) == (200, 200)
+    assert again.json["fencing_token"] == first.json["fencing_token"]
+
+
 def test_a_bead_that_is_locked_from_outside_is_passed_over_and_not_counted(work: AppClient, sql: Sql) -> None:
     bead(work, "held", priority=0)
     bead(work, "free")
