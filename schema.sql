@@ -938,6 +938,9 @@ BEGIN
         ELSIF NEW.status <> 'closed' AND NEW.assigned_to = OLD.assigned_to THEN
             NEW.assigned_to := NULL;
         END IF;
+        IF OLD.lease_expires_at <= clock_timestamp() AND NEW.attempts = OLD.attempts THEN -- it had, and nobody had noticed
+            NEW.attempts := NEW.attempts + 1;
+        END IF;
         NEW.fencing_token := NULL;
         NEW.claimed_at := NULL;
         NEW.lease_seconds := NULL;
@@ -1009,7 +1012,7 @@ CREATE TRIGGER bead_blockers_changed AFTER UPDATE OF blocked_by ON beads FOR EAC
 
 -- The agent has one claim less: that of the bead.
 CREATE OR REPLACE FUNCTION uncount_claim(agent text, bead text) RETURNS void LANGUAGE sql AS $$
-    UPDATE agents SET open_claims = open_claims - 1,
+    UPDATE agents SET open_claims = GREATEST(open_claims - 1, 0), -- by hand, it may have been set to anything
                       current_bead = CASE WHEN current_bead = bead THEN (
                           SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status = 'in_progress'
                              AND b.fencing_token IS NOT NULL AND b.id <> bead ORDER BY b.claimed_at DESC LIMIT 1)
@@ -1017,12 +1020,14 @@ CREATE OR REPLACE FUNCTION uncount_claim(agent text, bead text) RETURNS void LAN
      WHERE id = agent;
 $$;
 
--- A claim has ended, however: its history, its agent's counter, and the file locks that were taken for it.
-CREATE OR REPLACE FUNCTION note_claim_ended(was beads) RETURNS void LANGUAGE plpgsql AS $$
+-- A claim has ended: its history, its agent's counter, and the file locks that were taken for it. how: unless
+-- loom.claim_ended says.
+DROP FUNCTION IF EXISTS note_claim_ended(beads); -- it took no `how`
+CREATE OR REPLACE FUNCTION note_claim_ended(was beads, how text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO claims VALUES (
         was.fencing_token, was.id, was.assigned_to, was.claimed_at, was.lease_expires_at, clock_timestamp(),
-        COALESCE(NULLIF(current_setting('loom.claim_ended', true), ''), 'changed'),
+        COALESCE(NULLIF(current_setting('loom.claim_ended', true), ''), how),
         NULLIF(current_setting('loom.claim_reason', true), ''));
     PERFORM uncount_claim(was.assigned_to, was.id);
     PERFORM set_config('loom.ended_how', 'released', true);
@@ -1067,7 +1072,8 @@ BEGIN
         END IF;
     END IF;
     IF TG_OP <> 'INSERT' AND OLD.fencing_token <> COALESCE(CASE TG_OP WHEN 'UPDATE' THEN NEW.fencing_token END, 0) THEN
-        PERFORM note_claim_ended(OLD);
+        PERFORM note_claim_ended(OLD, CASE WHEN TG_OP = 'UPDATE' AND NEW.attempts > OLD.attempts
+                                            AND OLD.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'changed' END);
     END IF;
     RETURN NULL;
 END $$;
@@ -2044,12 +2050,12 @@ BEGIN
         END IF;
     END IF;
     PERFORM enter_names('{}', fences);
+    -- What it was taken for stays when it is asked for again without a bead.
+    about := COALESCE((SELECT metadata FROM distributed_locks
+                        WHERE lock_name = name AND owner = 'agent:' || agent AND expires_at > clock_timestamp()), '{}') || about;
     SELECT l.outcome, to_jsonb(l) - '{outcome, waiting}'::text[] INTO outcome, held
-      FROM acquire_lock(name, 'agent:' || agent, instance, ttl, NULL, false) AS l;
-    IF outcome IN ('new', 'same') THEN
-        -- What it was taken for stays when it is asked for again without a bead.
-        UPDATE distributed_locks AS l SET metadata = metadata || about WHERE lock_name = name RETURNING to_jsonb(l) INTO held;
-    ELSIF outcome = 'promised' THEN
+      FROM acquire_lock(name, 'agent:' || agent, instance, ttl, about, false) AS l;
+    IF outcome = 'promised' THEN
         held := NULL;
     END IF;
 END $$;

@@ -228,10 +228,11 @@ def test_an_agent_that_an_operator_ends_gives_its_beads_back(work: AppClient, sq
     assert_counted(sql)
 
 
-def test_a_dead_agent_that_claims_lives(work: AppClient) -> None:
+def test_a_dead_agent_that_claims_lives(work: AppClient, sql: Sql) -> None:
     work.request("PATCH", f"{AGENTS}/a", {"status": "dead"})
     claim(work, "x")
     assert status(work) == "idle"
+    assert sql("SELECT heartbeat_at FROM agents WHERE id = 'a'") == [(None,)]  # it may live without them, as before
 
 
 def test_an_agent_says_what_it_does(work: AppClient) -> None:

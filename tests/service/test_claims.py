@@ -160,6 +160,24 @@ def test_another_agent_is_told_who_has_it_and_until_when(work: AppClient) -> Non
     assert "redispatch" in problem["detail"]
 
 
+@pytest.mark.usefixtures("server_age")
+def test_who_has_it_may_be_dead(work: AppClient, sql: Sql) -> None:
+    """Nobody has noticed yet: every answer that names the holder says so."""
+    bead(work, "x")
+    bead(work, "reserved", assigned_to="b")
+    lost = claim(work, "x")
+    lapse(sql, "x")
+    claim(work, "x", "b")
+    for heard, alive in (("clock_timestamp()", True), ("clock_timestamp() - INTERVAL '121 seconds'", False)):
+        sql(f"UPDATE agents SET heartbeat_at = {heard} WHERE id = 'b'")
+        for answer in (
+            ask(work, "reserved"),
+            renew(work, "x", lost),
+            work.post("/api/v1/file-locks", {"file_path": "f", "project_id": PROJECT, "agent_id": "a", "bead_id": "x"}),
+        ):
+            assert (answer.status, answer.json["holder"]["alive"]) == (409, alive), answer
+
+
 def test_a_closed_bead_is_not_worked_on_again(work: AppClient) -> None:
     bead(work, "x")
     closed = complete(work, "x", claim(work, "x"), close_reason="done").json
@@ -221,7 +239,10 @@ def test_ids_of_old_clients_hold_spaces_and_parentheses(work: AppClient, sql: Sq
 def test_release_leaves_no_trace_of_who_had_it(work: AppClient, sql: Sql) -> None:
     bead(work, "x", assigned_to="a")
     token = claim(work, "x")
-    assert release(work, "x", token).status == 204
+    assert work.delete(f"{BEADS}/x/claim?fencing_token={token}&reason=not+mine").status == 204
+    assert sql("SELECT ended_how, reason FROM claims WHERE bead_id = 'x'") == [("released", "not mine")]
+    changes = work.get(f"{BEADS}/x/history").json[0]["changes"]
+    assert (changes["claim_ended"], changes["reason"]) == ("released", "not mine")
     found = get(work, "x")
     assert is_free(found)
     assert (found["attempts"], found["failures"]) == (0, 0)
@@ -253,6 +274,46 @@ def test_a_lapsed_bead_is_open_again_once_and_its_late_agent_refused(
         assert_lost(answer, "lapsed", "b")
     assert get(work, "x")["assigned_to"] == "b"
     assert_counted(sql)
+
+
+@pytest.mark.parametrize("how", ["PATCH", "redispatch", "by hand"])
+def test_a_lease_that_was_over_has_lapsed_whatever_ends_the_claim(work: AppClient, sql: Sql, how: str) -> None:
+    for key in ("x", "y"):
+        bead(work, key)
+    lapsed, live = claim(work, "x"), claim(work, "y")
+    lapse(sql, "x")
+    if how == "by hand":
+        sql("UPDATE beads SET status = 'open'")
+    for key in ("x", "y"):
+        if how == "PATCH":
+            patch(work, key, status="open")
+        elif how == "redispatch":
+            assert work.post(f"{BEADS}/{key}/redispatch").status == 200
+    assert [get(work, key)["attempts"] for key in ("x", "y")] == [1, 0]
+    assert_lost(complete(work, "x", lapsed), "lapsed")
+    assert_lost(complete(work, "y", live), "changed")
+    assert_counted(sql)
+
+
+def test_attempts_that_are_set_by_hand_stay(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    claim(work, "x")
+    lapse(sql, "x")
+    sql("UPDATE beads SET status = 'open', attempts = 7 WHERE id = 'x'")
+    assert get(work, "x")["attempts"] == 7
+
+
+def test_a_counter_that_was_set_by_hand_stops_nobody(work: AppClient, sql: Sql) -> None:
+    for key in ("x", "y", "z"):
+        bead(work, key)
+    token = claim(work, "x")
+    claim(work, "y")
+    sql("UPDATE agents SET open_claims = 0")
+    assert complete(work, "x", token).status == 200
+    lapse(sql, "y")
+    assert claim_next(work, "b") == "y"
+    assert claim_next(work, "b") == "z"
+    assert sql("SELECT id, open_claims FROM agents ORDER BY id") == [("a", 0), ("b", 2)]
 
 
 def test_a_claim_does_not_wait_for_what_others_are_at(
