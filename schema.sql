@@ -1297,7 +1297,7 @@ END $$;
 CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, until bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN count(DISTINCT e.version) = until - since THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place)
            FILTER (WHERE c.field IS NOT NULL), '{}') END
-      FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes) AS c (field) ON true
+      FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
      WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
        AND e.place > COALESCE( -- its creation: before, the id may have been another's
            (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import msgspec
 from flask import Response, request
@@ -36,4 +36,4 @@ def page(
         return json(found)
     kept = {k: v for k, v in request.args.items() if k != "after"}
     query = urlencode({**kept, "limit": limit, "after": encode_cursor(cursor_of(rows[limit - 1]))})
-    return json(found, headers={"Link": f'<{request.path}?{query}>; rel="next"'})
+    return json(found, headers={"Link": f'<{quote(request.path)}?{query}>; rel="next"'})

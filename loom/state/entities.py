@@ -181,6 +181,9 @@ def refusal(exc: psycopg2.DatabaseError, *, deleting: bool = False) -> Exception
         found = re.search(r"=\((.*)\)", exc.diag.message_detail or "", re.DOTALL)
         value = found[1] if found else "it"
         return errors.Invalid.field(field, f"{value} does not exist", value=value)
+    if exc.pgcode == "23505" and exc.diag.table_name in ("projects", "providers", "agents", "beads"):  # meanwhile
+        key = (exc.diag.message_detail or "").partition("=(")[2].rpartition(")")[0]
+        return errors.Taken(f"The id {key} is taken.", id=key)
     if exc.pgcode == "23514" and exc.diag.column_name:  # a check of ours that names it; PostgreSQL's own do not
         return errors.Invalid.field(exc.diag.column_name, exc.diag.message_primary or "is refused")
     return exc

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg2.extensions
 import pytest
 from harness import AppClient, wait_until
 from harness.client import Answer
@@ -492,6 +493,21 @@ def test_none_is_made_when_one_cannot_be(work: AppClient, sql: Sql) -> None:
     assert sql("SELECT id, version FROM beads") == [("x", 1)]
     token = {"Loom-Lock-Token": f'{lock["fencing_token"]}; lock="bead:x"'}
     assert bulk(work, good, {"blocks": ["x"]}, headers=token).status == 201
+
+
+def test_an_id_that_is_taken_meanwhile(
+    work: AppClient, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    new = {"id": "x(1)=y", "title": "t", "project_id": PROJECT}
+    for path, body in ((BEADS, new), (BULK, {"beads": [new]})):
+        with session() as other, other.cursor() as cursor, ThreadPoolExecutor(1) as thread:
+            cursor.execute("INSERT INTO beads (id, title, project_id) VALUES ('x(1)=y', 'first', %s)", (PROJECT,))
+            late = thread.submit(work.post, path, body)
+            wait_until(lambda: sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
+            other.commit()
+            assert_problem(late.result(), 409, "taken", id="x(1)=y")
+        assert get(work, "x(1)=y")["title"] == "first"
+        sql("DELETE FROM beads")
 
 
 def test_an_id_that_we_make_is_nobody_elses_in_the_same_call(work: AppClient) -> None:

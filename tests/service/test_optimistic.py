@@ -6,13 +6,14 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from harness import AppClient
 from harness.client import Answer
 from harness.entities import KINDS, PROVIDERS, Kind, entity
 from harness.locks import Sql, assert_problem
-from harness.work import BEADS, assert_counted
+from harness.work import BEADS, assert_counted, bead, claim, fail, team
 
 ROUNDS = 1000
 
@@ -67,6 +68,27 @@ def test_every_version_says_who_made_it_of_what_and_when(client: AppClient, kind
     assert first["timestamp"] < change["timestamp"] < last["timestamp"] < gone["timestamp"]
     page = client.get(kind.path + "/history?limit=3")
     assert client.get(page.headers["Link"].partition(">")[0][1:]).json == [first]
+
+
+def test_a_link_leads_on_whatever_the_id(client: AppClient) -> None:
+    for key in ("日本", "a%41", 'q?x#y>; rel="z"', "a b"):
+        path = f"{PROVIDERS}/{quote(key)}"
+        assert client.post(PROVIDERS, {"id": key, "name": "n"}).status == 201
+        client.patch(path, {"name": "m"})
+        link = client.get(f"{path}/history?limit=1").headers["Link"]
+        assert link.isascii()
+        assert [event["entity_id"] for event in client.get(link.partition(">")[0][1:]).json] == [key]
+
+
+def test_how_a_claim_ended_is_no_field_that_was_changed(client: AppClient) -> None:
+    team(client, "a")
+    bead(client, "x")
+    token = claim(client, "x")
+    assert fail(client, "x", token, reason="no").status == 200
+    stale = client.patch(f"{BEADS}/x", {"title": "t"}, headers={"If-Match": '"2"'})
+    changed = assert_problem(stale, 412, "stale")["changed"]
+    assert "attempts" in changed
+    assert not {"claim_ended", "reason"} & {*changed}
 
 
 @each_kind
