@@ -1695,7 +1695,8 @@ BEGIN
     IF NOT FOUND THEN
         outcome := 'unknown-agent';
     ELSIF state = 'dead' THEN -- it lives
-        UPDATE agents SET status = 'idle', heartbeat_at = clock_timestamp() WHERE id = agent;
+        UPDATE agents SET status = 'idle', heartbeat_at = CASE WHEN heartbeat_at IS NOT NULL THEN clock_timestamp() END
+         WHERE id = agent;
     END IF;
 END $$;
 
