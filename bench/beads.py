@@ -2,21 +2,22 @@
 
     python -m bench.beads [--seconds 60] [--rounds 3] [--sizes 20k,100k,1m,blocked] [--claims 200000] [--clients 8]
 
-Both run on one PostgreSQL, in turns: Loom's claim_next(), not prepared, as psycopg2 sends it, and procrastinate's
-fetch_job, its own schema.sql and statement, prepared as its driver does after five calls, in one round trip (its pool
-sends BEGIN and COMMIT, too). pgbench is the client, so that no Python is measured.
+Both run on one PostgreSQL, all sizes of both in turns, each size in a database of its own: Loom's claim_next(), not
+prepared, as psycopg2 sends it, and procrastinate's fetch_job, its own schema.sql and statement, prepared as its driver
+does after five calls, in one round trip (its pool sends BEGIN and COMMIT, too). pgbench is the client, so that no
+Python is measured.
 
 Only claims are counted. The number of ready ones stays: ten times a second a session of its own deletes what was
 claimed and inserts as many new ones at the end of the queue, on both sides with one statement in which triggers do not
-fire, so that neither pays for how the other creates its rows. Before each run the tables are vacuumed; during a run
-that is autovacuum's task alone. A run is to be long enough for that: at a million, procrastinate's table is vacuumed
-after 100 thousand claims, and until then each steps over more that is dead.
+fire, so that neither pays for how the other creates its rows. After each run the tables are vacuumed, so that the next
+one finds nothing left of it; during a run that is autovacuum's task alone. A run is to be long enough for that: at a
+million, procrastinate's table is vacuumed after 100 thousand claims, and until then each steps over more that is dead.
 
 `blocked` is 100 thousand ready beads beside a million that wait for another one. procrastinate has no such thing: its
 table carries a million finished jobs instead, which its queue's index leaves out.
 
 Then at 100 thousand: each once more while another session's snapshot is held; and `--claims` without a pause, the last
-fifth of them against the first. At a million: the last page of the list, over HTTP, beside the first.
+fifth of them beside the first. At a million: the last page of the list, over HTTP, beside the first.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from loom import embedded
 from loom.db.schema import TEXT as SCHEMA
 from loom.http.answer import encode_cursor
 
-DATABASE = "loom_bench"
 CLAIM = """
 \\set agent random(1, 1000)
 SELECT claim_next('agent-:agent', 1800, 1000000, 5, 20, NULL, NULL, NULL, NULL)::text AS answer;
@@ -193,34 +193,39 @@ class Replacer(threading.Thread):
 
 
 class Bench:
-    """Both queues of one size, in a database of its own."""
+    """Both queues of one of SIZES, in a database of its own."""
 
-    def __init__(self, dsn: str, ready: int, others: int, folder: Path, clients: int) -> None:
+    def __init__(self, dsn: str, size: str, folder: Path, clients: int) -> None:
         self._server, self._folder, self._clients = dsn, folder, clients
-        self.ready, self.others = ready, others
-        self.dsn = make_dsn(dsn, dbname=DATABASE)
+        self.ready, self.others = SIZES[size]
+        self._database = f"loom_bench_{size}"
+        self.dsn = make_dsn(dsn, dbname=self._database)
 
     def __enter__(self) -> Bench:
         with connect(self._server) as cursor:
-            cursor.execute(f"DROP DATABASE IF EXISTS {DATABASE}")
-            cursor.execute(f"CREATE DATABASE {DATABASE}")
+            cursor.execute(f"DROP DATABASE IF EXISTS {self._database}")
+            cursor.execute(f"CREATE DATABASE {self._database}")
         return self
 
     def __exit__(self, *_: object) -> None:
         with connect(self._server) as cursor:
-            cursor.execute(f"DROP DATABASE {DATABASE}")
+            cursor.execute(f"DROP DATABASE {self._database}")
 
     def fill(self, queue: Queue) -> None:
         with connect(self.dsn) as cursor:
             cursor.execute(queue.schema)
             cursor.execute("SET session_replication_role = replica")
             cursor.execute(queue.fill, {"ready": self.ready, "others": self.others})
+        self._settle(queue)
+
+    def _settle(self, queue: Queue) -> None:
+        with connect(self.dsn) as cursor:
+            cursor.execute(f"VACUUM (ANALYZE) {queue.tables}")
+            cursor.execute("CHECKPOINT")
 
     def claims(self, queue: Queue, *length: str) -> float:
         """Claims per second. `length`: pgbench's options. Raises RuntimeError when they are not what was replaced."""
         with connect(self.dsn) as cursor:
-            cursor.execute(f"VACUUM (ANALYZE) {queue.tables}")
-            cursor.execute("CHECKPOINT")
             replacer = Replacer(self.dsn, queue)
             replacer.start()
             try:
@@ -231,10 +236,11 @@ class Bench:
                 replacer.finish()
             if (done.transactions, one(cursor, queue.ready)) != (replacer.replaced, self.ready):
                 raise RuntimeError(f"{queue.name}: {done.transactions} claims, but {replacer.replaced} replaced")
+        self._settle(queue)
         return done.rate
 
-    def decay(self, queue: Queue, claims: int) -> float:
-        """The rate of the last fifth of so many claims without a pause, divided by that of the first."""
+    def fifths(self, queue: Queue, claims: int) -> list[float]:
+        """Claims per second in each fifth of so many claims without a pause."""
         each = claims // self._clients
         self.claims(queue, "-t", str(each), "-l", "--log-prefix=claims")
         ended: list[float] = []
@@ -244,8 +250,8 @@ class Bench:
                 ended.append(int(words[4]) + int(words[5]) / 1e6)
             path.unlink()
         ended.sort()
-        fifth = len(ended) // 5
-        return (ended[fifth] - ended[0]) / (ended[-1] - ended[-1 - fifth])
+        fifth = (len(ended) - 1) // 5
+        return [fifth / (ended[n + fifth] - ended[n]) for n in range(0, 5 * fifth, fifth)]
 
     def pages(self, requests: int = 200) -> tuple[float, float]:
         """Milliseconds that the first and the last page of the list take, over HTTP; medians."""
@@ -277,15 +283,15 @@ class Bench:
             cursor.execute("COMMIT")
 
 
-def alternate(bench: Bench, queues: list[Queue], rounds: int, *length: str) -> dict[str, float]:
-    """Each queue's median of claims per second, in runs that take turns."""
-    rates: dict[str, list[float]] = {queue.name: [] for queue in queues}
-    for _ in range(rounds):
-        for queue in queues:
-            rates[queue.name].append(bench.claims(queue, *length))
-    for name, taken in rates.items():
-        print(f"      {name:14}", *(f"{rate:6.0f}" for rate in taken), flush=True)
-    return {name: statistics.median(taken) for name, taken in rates.items()}
+def alternate(benches: dict[str, Bench], queues: list[Queue], rounds: int, *length: str) -> dict[str, dict[str, float]]:
+    """The median of claims per second, by size and queue, of runs that take turns, there and back again."""
+    turns = [(size, queue) for size in benches for queue in queues]
+    rates: dict[tuple[str, str], list[float]] = {(size, queue.name): [] for size, queue in turns}
+    for number in range(rounds):
+        for size, queue in turns[:: -1 if number % 2 else 1]:
+            rates[size, queue.name].append(benches[size].claims(queue, *length))
+            print(f"  {size:8} {queue.name:14} {rates[size, queue.name][-1]:6.0f}", flush=True)
+    return {size: {queue.name: statistics.median(rates[size, queue.name]) for queue in queues} for size in benches}
 
 
 def main() -> None:
@@ -298,25 +304,28 @@ def main() -> None:
     given = options.parse_args()
     queues = [loom(), procrastinate()]
     length = ("-T", str(given.seconds))
-    table: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="loom-bench-") as name:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loom-bench-")))
         dsn = os.environ.get("DATABASE_DSN") or embedded.use(folder / "postgres")
-        for size in given.sizes.split(","):
-            print(f"  {size}", flush=True)
-            with Bench(dsn, *SIZES[size], folder, given.clients) as bench:
-                for queue in queues:
-                    bench.fill(queue)
-                table[size] = alternate(bench, queues, given.rounds, *length)
-                if size == "1m":
-                    first, last = bench.pages()
-                    print(f"      pages of the list: first {first:.1f} ms, last {last:.1f} ms, {last / first:.2f}")
-                if size == "100k":
-                    with bench.snapshot():
-                        table["100k, snapshot held"] = alternate(bench, queues, given.rounds, *length)
-                    for queue in queues if given.claims else []:
-                        ratio = bench.decay(queue, given.claims)
-                        print(f"      {queue.name}: {given.claims} claims, last fifth / first {ratio:.2f}", flush=True)
+        benches = {
+            size: stack.enter_context(Bench(dsn, size, folder, given.clients)) for size in given.sizes.split(",")
+        }
+        for bench in benches.values():
+            for queue in queues:
+                bench.fill(queue)
+        table = alternate(benches, queues, given.rounds, *length)
+        if "1m" in benches:
+            first, last = benches["1m"].pages()
+            print(f"Pages of the list at a million: first {first:.1f} ms, last {last:.1f} ms, {last / first:.2f}")
+        if "100k" in benches:
+            with benches["100k"].snapshot():
+                held = {"100k, snapshot held": benches["100k"]}
+                table |= alternate(held, queues, given.rounds, *length)
+            for queue in queues if given.claims else []:
+                runs = [benches["100k"].fifths(queue, given.claims) for _ in range(given.rounds)]
+                fifths = [statistics.median(each) for each in zip(*runs, strict=True)]
+                print(f"{queue.name}: {given.claims} claims without a pause, by fifths", end="")
+                print(*(f" {rate:.0f}" for rate in fifths), f" last / first {fifths[-1] / fifths[0]:.2f}", flush=True)
     print("| ready | Loom, claims/s | procrastinate, claims/s | ratio |\n|---|---|---|---|")
     for size, rates in table.items():
         ours, theirs = rates.values()
