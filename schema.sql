@@ -2023,7 +2023,7 @@ END $$;
 -- File locks ------------------------------------------------------------------------------------------------------
 
 -- Rows of distributed_locks, named file:PROJECT:PATH, owned by agent:ID, with the metadata file_path, project_id, agent_id and,
--- when taken for a bead, bead_id: it ends with the bead's claim, see on_claim_ended().
+-- when taken for a bead, bead_id: it ends with the bead's claim, see note_claim_ended().
 
 -- Takes one for the agent that `about` names. The bead's row first, and it stays locked: its claim cannot end, and find no lock
 -- to end with it, between a look at it and the commit. outcome: 'new', 'same', 'held', 'promised' as acquire_lock (held:
