@@ -281,19 +281,18 @@ BEGIN
     RETURN QUERY SELECT outcome, waiting, held.*;
 END $$;
 
--- One poll for all who wait in one worker: keeps their places and grants what has become free to its first waiter.
--- Passes over names and rows that others are at, so that one of them cannot hold up the rest.
-CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[], ttls interval[], abouts jsonb[], instance uuid)
-RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
-               acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
+-- One poll for all requests that wait in one worker: keeps their places, and returns those that are first in line for a
+-- lock that is free. It grants nothing and waits for nobody: each of them then asks by acquire_lock(). A lock that has
+-- expired is not free while a transaction that it fences is still running.
+CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[]) RETURNS TABLE (lock_name text, owner text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     t timestamptz := clock_timestamp();
-    next record;
 BEGIN
+    -- A place is written at most every half second. One owner may wait in two requests.
     INSERT INTO lock_waiters AS w (lock_name, owner, asked_at)
-        SELECT m.name, m.owner, t FROM unnest(names, owners) AS m (name, owner)
+        SELECT DISTINCT m.name, m.owner, t FROM unnest(names, owners) AS m (name, owner)
          WHERE NOT EXISTS (SELECT 1 FROM lock_waiters x WHERE x.lock_name = m.name AND x.owner = m.owner
                               AND x.asked_at > t - INTERVAL '0.5 seconds')
          ORDER BY m.name, m.owner
@@ -301,31 +300,18 @@ BEGIN
            SET asked_at = t,
                place = CASE WHEN w.asked_at > t - INTERVAL '2 seconds' THEN w.place ELSE excluded.place END;
 
-    FOR next IN
-        SELECT m.* FROM (SELECT DISTINCT n.name FROM unnest(names) AS n (name)) AS wanted
-          CROSS JOIN LATERAL (SELECT w.owner FROM lock_waiters w
-                               WHERE w.lock_name = wanted.name AND w.asked_at > t - INTERVAL '2 seconds'
-                               ORDER BY w.place LIMIT 1) AS first
-          JOIN unnest(names, owners, ttls, abouts) AS m (name, owner, ttl, about)
-            ON m.name = wanted.name AND m.owner = first.owner
-         WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name AND l.expires_at > t)
-         ORDER BY m.name
-    LOOP
-        IF NOT pg_try_advisory_xact_lock(hashtextextended(next.name, 0)) THEN
-            -- Many may ask for this name without waiting: stand in line with them for a moment, or its waiters starve.
-            BEGIN
-                PERFORM set_config('lock_timeout', '20ms', true);
-                PERFORM pg_advisory_xact_lock(hashtextextended(next.name, 0));
-                PERFORM set_config('lock_timeout', '0', true);
-            EXCEPTION WHEN lock_not_available THEN
-                CONTINUE;
-            END;
-        END IF;
-        PERFORM 1 FROM distributed_locks l WHERE l.lock_name = next.name FOR UPDATE SKIP LOCKED;
-        CONTINUE WHEN NOT FOUND AND EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = next.name);
-        RETURN QUERY SELECT * FROM acquire_lock(next.name, next.owner, instance, next.ttl, next.about, false) a
-                      WHERE a.outcome IN ('new', 'same');
-    END LOOP;
+    RETURN QUERY
+        WITH wanted AS MATERIALIZED (
+            SELECT DISTINCT n.name COLLATE "C" AS name FROM unnest(names) AS n (name)),
+        expired AS MATERIALIZED (
+            SELECT l.lock_name FROM distributed_locks l
+             WHERE l.lock_name IN (SELECT name FROM wanted) AND l.expires_at <= t FOR UPDATE SKIP LOCKED)
+        SELECT wanted.name, first.owner FROM wanted
+         CROSS JOIN LATERAL (SELECT w.owner FROM lock_waiters w
+                              WHERE w.lock_name = wanted.name AND w.asked_at > t - INTERVAL '2 seconds'
+                              ORDER BY w.place LIMIT 1) AS first
+         WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name)
+            OR EXISTS (SELECT 1 FROM expired e WHERE e.lock_name = wanted.name);
 END $$;
 
 -- Never inserts, never revives; never shortens with `extend`. The order is the promise: name, row, only then the clock (an
@@ -356,18 +342,6 @@ BEGIN
     done := FOUND;
     PERFORM set_config('loom.ended_how', '', true), set_config('loom.reason', '', true);
     RETURN done;
-END $$;
-
--- Takes back a grant of which its owner was not told; not if it has asked again since, and was told then.
-CREATE OR REPLACE FUNCTION take_back_lock(name text, token bigint, untouched timestamptz) RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    PERFORM 1 FROM distributed_locks WHERE lock_name = name AND fencing_token = token AND heartbeat_at = untouched
-        FOR UPDATE;
-    IF FOUND THEN
-        PERFORM release_lock(name, token, 'released', NULL);
-    END IF;
 END $$;
 
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
@@ -2098,16 +2072,19 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
--- The answer of before, if there is one. `alone`: nobody else looks until our transaction ends. First that, and then a
--- look with a new snapshot: in one statement it would miss an answer that was committed in between.
-CREATE OR REPLACE FUNCTION find_answer(wanted uuid, alone boolean)
+-- The answer that a request with this scope got, if there is one. Its twins cannot look until our transaction ends: one
+-- in flight is waited for with `wait`, else told. The lock first, then a look with a new snapshot: in one statement the
+-- look would miss an answer that was committed in between.
+CREATE OR REPLACE FUNCTION find_answer(wanted uuid, wait boolean)
 RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF alone AND NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
-        RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
-    ELSE
-        RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k
-                      WHERE k.scope = wanted;
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
+        IF NOT wait THEN
+            RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
+            RETURN;
+        END IF;
+        PERFORM pg_advisory_xact_lock(hashtextextended(wanted::text, 0));
     END IF;
+    RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k WHERE k.scope = wanted;
 END $$;
