@@ -136,13 +136,15 @@ BEGIN
         NULLIF(current_setting('loom.reason', true), ''));
 END $$;
 
-CREATE OR REPLACE FUNCTION on_lock_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+-- A grant ends when its row is deleted, or when the next grant takes the row over.
+CREATE OR REPLACE FUNCTION on_grant_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM end_grant(OLD);
     RETURN NULL;
 END $$;
-DROP TRIGGER IF EXISTS lock_deleted ON distributed_locks;
-CREATE TRIGGER lock_deleted AFTER DELETE ON distributed_locks FOR EACH ROW EXECUTE FUNCTION on_lock_deleted();
+DROP TRIGGER IF EXISTS grant_ended ON distributed_locks;
+CREATE TRIGGER grant_ended AFTER DELETE OR UPDATE OF fencing_token ON distributed_locks FOR EACH ROW
+    EXECUTE FUNCTION on_grant_ended();
 
 CREATE OR REPLACE FUNCTION on_locks_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -214,8 +216,9 @@ BEGIN
     RETURN nextval('fencing_tokens');
 END $$;
 
--- Takes the lock if it is free and promised to nobody before us. The order is the promise: name, row, only then the
--- clock. outcome: 'new' a new grant, 'same' ours of before, 'held' by another (then that grant), 'promised' to a waiter.
+-- Takes the lock if it is free and no waiter comes before us. The order is the promise: name, row, only then the clock.
+-- outcome: 'new' grant; 'same': the grant that this owner already holds, extended; 'held' by another, whose grant is
+-- answered; 'promised' to a waiter. A refused caller writes nothing to the row, and waits for nobody.
 CREATE OR REPLACE FUNCTION acquire_lock(name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
 RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
                acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
@@ -227,18 +230,14 @@ DECLARE
     t timestamptz;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    -- Nobody waits for the transactions that a row fences only to hear that it is held.
-    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
-        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
+    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
+    IF held.owner = new_owner THEN
+        -- NO KEY UPDATE, as in a renewal: it does not wait for the transactions that this grant fences.
+        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR NO KEY UPDATE;
     END IF;
     t := clock_timestamp();
-    IF held.owner = new_owner OR held.expires_at <= t THEN
-        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE;
-        t := clock_timestamp();
-    END IF;
 
-    IF held.expires_at > t AND held.owner = new_owner THEN
+    IF held.owner = new_owner AND held.expires_at > t THEN
         RETURN QUERY
             UPDATE distributed_locks AS l
                SET expires_at = GREATEST(l.expires_at, t + ttl), heartbeat_at = t, metadata = COALESCE(about, l.metadata)
@@ -251,19 +250,27 @@ BEGIN
         outcome := 'held';
     ELSE
         SELECT w.owner INTO first FROM lock_waiters w
+        -- An expired row is taken FOR UPDATE: the upsert's own row lock would not conflict with the KEY SHARE of
+        -- loom_fence(). While a transaction that the grant fences is running, the lock is still held.
          WHERE w.lock_name = name AND w.asked_at > t - INTERVAL '2 seconds' ORDER BY w.place LIMIT 1;
         IF first <> new_owner THEN
             outcome := 'promised';
+        ELSIF held.lock_name IS NOT NULL AND NOT EXISTS (
+            SELECT 1 FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE SKIP LOCKED) THEN
+            outcome := 'held';
             held := NULL;
         ELSE
-            IF held.lock_name IS NOT NULL THEN
-                DELETE FROM distributed_locks l WHERE l.lock_name = name;
-            END IF;
             IF first IS NOT NULL THEN
                 DELETE FROM lock_waiters w WHERE w.lock_name = name AND w.owner = new_owner;
+            t := clock_timestamp();
             END IF;
             RETURN QUERY
                 INSERT INTO distributed_locks AS l
+                    ON CONFLICT ON CONSTRAINT distributed_locks_pkey DO UPDATE
+                   SET (instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata)
+                     = (excluded.instance_id, excluded.owner, excluded.fencing_token, excluded.acquired_at,
+                        excluded.expires_at, excluded.heartbeat_at, excluded.metadata)
+                 WHERE l.expires_at <= excluded.acquired_at
                 VALUES (name, instance, new_owner, next_fencing_token(), t, t + ttl, t, COALESCE(about, '{}'))
                 RETURNING 'new', 0::bigint, l.*;
             RETURN;
