@@ -164,6 +164,12 @@ CREATE UNLOGGED TABLE IF NOT EXISTS lock_waiters (
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 CREATE INDEX IF NOT EXISTS lock_waiters_place ON lock_waiters (lock_name, place);
 
+-- How long a place lasts after its last ask: longer than the pause between two polls of a worker, or between two requests
+-- of a client that is sent away; short, since a waiter that has died holds up the others for so long.
+CREATE OR REPLACE FUNCTION keeps_place(asked_at timestamptz, t timestamptz) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT asked_at > t - INTERVAL '2 seconds';
+$$;
+
 -- Lifts the tokens above every one ever given: 2^32 beyond the greatest that this database remembers, and beyond what
 -- another copy of the same past, which did the same before, can have given since: 2^21 for every second of the clock
 -- (until the year 2096, which also bounds what a wrong clock does). Run it by hand after bringing back an old copy of
@@ -249,7 +255,7 @@ BEGIN
         outcome := 'held';
     ELSE
         SELECT w.owner INTO first FROM lock_waiters w
-         WHERE w.lock_name = name AND w.asked_at > t - INTERVAL '2 seconds' ORDER BY w.place LIMIT 1;
+         WHERE w.lock_name = name AND keeps_place(w.asked_at, t) ORDER BY w.place LIMIT 1;
         -- An expired row is taken FOR UPDATE: the upsert's own row lock would not conflict with the KEY SHARE of
         -- loom_fence(). While a transaction that the grant fences is running, the lock is still held.
         IF first <> new_owner THEN
@@ -281,9 +287,9 @@ BEGIN
         INSERT INTO lock_waiters AS w (lock_name, owner, asked_at) VALUES (name, new_owner, t)
             ON CONFLICT ON CONSTRAINT lock_waiters_pkey DO UPDATE
                SET asked_at = t,
-                   place = CASE WHEN w.asked_at > t - INTERVAL '2 seconds' THEN w.place ELSE excluded.place END;
+                   place = CASE WHEN keeps_place(w.asked_at, t) THEN w.place ELSE excluded.place END;
     END IF;
-    SELECT count(*) INTO waiting FROM lock_waiters w WHERE w.lock_name = name AND w.asked_at > t - INTERVAL '2 seconds';
+    SELECT count(*) INTO waiting FROM lock_waiters w WHERE w.lock_name = name AND keeps_place(w.asked_at, t);
     RETURN QUERY SELECT outcome, waiting, held.*;
 END $$;
 
@@ -304,7 +310,7 @@ BEGIN
          ORDER BY m.name, m.owner
         ON CONFLICT ON CONSTRAINT lock_waiters_pkey DO UPDATE
            SET asked_at = t,
-               place = CASE WHEN w.asked_at > t - INTERVAL '2 seconds' THEN w.place ELSE excluded.place END;
+               place = CASE WHEN keeps_place(w.asked_at, t) THEN w.place ELSE excluded.place END;
 
     RETURN QUERY
         WITH wanted AS MATERIALIZED (
@@ -314,7 +320,7 @@ BEGIN
              WHERE l.lock_name IN (SELECT name FROM wanted) AND l.expires_at <= t FOR UPDATE SKIP LOCKED)
         SELECT wanted.name, first.owner FROM wanted
          CROSS JOIN LATERAL (SELECT w.owner FROM lock_waiters w
-                              WHERE w.lock_name = wanted.name AND w.asked_at > t - INTERVAL '2 seconds'
+                              WHERE w.lock_name = wanted.name AND keeps_place(w.asked_at, t)
                               ORDER BY w.place LIMIT 1) AS first
          WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name)
             OR EXISTS (SELECT 1 FROM expired e WHERE e.lock_name = wanted.name);
@@ -745,6 +751,16 @@ CREATE TRIGGER project_deleted_with_comments AFTER DELETE ON projects FOR EACH R
 
 -- Beads -----------------------------------------------------------------------------------------------------------
 
+-- Whether a bead can be claimed now: by any agent, or by the one that it is reserved for. Inlined by the planner, so the
+-- indexes of beads that use it match.
+CREATE OR REPLACE FUNCTION is_ready(status bead_status, open_blockers counter, open_children counter, not_before timestamptz)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL;
+$$;
+-- When the clock alone changes a bead: its delay or its lease ends.
+CREATE OR REPLACE FUNCTION wakes_at(not_before timestamptz, lease_expires_at timestamptz)
+RETURNS timestamptz LANGUAGE sql IMMUTABLE AS 'SELECT COALESCE(not_before, lease_expires_at)';
+
 -- A unit of work. blocked_by is the truth about dependencies, bead_blockers its index. A claim is fencing_token and the
 -- lease; who has one is assigned_to. assigned_to of an open bead reserves it. open_blockers and open_children count what
 -- keeps it from being ready; the triggers below keep them.
@@ -798,14 +814,14 @@ CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 -- The best ready bead is the first of these: all, of one project, reserved for one agent. Narrow on purpose: a
 -- claim steps over the entries that those before it have left, until a vacuum comes.
 CREATE INDEX IF NOT EXISTS beads_ready ON beads (priority, COALESCE(due_date, 'infinity'), created_at)
-    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL;
+    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
 CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at)
-    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL;
+    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
 CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
-    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NOT NULL;
+    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NOT NULL;
 -- What the clock alone changes: the delayed and the claimed.
-CREATE INDEX IF NOT EXISTS beads_timed ON beads (COALESCE(not_before, lease_expires_at))
-    WHERE COALESCE(not_before, lease_expires_at) IS NOT NULL;
+CREATE INDEX IF NOT EXISTS beads_wakes_at ON beads (wakes_at(not_before, lease_expires_at))
+    WHERE wakes_at(not_before, lease_expires_at) IS NOT NULL;
 -- Lists: each column with the status, of which there are few, and then in the order of pages.
 CREATE INDEX IF NOT EXISTS beads_in_status ON beads (status, id);
 CREATE INDEX IF NOT EXISTS beads_in_project ON beads (project_id, status, id);
@@ -1565,10 +1581,10 @@ DECLARE
     t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
     b beads;
 BEGIN
-    FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND COALESCE(not_before, lease_expires_at) <= t
+    FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND wakes_at(not_before, lease_expires_at) <= t
                 AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                  WHERE l.lock_name = 'bead:' || beads.id AND l.expires_at > clock_timestamp())
-              ORDER BY COALESCE(not_before, lease_expires_at) LIMIT batch FOR NO KEY UPDATE OF beads SKIP LOCKED
+              ORDER BY wakes_at(not_before, lease_expires_at) LIMIT batch FOR NO KEY UPDATE OF beads SKIP LOCKED
     LOOP
         PERFORM 1 FROM agents WHERE id = b.assigned_to FOR NO KEY UPDATE SKIP LOCKED;
         IF (FOUND OR NOT EXISTS (SELECT 1 FROM agents WHERE id = b.assigned_to)) AND try_name('bead:' || b.id) THEN
@@ -1677,8 +1693,8 @@ DECLARE
     t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
 BEGIN
     -- The first one, which the index answers: for EXISTS the planner may choose to read all beads.
-    IF (SELECT COALESCE(not_before, lease_expires_at) FROM beads WHERE COALESCE(not_before, lease_expires_at) <= t
-         ORDER BY COALESCE(not_before, lease_expires_at) LIMIT 1) IS NOT NULL THEN
+    IF (SELECT wakes_at(not_before, lease_expires_at) FROM beads WHERE wakes_at(not_before, lease_expires_at) <= t
+         ORDER BY wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL THEN
         PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE;
         PERFORM lapse_claims(100, max_failures, max_attempts);
     END IF;
@@ -1729,15 +1745,15 @@ BEGIN
             END IF;
             UPDATE beads SET not_before = NULL
              WHERE id IN (SELECT id FROM beads
-                           WHERE status = 'open' AND not_before IS NOT NULL AND COALESCE(not_before, lease_expires_at) <= t
-                           ORDER BY COALESCE(not_before, lease_expires_at) LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED);
+                           WHERE status = 'open' AND not_before IS NOT NULL AND wakes_at(not_before, lease_expires_at) <= t
+                           ORDER BY wakes_at(not_before, lease_expires_at) LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED);
         END IF;
         mine := NULL;
         IF NOT plain THEN
             -- Not locked yet, since a free one may be better.
             SELECT id, priority, COALESCE(due_date, 'infinity'), created_at
               INTO mine, mine_priority, mine_due, mine_created_at FROM beads b
-             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to = agent
+             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent
                AND (project IS NULL OR project_id = project) AND (kinds IS NULL OR type = ANY (kinds))
                AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
                AND NOT EXISTS (SELECT 1 FROM distributed_locks l
@@ -1751,19 +1767,19 @@ BEGIN
         END IF;
         IF plain AND project IS NULL THEN
             SELECT id INTO best FROM beads b
-             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
+             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted)
              ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         ELSIF project IS NULL THEN
             SELECT id INTO best FROM beads b
-             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
+             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine_priority, mine_due, mine_created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
                AND NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = 'bead:' || b.id AND l.expires_at > t)
              ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED;
         ELSE
             SELECT id INTO best FROM beads b
-             WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NULL
+             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                AND project_id = project
                AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (mine_priority, mine_due, mine_created_at)
                AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted) AND id <> ALL (passed)
@@ -1772,8 +1788,7 @@ BEGIN
         END IF;
         IF best IS NULL AND mine IS NOT NULL THEN
             SELECT id INTO best FROM beads
-             WHERE id = mine AND status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL
-               AND assigned_to = agent FOR NO KEY UPDATE SKIP LOCKED;
+             WHERE id = mine AND is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent FOR NO KEY UPDATE SKIP LOCKED;
         END IF;
         -- Its name is only tried: who waits for a name with a row in hand deadlocks with who has them the other way round.
         IF best IS NOT NULL AND pg_try_advisory_xact_lock(hashtextextended('bead:' || best, 0)) THEN
@@ -1783,11 +1798,10 @@ BEGIN
              WHERE id = agent AND (NOT plain OR (
                    status <> 'dead' AND open_claims < most
                    AND (SELECT fencing_identity FROM cluster) = fencing_identity_now()
-                   AND (SELECT COALESCE(not_before, lease_expires_at) FROM beads WHERE COALESCE(not_before, lease_expires_at) <= t
-                         ORDER BY COALESCE(not_before, lease_expires_at) LIMIT 1) IS NULL
+                   AND (SELECT wakes_at(not_before, lease_expires_at) FROM beads WHERE wakes_at(not_before, lease_expires_at) <= t
+                         ORDER BY wakes_at(not_before, lease_expires_at) LIMIT 1) IS NULL
                    AND NOT EXISTS (SELECT 1 FROM beads
-                                    WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL
-                                      AND assigned_to = agent)));
+                                    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent)));
             IF FOUND THEN
                 bead := take_bead(best, agent, lease, ARRAY['bead:' || best] || CASE WHEN plain THEN 'agent:' || agent END);
                 IF bead IS NOT NULL THEN

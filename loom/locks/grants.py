@@ -143,8 +143,7 @@ def waiting(conn: Connection, name: str) -> int:
     """How many wait for the lock."""
     return db.value(
         conn,
-        "SELECT count(*) FROM lock_waiters"
-        " WHERE lock_name = %(name)s AND asked_at > clock_timestamp() - INTERVAL '2 seconds'",
+        "SELECT count(*) FROM lock_waiters WHERE lock_name = %(name)s AND keeps_place(asked_at, clock_timestamp())",
         name=name,
     )
 
