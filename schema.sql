@@ -581,8 +581,15 @@ CREATE TABLE IF NOT EXISTS projects (
 );
 CREATE SEQUENCE IF NOT EXISTS project_numbers;
 
+-- A closed project takes no beads: none is created in it, moved into it or reopened. on_bead_written() checks that with the
+-- project's row locked FOR KEY SHARE, as a foreign key locks it. So closing takes FOR UPDATE, the one mode that conflicts with
+-- it: a bead that is written at the same time is committed before, or refused. FOR SHARE there would do without this, but then
+-- every change of a project would wait for the writers of its beads.
 CREATE OR REPLACE FUNCTION on_project_written() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.status = 'closed' AND OLD.status <> 'closed' THEN
+        PERFORM 1 FROM projects WHERE id = OLD.id FOR UPDATE;
+    END IF;
     NEW.closed_at := CASE WHEN NEW.status = 'closed' THEN COALESCE(NEW.closed_at, clock_timestamp()) END;
     RETURN NEW;
 END $$;
@@ -900,11 +907,20 @@ BEGIN
 END $$;
 
 -- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
--- follow, and what it refers to is there.
+-- follow, and what it refers to is there. Raises L0003 for a bead that would come into a closed project.
 CREATE OR REPLACE FUNCTION on_bead_written() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     missing text;
+    closed boolean;
 BEGIN
+    IF TG_OP = 'INSERT' OR NEW.project_id <> OLD.project_id OR (OLD.status = 'closed' AND NEW.status <> 'closed') THEN
+        -- The foreign key takes this lock, too, but only after this trigger, and says nothing of the status.
+        SELECT p.status = 'closed' INTO closed FROM projects p WHERE p.id = NEW.project_id FOR KEY SHARE;
+        IF closed THEN
+            RAISE EXCEPTION 'project % is closed', NEW.project_id
+                USING ERRCODE = 'L0003', DETAIL = NEW.project_id, HINT = 'Reopen it: UPDATE projects SET status = ''reopened''.';
+        END IF;
+    END IF;
     IF TG_OP = 'UPDATE' AND OLD.fencing_token IS NOT NULL
        AND (NEW.status, NEW.assigned_to) IS DISTINCT FROM (OLD.status, OLD.assigned_to) THEN
         IF NEW.status = OLD.status THEN
@@ -963,8 +979,8 @@ END $$;
 DROP TRIGGER IF EXISTS a_bead_inserted ON beads;
 CREATE TRIGGER a_bead_inserted BEFORE INSERT ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_written();
 DROP TRIGGER IF EXISTS a_bead_updated ON beads;
-CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, assigned_to, blocked_by, fencing_token, claimed_at, lease_seconds,
-                                               lease_expires_at ON beads FOR EACH ROW
+CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, project_id, assigned_to, blocked_by, fencing_token, claimed_at,
+                                               lease_seconds, lease_expires_at ON beads FOR EACH ROW
     WHEN (OLD.version = NEW.version) EXECUTE FUNCTION on_bead_written();
 
 CREATE OR REPLACE FUNCTION on_bead_blockers_changed() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -1421,6 +1437,45 @@ BEGIN
     END IF;
     outcome := CASE WHEN again THEN 'replayed' WHEN found IS NULL THEN 'created' ELSE 'updated' END;
     EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+END $$;
+
+-- How many beads of a project are not closed.
+CREATE OR REPLACE FUNCTION open_beads(project text) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT count(*) FROM beads WHERE project_id = project AND status IN ('open', 'in_progress', 'blocked');
+$$;
+
+-- Closes a project that has no open beads and is not perpetual. outcome: 'closed'; 'not-ready' (detail: open_beads, is_perpetual); 'not-found'; 'lock-held' (detail: the grant).
+CREATE OR REPLACE FUNCTION close_project(key text, fences jsonb, OUT outcome text, OUT entity jsonb, OUT detail jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    held distributed_locks := enter_names(ARRAY['project:' || key], fences);
+    p projects;
+    unfinished bigint;
+BEGIN
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    SELECT * INTO p FROM projects WHERE id = key FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'not-found';
+        RETURN;
+    END IF;
+    unfinished := open_beads(key);
+    IF unfinished = 0 AND NOT p.is_perpetual THEN
+        -- Waits for the transactions that are writing beads of it, see on_project_written(). Their beads count, too.
+        PERFORM 1 FROM projects WHERE id = key FOR UPDATE;
+        unfinished := open_beads(key);
+    END IF;
+    IF unfinished > 0 OR p.is_perpetual THEN
+        outcome := 'not-ready';
+        detail := jsonb_build_object('open_beads', unfinished, 'is_perpetual', p.is_perpetual);
+        RETURN;
+    END IF;
+    UPDATE projects SET status = 'closed' WHERE id = key RETURNING * INTO p;
+    outcome := 'closed';
+    entity := as_json(p);
 END $$;
 
 -- Sets shared values, key -> value, all or none; one that is as it was makes no version. outcome: 'shared', 'lock-held'

@@ -79,6 +79,10 @@ class InUse(Conflict):
     """It is still in use."""
 
 
+class ProjectClosed(Conflict):
+    """The project is closed."""
+
+
 class Cycle(Conflict):
     """These would wait for each other for ever."""
 
