@@ -1867,6 +1867,10 @@ BEGIN
                                               THEN 'nothing' ELSE 'unknown-project' END)::text;
 END $$;
 
+CREATE OR REPLACE FUNCTION open_children_of(bead text) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(ARRAY(SELECT c.id FROM beads c WHERE c.parent = bead AND c.status <> 'closed' ORDER BY c.id));
+$$;
+
 -- Claims one bead. outcome: 'claimed', 'same' (the agent's claim of before), 'not-found', 'bead-claimed' or reserved (detail:
 -- agent_id, alive, lease_expires_at), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason), 'bead-closed'
 -- (detail: closed_at), 'agent-busy' (detail: its beads), or as enter_claim.
@@ -1910,7 +1914,7 @@ BEGIN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
             'blocked_by', ARRAY(SELECT x.id FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed' ORDER BY x.id),
-            'children', ARRAY(SELECT x.id FROM beads x WHERE x.parent = wanted AND x.status <> 'closed' ORDER BY x.id),
+            'children', open_children_of(wanted),
             'not_before', CASE WHEN b.not_before > clock_timestamp() THEN b.not_before END,
             'blocked_reason', b.blocked_reason);
     ELSE
@@ -1953,7 +1957,8 @@ END $$;
 
 -- Ends a claim by its holder. how: 'completed' (why: the close reason; more is merged into the context), 'failed' (delay: before
 -- it is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had ended in this way before),
--- 'claim-lost', 'lock-held' (detail: the grant), 'not-found'.
+-- 'claim-lost', 'open-children' (detail: their ids; nothing was done: the claim and its lease are as they were), 'lock-held'
+-- (detail: the grant), 'not-found'.
 CREATE OR REPLACE FUNCTION end_claim(
     wanted text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer,
     fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
@@ -1980,6 +1985,11 @@ BEGIN
         outcome := CASE WHEN EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how)
                         THEN 'repeated' ELSE 'claim-lost' END;
         bead := as_json(b);
+        RETURN;
+    ELSIF how = 'completed' AND b.open_children > 0 THEN
+        -- A transaction that adds or reopens a child counts it in this row, which is locked here: none is added before the end.
+        outcome := 'open-children';
+        detail := open_children_of(wanted);
         RETURN;
     END IF;
     outcome := 'ended';

@@ -115,6 +115,10 @@ class BeadClosed(Conflict):
     """The bead is closed."""
 
 
+class OpenChildren(Conflict):
+    """The bead has children that are not closed."""
+
+
 class AgentBusy(Conflict):
     """The agent has as many beads as it may have at once."""
 
