@@ -589,8 +589,15 @@ CREATE TABLE IF NOT EXISTS projects (
 );
 CREATE SEQUENCE IF NOT EXISTS project_numbers;
 
+-- A closed project takes no beads: none is created in it, moved into it or reopened. on_bead_written() checks that with the
+-- project's row locked FOR KEY SHARE, as a foreign key locks it. So closing takes FOR UPDATE, the one mode that conflicts with
+-- it: a bead that is written at the same time is committed before, or refused. FOR SHARE there would do without this, but then
+-- every change of a project would wait for the writers of its beads.
 CREATE OR REPLACE FUNCTION on_project_written() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.status = 'closed' AND OLD.status <> 'closed' THEN
+        PERFORM 1 FROM projects WHERE id = OLD.id FOR UPDATE;
+    END IF;
     NEW.closed_at := CASE WHEN NEW.status = 'closed' THEN COALESCE(NEW.closed_at, clock_timestamp()) END;
     RETURN NEW;
 END $$;
@@ -917,11 +924,20 @@ BEGIN
 END $$;
 
 -- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
--- follow, and what it refers to is there.
+-- follow, and what it refers to is there. Raises L0003 for a bead that would come into a closed project.
 CREATE OR REPLACE FUNCTION on_bead_written() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     missing text;
+    closed boolean;
 BEGIN
+    IF TG_OP = 'INSERT' OR NEW.project_id <> OLD.project_id OR (OLD.status = 'closed' AND NEW.status <> 'closed') THEN
+        -- The foreign key takes this lock, too, but only after this trigger, and says nothing of the status.
+        SELECT p.status = 'closed' INTO closed FROM projects p WHERE p.id = NEW.project_id FOR KEY SHARE;
+        IF closed THEN
+            RAISE EXCEPTION 'project % is closed', NEW.project_id
+                USING ERRCODE = 'L0003', DETAIL = NEW.project_id, HINT = 'Reopen it: UPDATE projects SET status = ''reopened''.';
+        END IF;
+    END IF;
     IF TG_OP = 'UPDATE' AND OLD.fencing_token IS NOT NULL
        AND (NEW.status, NEW.assigned_to) IS DISTINCT FROM (OLD.status, OLD.assigned_to) THEN
         IF NEW.status = OLD.status THEN
@@ -980,8 +996,8 @@ END $$;
 DROP TRIGGER IF EXISTS a_bead_inserted ON beads;
 CREATE TRIGGER a_bead_inserted BEFORE INSERT ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_written();
 DROP TRIGGER IF EXISTS a_bead_updated ON beads;
-CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, assigned_to, blocked_by, fencing_token, claimed_at, lease_seconds,
-                                               lease_expires_at ON beads FOR EACH ROW
+CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, project_id, assigned_to, blocked_by, fencing_token, claimed_at,
+                                               lease_seconds, lease_expires_at ON beads FOR EACH ROW
     WHEN (OLD.version = NEW.version) EXECUTE FUNCTION on_bead_written();
 
 CREATE OR REPLACE FUNCTION on_bead_blockers_changed() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -1436,6 +1452,45 @@ BEGIN
     EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
 END $$;
 
+-- How many beads of a project are not closed.
+CREATE OR REPLACE FUNCTION open_beads(project text) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT count(*) FROM beads WHERE project_id = project AND status IN ('open', 'in_progress', 'blocked');
+$$;
+
+-- Closes a project that has no open beads and is not perpetual. outcome: 'closed'; 'not-ready' (detail: open_beads, is_perpetual); 'not-found'; 'lock-held' (detail: the grant).
+CREATE OR REPLACE FUNCTION close_project(key text, fences jsonb, OUT outcome text, OUT entity jsonb, OUT detail jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    held distributed_locks := enter_names(ARRAY['project:' || key], fences);
+    p projects;
+    unfinished bigint;
+BEGIN
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    SELECT * INTO p FROM projects WHERE id = key FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'not-found';
+        RETURN;
+    END IF;
+    unfinished := open_beads(key);
+    IF unfinished = 0 AND NOT p.is_perpetual THEN
+        -- Waits for the transactions that are writing beads of it, see on_project_written(). Their beads count, too.
+        PERFORM 1 FROM projects WHERE id = key FOR UPDATE;
+        unfinished := open_beads(key);
+    END IF;
+    IF unfinished > 0 OR p.is_perpetual THEN
+        outcome := 'not-ready';
+        detail := jsonb_build_object('open_beads', unfinished, 'is_perpetual', p.is_perpetual);
+        RETURN;
+    END IF;
+    UPDATE projects SET status = 'closed' WHERE id = key RETURNING * INTO p;
+    outcome := 'closed';
+    entity := as_json(p);
+END $$;
+
 -- Sets shared values, key -> value, all or none; one that is as it was makes no version. outcome: 'shared', 'lock-held'
 -- (detail: the grant).
 CREATE OR REPLACE FUNCTION share_values(given jsonb, fences jsonb, OUT outcome text, OUT detail jsonb) LANGUAGE plpgsql AS $$
@@ -1821,6 +1876,10 @@ BEGIN
                                               THEN 'nothing' ELSE 'unknown-project' END)::text;
 END $$;
 
+CREATE OR REPLACE FUNCTION open_children_of(bead text) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(ARRAY(SELECT c.id FROM beads c WHERE c.parent = bead AND c.status <> 'closed' ORDER BY c.id));
+$$;
+
 -- Claims one bead. outcome: 'claimed', 'same' (the agent's claim of before), 'not-found', 'bead-claimed' or reserved (detail:
 -- agent_id, alive, lease_expires_at), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason), 'bead-closed'
 -- (detail: closed_at), 'agent-busy' (detail: its beads), or as enter_claim.
@@ -1864,7 +1923,7 @@ BEGIN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
             'blocked_by', ARRAY(SELECT x.id FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed' ORDER BY x.id),
-            'children', ARRAY(SELECT x.id FROM beads x WHERE x.parent = wanted AND x.status <> 'closed' ORDER BY x.id),
+            'children', open_children_of(wanted),
             'not_before', CASE WHEN b.not_before > clock_timestamp() THEN b.not_before END,
             'blocked_reason', b.blocked_reason);
     ELSE
@@ -1907,7 +1966,8 @@ END $$;
 
 -- Ends a claim by its holder. how: 'completed' (why: the close reason; more is merged into the context), 'failed' (delay: before
 -- it is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had ended in this way before),
--- 'claim-lost', 'lock-held' (detail: the grant), 'not-found'.
+-- 'claim-lost', 'open-children' (detail: their ids; nothing was done: the claim and its lease are as they were), 'lock-held'
+-- (detail: the grant), 'not-found'.
 CREATE OR REPLACE FUNCTION end_claim(
     wanted text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer,
     fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
@@ -1934,6 +1994,11 @@ BEGIN
         outcome := CASE WHEN EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how)
                         THEN 'repeated' ELSE 'claim-lost' END;
         bead := as_json(b);
+        RETURN;
+    ELSIF how = 'completed' AND b.open_children > 0 THEN
+        -- A transaction that adds or reopens a child counts it in this row, which is locked here: none is added before the end.
+        outcome := 'open-children';
+        detail := open_children_of(wanted);
         RETURN;
     END IF;
     outcome := 'ended';

@@ -79,6 +79,10 @@ class InUse(Conflict):
     """It is still in use."""
 
 
+class ProjectClosed(Conflict):
+    """The project is closed."""
+
+
 class Cycle(Conflict):
     """These would wait for each other for ever."""
 
@@ -109,6 +113,10 @@ class BeadBlocked(Conflict):
 
 class BeadClosed(Conflict):
     """The bead is closed."""
+
+
+class OpenChildren(Conflict):
+    """The bead has children that are not closed."""
 
 
 class AgentBusy(Conflict):

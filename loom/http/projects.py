@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from flask import Response, request
@@ -90,27 +91,24 @@ def _unassign(conn: db.Connection, writer: Writer, key: str, agent_id: str) -> N
 @bp.post("/<key>/close")
 def close(key: str) -> Response:
     """409 with what is left to do, unless everything is done."""
-    return _move(key, "closed")
+    return _move(key, projects.close)
 
 
 @bp.post("/<key>/reopen")
 def reopen(key: str) -> Response:
-    return _move(key, "reopened")
+    return _move(key, projects.reopen)
 
 
-def _move(key: str, status: str) -> Response:
+def _move(key: str, move: Callable[[db.Connection, Writer, str], Project]) -> Response:
     body = parse.body(Remark, required=("author_id",))
     writer = headers.writer(f"project:{parse.key(key)}", body.author_id)
 
     def work(conn: db.Connection) -> Response:
-        state = projects.state(conn, key)
-        if status == "closed" and not state.can_close:
-            raise errors.Conflict("The project cannot be closed yet.", readiness_issues=state.readiness_issues)
-        done = change(conn, writer, Project, key, "put", {"status": status})
+        project = move(conn, writer, key)
         if body.comment:
             comments.on_project(conn, writer, key, body.author_id, body.comment)
-            return versioned(get(conn, Project, key))
-        return versioned(done.entity)
+            project = get(conn, Project, key)
+        return versioned(project)
 
     return idempotency.once(work, in_transaction=True)
 

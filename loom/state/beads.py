@@ -16,7 +16,6 @@ from loom.state.entities import Entity, Id, cycle_of, refusal
 from loom.state.writer import Writer, call
 
 Status = Literal["open", "in_progress", "blocked", "closed"]
-UNFINISHED = ["open", "in_progress", "blocked"]
 
 
 class Bead(Entity, kw_only=True):
@@ -62,7 +61,8 @@ class Bead(Entity, kw_only=True):
 def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, Any]]) -> list[Bead]:
     """Creates all or none. A `ref` names a bead for the others of the same call.
 
-    Raises Taken, LockHeld, LockLost, Cycle, which shows refs, and Invalid, which names the place in the list.
+    Raises Taken, LockHeld, LockLost, ProjectClosed, Cycle, which shows refs, and Invalid, which names the place in the
+    list.
     """
     keys = _new_keys(conn, given)
     ids = {bead["ref"]: key for key, bead in zip(keys, given, strict=True) if "ref" in bead}

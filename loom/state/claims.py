@@ -151,7 +151,8 @@ def end(
     """Ends a claim; once more in the same way does no harm.
 
     'released' gives the bead back as if it had never been claimed. 'completed' closes it, and merges `context` into its
-    own. 'failed' gives it back for a later try: after `retry_after`, or by the number of its failures.
+    own; with open children it raises OpenChildren, and the claim goes on. 'failed' gives it back for a later try: after
+    `retry_after`, or by the number of its failures.
     Raises ClaimLost when the claim ended in any other way, NotFound, LockHeld, LockLost.
     """
     row = call(
@@ -173,6 +174,12 @@ def end(
         raise _lost(conn, config, bead, token)
     if row["outcome"] == "not-found":
         raise not_found(Bead, bead)
+    if row["outcome"] == "open-children":
+        raise errors.OpenChildren(
+            "Its children are not closed: complete it after them, or fail or release it. The claim goes on.",
+            bead_id=bead,
+            children=row["detail"],
+        )
     return msgspec.json.decode(row["bead"], type=Bead)
 
 

@@ -119,7 +119,8 @@ def change(
     expected: the version that the writer has seen, or those that will do; with `merge`, later changes of other fields
     do no harm.
     replay: the request's id, if it may arrive twice.
-    Raises NotFound, Taken, Stale, LockHeld, LockLost, Cycle, InUse, and Invalid for a reference to what is not there.
+    Raises NotFound, Taken, Stale, LockHeld, LockLost, Cycle, ProjectClosed, InUse, and Invalid for a reference to what
+    is not there.
     """
     name = kind_name(kind)
     try:
@@ -174,6 +175,9 @@ def refusal(exc: psycopg2.DatabaseError, *, deleting: bool = False) -> Exception
     """What PostgreSQL refused of a change, as the caller's error; anything else stays as it is."""
     if exc.pgcode == "L0002":
         return cycle_of(json.loads(exc.diag.message_detail or "[]"))
+    if exc.pgcode == "L0003":
+        project = exc.diag.message_detail
+        return errors.ProjectClosed(f"Project {project} takes no beads until it is reopened.", project_id=project)
     if exc.pgcode in ("23503", "23001"):
         table, _, field = (exc.diag.constraint_name or "").removesuffix("_fkey").partition("_")
         if deleting:

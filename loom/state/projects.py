@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from loom import db
+from loom import db, errors
 from loom.db import Time
-from loom.state.beads import UNFINISHED
 from loom.state.comments import ProjectComment
-from loom.state.entities import Entity, Id, not_found
+from loom.state.entities import Entity, Id, change, not_found
+from loom.state.writer import Writer, call
 
 Status = Literal["open", "closed", "reopened"]
 GitStrategy = Literal["direct", "branch-pr"]
@@ -68,20 +69,47 @@ def state(conn: db.Connection, key: str) -> State:
         conn,
         """
         SELECT id, name, status, is_perpetual, is_sticky, created_at, updated_at, closed_at,
-               (SELECT count(*) FROM beads b WHERE b.project_id = p.id AND b.status = ANY (%(unfinished)s))
-                   AS open_beads,
+               open_beads(id),
                (SELECT count(*) FROM comments c WHERE c.entity_type = 'project' AND c.entity_id = p.id)
                    AS comments_count
           FROM projects p WHERE id = %(key)s
         """,
         key=key,
-        unfinished=UNFINISHED,
     )
     if row is None:
         raise not_found(Project, key)
-    issues = []
-    if row["open_beads"]:
-        issues.append(f"{row['open_beads']} beads are not closed")
-    if row["is_perpetual"]:
-        issues.append("the project is perpetual")
+    issues = _issues(row)
     return State(**row, can_close=not issues, readiness_ok=not issues, readiness_issues=issues)
+
+
+def close(conn: db.Connection, writer: Writer, key: str) -> Project:
+    """Closes it if its beads are closed. A bead that is written at the same time is counted, or refused.
+
+    Raises NotFound, Conflict with `readiness_issues`, LockHeld, LockLost.
+    """
+    row = call(
+        conn,
+        writer,
+        "SELECT outcome, entity::text AS entity, detail FROM close_project(%(key)s, %(fences)s)",
+        key=key,
+    )
+    if row["outcome"] == "not-found":
+        raise not_found(Project, key)
+    if row["outcome"] == "not-ready":
+        raise errors.Conflict("The project cannot be closed yet.", readiness_issues=_issues(row["detail"]))
+    return msgspec.json.decode(row["entity"], type=Project)
+
+
+def reopen(conn: db.Connection, writer: Writer, key: str) -> Project:
+    """It takes beads again. Raises NotFound, LockHeld, LockLost."""
+    return change(conn, writer, Project, key, "put", {"status": "reopened"}).entity
+
+
+def _issues(found: Mapping[str, Any]) -> list[str]:
+    """What speaks against closing a project."""
+    issues = []
+    if found["open_beads"]:
+        issues.append(f"{found['open_beads']} beads are not closed")
+    if found["is_perpetual"]:
+        issues.append("the project is perpetual")
+    return issues

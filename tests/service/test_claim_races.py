@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import psycopg2.extensions
 import pytest
 from harness import AppClient, wait_until
 from harness.client import Answer
-from harness.locks import Sql
+from harness.locks import Sql, assert_problem
 from harness.work import (
     AGENTS,
     BEADS,
@@ -134,6 +135,50 @@ def test_who_stops_waiting_while_what_it_waited_for_is_closed_is_counted_right(
         closing.result()
     assert sql("SELECT open_blockers FROM beads WHERE id = 'waits'") == [(1,)]
     assert_counted(sql)
+
+
+def test_no_parent_is_completed_over_a_child_that_was_open_before(
+    work: AppClient, sql: Sql, seed: int, long: bool
+) -> None:
+    """The child is created, reopened or moved at the same time. A lock orders the two, and so their events."""
+    chance = random.Random(seed)
+    adopt: dict[str, Callable[[str], Answer]] = {
+        "created": lambda x: work.post(BEADS, {"id": f"{x}-c", "title": "t", "project_id": PROJECT, "parent": x}),
+        "reopened": lambda x: work.patch(f"{BEADS}/{x}-c", {"status": "open"}),
+        "moved": lambda x: work.patch(f"{BEADS}/{x}-c", {"parent": x}),
+    }
+    orders: Counter[tuple[str, int]] = Counter()
+    lead = dict.fromkeys(adopt, 0.0)  # seconds by which the completion begins earlier: what came second gets more
+    for n in range(1500 if long else 90):
+        how, x = list(adopt)[n % len(adopt)], f"x{n}"
+        bead(work, x)
+        if how == "reopened":
+            bead(work, f"{x}-c", parent=x, status="closed")
+        elif how == "moved":
+            bead(work, f"{x}-c")
+        token = work.post(f"{BEADS}/{x}/claim", {"agent_id": "a0"}).json["fencing_token"]
+        ahead = lead[how] + chance.uniform(-0.001, 0.001)
+
+        def one(i: int, x: str = x, how: str = how, token: int = token, ahead: float = ahead) -> Answer:
+            time.sleep(max(0, ahead if i else -ahead))
+            return adopt[how](x) if i else complete(work, x, token)
+
+        completed, adopted = together(2, one)
+        assert adopted.status in (200, 201), adopted
+        orders[how, completed.status] += 1
+        lead[how] += 0.001 if completed.status == 409 else -0.001
+        if completed.status == 200:
+            (closed,) = sql("SELECT max(place) FROM events WHERE entity_id = %s AND type = 'bead.completed'", x)
+            (opened,) = sql("SELECT max(place) FROM events WHERE entity_id = %s", f"{x}-c")
+            assert closed < opened, (how, n)
+        else:
+            assert_problem(completed, 409, "open-children", children=[f"{x}-c"])
+            assert work.patch(f"{BEADS}/{x}-c", {"status": "closed"}).status == 200
+            assert complete(work, x, token).status == 200, "the claim went on"
+    print(sorted(orders.items()))
+    assert len(orders) == 2 * len(adopt), "both orders of each"
+    assert_counted(sql)
+    assert sql("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
 
 
 class Storm:

@@ -59,6 +59,10 @@ def age(sql: Sql, key: str, seconds: int) -> None:
     sql("UPDATE beads SET created_at = clock_timestamp() - %s WHERE id = %s", timedelta(seconds=seconds), key)
 
 
+def make_bulk(client: AppClient, **fields: Any) -> None:
+    make(client, f"{BEADS}/bulk", beads=[{"title": "t", "project_id": PROJECT, **fields}])
+
+
 def is_free(found: dict[str, Any]) -> bool:
     """Open again, with no trace of who had it."""
     return found["status"] == "open" and not any(name in found for name in TRACES)
@@ -482,6 +486,74 @@ def test_what_was_found_out_is_kept(work: AppClient) -> None:
     bead(work, "x", context={"a": "1", "b": "2"})
     found = complete(work, "x", claim(work, "x"), context={"b": "3", "c": "4"}, close_reason="ok").json
     assert found["context"] == {"a": "1", "b": "3", "c": "4"}
+
+
+@pytest.mark.parametrize(
+    "adopt",
+    [
+        lambda work, sql: bead(work, "new", parent="x"),
+        lambda work, sql: make_bulk(work, id="new", parent="x"),
+        lambda work, sql: patch(work, "done", status="open"),
+        lambda work, sql: patch(work, "other", parent="x"),
+        lambda work, sql: patch(work, "x", children=["other", "done"]),
+        lambda work, sql: sql("INSERT INTO beads (id, title, project_id, parent) VALUES ('new', 't', 'p', 'x')"),
+        lambda work, sql: sql("UPDATE beads SET parent = 'x' WHERE id = 'other'"),
+    ],
+    ids=["created", "bulk", "reopened", "moved", "children", "created by hand", "moved by hand"],
+)
+def test_a_claim_completes_no_parent_over_its_open_children(
+    work: AppClient, sql: Sql, adopt: Callable[[AppClient, Sql], Any]
+) -> None:
+    for key in ("x", "other"):
+        bead(work, key)
+    bead(work, "done", parent="x", status="closed")
+    token = claim(work, "x")
+    adopt(work, sql)
+    ((child,),) = sql("SELECT id FROM beads WHERE parent = 'x' AND status <> 'closed'")
+    before = sql("SELECT to_jsonb(b), (SELECT count(*) FROM events) FROM beads b WHERE id = 'x'")
+    for _ in range(2):
+        answer = complete(work, "x", token, context={"a": "1"}, headers={"Idempotency-Key": "k"})
+        problem = assert_problem(answer, 409, "open-children", bead_id="x", children=[child])
+        assert "The claim goes on" in problem["detail"]
+    assert sql("SELECT to_jsonb(b), (SELECT count(*) FROM events) FROM beads b WHERE id = 'x'") == before
+    assert renew(work, "x", token).status == 200
+    patch(work, child, status="closed")
+    assert complete(work, "x", token, headers={"Idempotency-Key": "k2"}).status == 200
+    patch(work, child, status="open")
+    assert complete(work, "x", token).json["status"] == "closed", "repeated: it had been completed"
+    assert_counted(sql)
+
+
+@pytest.mark.parametrize("end", [fail, release])
+def test_a_parent_of_open_children_can_be_given_back_and_waits_for_them(
+    work: AppClient, sql: Sql, end: Callable[..., Any]
+) -> None:
+    bead(work, "x")
+    token = claim(work, "x")
+    bead(work, "child", parent="x", assigned_to="b")
+    assert end(work, "x", token).status in (200, 204)
+    assert_problem(ask(work, "x"), 409, "bead-blocked", children=["child"])
+    assert_lost(complete(work, "x", token), "failed" if end is fail else "released")
+    assert_counted(sql)
+
+
+def test_a_person_may_close_a_claimed_parent_over_its_open_children(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    token = claim(work, "x")
+    bead(work, "child", parent="x")
+    assert patch(work, "x", status="closed")["status"] == "closed"
+    assert_lost(complete(work, "x", token), "changed")
+    assert_counted(sql)
+
+
+def test_a_blocker_that_is_added_to_a_claimed_bead_does_not_keep_it_open(work: AppClient, sql: Sql) -> None:
+    """blocked_by says when work may begin; this work was begun."""
+    for key in ("x", "blocker"):
+        bead(work, key)
+    token = claim(work, "x")
+    patch(work, "x", blocked_by=["blocker"])
+    assert complete(work, "x", token).json["status"] == "closed"
+    assert_counted(sql)
 
 
 # Locks from outside, retries
