@@ -8,7 +8,7 @@ from loom import embedded, instances, log, upkeep
 
 try:
     settings = configuration.load()
-    log.setup(settings.logging)
+    logconfig_dict = log.setup(settings.logging)
     if settings.database.type == "embedded":
         # In the master, whose workers inherit its share of the folder.
         dsn = embedded.use(Path(settings.database.folder))
@@ -31,7 +31,6 @@ limit_request_line = 8190  # 255 characters of four bytes, percent-encoded, are 
 forwarder_headers = ""  # none may rewrite SCRIPT_NAME or PATH_INFO: with it a lock's name
 control_socket_disable = True  # two gunicorns of one user would share it
 logger_class = "loom.http.worker.Logger"
-logconfig_dict = log.dict_config(settings.logging)
 
 
 def pre_fork(server, worker):
@@ -41,6 +40,7 @@ def pre_fork(server, worker):
 
 
 def post_fork(server, worker):
+    log.follow_syslog()
     worker.cfg.set("graceful_timeout", 17)  # its own: it leaves the registry before the master's SIGKILL
     worker.upkeep = upkeep.Upkeep(settings, instances.after_fork(worker, settings))
     worker.upkeep.start()

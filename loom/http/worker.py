@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -18,6 +20,8 @@ from gunicorn.workers import gthread
 
 from loom import instances
 from loom.http.listener import close_empty
+
+log = logging.getLogger("loom.worker")
 
 QUIT_SECONDS = 5  # Ctrl-C: from the signal to the end of the process, at most
 STALL_SECONDS = 15  # for the next bytes of a request, then its thread is free again; below a worker's graceful_timeout
@@ -39,6 +43,14 @@ def client_gone(environ: dict[str, Any]) -> bool:
         return True
     except (OSError, ValueError):  # nothing to read: it waits; or TLS, which takes no flags
         return False
+
+
+def _threads() -> int:
+    """How many threads this process has; those that Python does not know included, where that can be told."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
 
 
 class OneSend:
@@ -100,6 +112,10 @@ class Worker(gthread.ThreadWorker):
 
     def before_fork(self) -> None:
         """In the master; the last thing before the fork."""
+        threads = _threads()
+        if threads > 1:  # what the others are doing would stay half done in the worker
+            names = [thread.name for thread in threading.enumerate()]
+            log.error("master-has-threads", extra={"fields": {"count": threads, "names": names}})
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
     def init_signals(self) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from harness import Cluster, Postgres, wait_until
 from harness.locks import Sql, acquire
 from harness.postgres import query
+from harness.processes import children
 
 from loom.db import schema
 
@@ -84,3 +86,43 @@ def test_a_master_that_is_killed_takes_its_worker_along(cluster: Cluster, sql: S
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"), 10)
     wait_until(lambda: sql("SELECT count(*) FROM instances") == [(2,)])
     assert cluster.client(1).get("/health").json["active_instances"] == 2
+
+
+# What a worker inherits at its fork
+
+
+def threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+@pytest.mark.parametrize("options", ["", "--preload"])
+def test_the_master_never_has_a_second_thread(
+    start_cluster: Callable[..., Cluster], tmp_path: Path, options: str
+) -> None:
+    """Whatever is switched on: what such a thread does during a fork would stay half done in the worker for ever."""
+    folder = tmp_path / "postgres"
+    config = (
+        f"database: {{type: embedded, folder: {folder}}}\nserver: {{workers: 2, drain_seconds: 0.1}}\n"
+        "logging: {level: debug, syslog: {enabled: true, address: 'localhost:9'}}\n"
+    )
+    env = {"DATABASE_TYPE": "", "DATABASE_DSN": "", "GUNICORN_CMD_ARGS": options}
+    cluster = start_cluster(1, config=config, env=env)
+    master = cluster.master(0)
+    cluster.wait_healthy(2)
+    assert threads(master) == 1
+    for number in (signal.SIGTTIN, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTOU):
+        cluster.masters[0].send(number)
+        cluster.kill(0)
+        wait_until(lambda: cluster.health(0) is not None)
+        assert threads(master) == 1
+    wait_until(lambda: len(children(master)) == 2)
+    assert "master-has-threads" not in cluster.masters[0].log.read_text()
+
+
+def test_a_master_that_has_threads_says_so(start_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+    (tmp_path / "threaded.py").write_text(
+        "import threading\nfrom app import app\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path), "GUNICORN_CMD_ARGS": "--preload"}
+    cluster = start_cluster(1, app="threaded:app", env=env)
+    assert '"event": "master-has-threads"' in cluster.masters[0].log.read_text()
