@@ -1,20 +1,9 @@
 """gunicorn's settings, found by itself by `gunicorn app:app` here; `loom serve` names it. What to set: config.yaml."""
 
-from dataclasses import replace
-from pathlib import Path
+from loom import instances, log, upkeep
+from loom.http.settings import read
 
-from loom import config as configuration
-from loom import embedded, instances, log, upkeep
-
-try:
-    settings = configuration.load()
-    logconfig_dict = log.setup(settings.logging)
-    if settings.database.type == "embedded":
-        # In the master, whose workers inherit its share of the folder.
-        dsn = embedded.use(Path(settings.database.folder))
-        settings = replace(settings, database=replace(settings.database, dsn=dsn))
-except (configuration.ConfigError, embedded.ServerError) as exc:
-    raise SystemExit(f"Error: {exc}") from None
+settings, logconfig_dict, dsn = read()
 
 host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
 bind = f"{host}:{settings.server.http_port}"
@@ -35,7 +24,7 @@ logger_class = "loom.http.worker.Logger"
 
 def pre_fork(server, worker):
     worker.drain_seconds = settings.server.drain_seconds
-    instances.before_fork(worker)
+    instances.before_fork(worker, dsn)
     worker.before_fork()
 
 
@@ -53,4 +42,4 @@ def worker_exit(server, worker):
 
 
 def child_exit(server, worker):
-    instances.child_died(worker, settings.database.dsn)
+    instances.child_died(worker)

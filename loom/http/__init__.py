@@ -10,7 +10,7 @@ from flask.wrappers import Response
 
 from loom import db, errors
 from loom import instances as registry
-from loom.config import Config, load
+from loom.config import Config
 from loom.db.connection import REPEATS
 from loom.http import (
     agents,
@@ -27,6 +27,7 @@ from loom.http import (
     problems,
     projects,
     providers,
+    settings,
     work_graph,
 )
 from loom.http import config as shared_config
@@ -92,7 +93,7 @@ def create_app(config: Config | None = None) -> Flask:
     """The application on the process's own database (`db.configure`) and instance."""
     app = Application("loom", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.config["LOOM"] = config or load()
+    app.config["LOOM"] = config or settings.initial()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
     app.url_map.converters["name"] = NameConverter
     for routes in (
