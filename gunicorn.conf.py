@@ -35,6 +35,10 @@ def post_fork(server, worker):
     worker.upkeep.start()
 
 
+def post_worker_init(worker):
+    worker.check_serving()
+
+
 def worker_exit(server, worker):
     if hasattr(worker, "upkeep"):
         worker.upkeep.stop()
