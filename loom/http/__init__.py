@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from loom.http.parse import NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 LARGER = {"config.take_in": shared_config.MAX_YAML}  # than that, by endpoint
+CODECS = ("idna", "utf-8-sig")  # of host names and documents; Python imports each at its first use
 ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
 
@@ -103,4 +105,6 @@ def create_app(config: Config | None = None) -> Flask:
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()
+    for name in CODECS:  # no request is the first to import something
+        codecs.lookup(name)
     return app
