@@ -1,20 +1,9 @@
 """gunicorn's settings, found by itself by `gunicorn app:app` here; `loom serve` names it. What to set: config.yaml."""
 
-from dataclasses import replace
-from pathlib import Path
+from loom import instances, log, upkeep
+from loom.http.settings import read
 
-from loom import config as configuration
-from loom import embedded, instances, log, upkeep
-
-try:
-    settings = configuration.load()
-    log.setup(settings.logging)
-    if settings.database.type == "embedded":
-        # In the master, whose workers inherit its share of the folder.
-        dsn = embedded.use(Path(settings.database.folder))
-        settings = replace(settings, database=replace(settings.database, dsn=dsn))
-except (configuration.ConfigError, embedded.ServerError) as exc:
-    raise SystemExit(f"Error: {exc}") from None
+settings, logconfig_dict, dsn = read()
 
 host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
 bind = f"{host}:{settings.server.http_port}"
@@ -31,19 +20,23 @@ limit_request_line = 8190  # 255 characters of four bytes, percent-encoded, are 
 forwarder_headers = ""  # none may rewrite SCRIPT_NAME or PATH_INFO: with it a lock's name
 control_socket_disable = True  # two gunicorns of one user would share it
 logger_class = "loom.http.worker.Logger"
-logconfig_dict = log.dict_config(settings.logging)
 
 
 def pre_fork(server, worker):
     worker.drain_seconds = settings.server.drain_seconds
-    instances.before_fork(worker)
+    instances.before_fork(worker, dsn)
     worker.before_fork()
 
 
 def post_fork(server, worker):
+    log.follow_syslog()
     worker.cfg.set("graceful_timeout", 17)  # its own: it leaves the registry before the master's SIGKILL
     worker.upkeep = upkeep.Upkeep(settings, instances.after_fork(worker, settings))
     worker.upkeep.start()
+
+
+def post_worker_init(worker):
+    worker.check_serving()
 
 
 def worker_exit(server, worker):
@@ -53,4 +46,4 @@ def worker_exit(server, worker):
 
 
 def child_exit(server, worker):
-    instances.child_died(worker, settings.database.dsn)
+    instances.child_died(worker)

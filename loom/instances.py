@@ -222,12 +222,12 @@ def own_id() -> str | None:
     return None if current is None else current.instance_id
 
 
-def start(config: Config, instance_id: str | None = None, tell: Callable[[bytes], object] = lambda m: None) -> Instance:
+def start(config: Config, dsn: str, instance_id: str, tell: Callable[[bytes], object]) -> Instance:
     """Opens the process's database and makes the process an instance. Raises SchemaError."""
     global current
     settings = config.database
     database = db.Database(
-        settings.dsn,
+        dsn,
         pool_min=settings.pool_min,
         pool_max=settings.pool_max,
         timeout=settings.timeout,
@@ -254,8 +254,9 @@ def draining() -> None:
 GONE = bytes(16)
 
 
-def before_fork(worker: Any) -> None:
+def before_fork(worker: Any, dsn: str) -> None:
     """pre_fork, in the master."""
+    worker.dsn = dsn  # the worker's own: a later SIGHUP may lead its successors to another database
     worker.identity = mmap.mmap(-1, len(GONE))
     worker.identity[:] = uuid.uuid4().bytes
 
@@ -267,7 +268,7 @@ def after_fork(worker: Any, config: Config) -> Instance:
         worker.identity[:] = identity or GONE
 
     try:
-        return start(config, str(uuid.UUID(bytes=worker.identity[:])), tell)
+        return start(config, worker.dsn, str(uuid.UUID(bytes=worker.identity[:])), tell)
     except errors.SchemaError as exc:
         log.critical("schema-does-not-fit", extra={"fields": {"reason": str(exc)}})
         sys.exit(BOOT_ERROR)
@@ -279,7 +280,7 @@ def leave() -> None:
         current.leave()
 
 
-def child_died(worker: Any, dsn: str) -> None:
+def child_died(worker: Any) -> None:
     """child_exit, in the master: marks the worker dead unless it left in order.
 
     In a process of its own, since a slow database must not delay the replacement, which gunicorn forks after this.
@@ -295,7 +296,7 @@ def child_died(worker: Any, dsn: str) -> None:
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(60)
             os.closerange(3, 4096)
-            _mark_dead(dsn, str(uuid.UUID(bytes=identity)), master)
+            _mark_dead(worker.dsn, str(uuid.UUID(bytes=identity)), master)
         finally:
             os._exit(0)
 

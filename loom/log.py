@@ -9,27 +9,50 @@ import contextlib
 import json
 import logging
 import logging.config
-import os
 import socket
+import subprocess
+import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from loom.config import ConfigError, LoggingConfig
 from loom.dsn import mask
 
+log = logging.getLogger("loom.log")
+
 FACILITY_DAEMON = 3 << 3
+PATIENCE = 2.0  # seconds that setup() waits for the address of the syslog server
+LOOK_UP_PERIOD = 60.0  # seconds between two look-ups of that address in a worker
+RETRY_PERIOD = 2.0  # seconds, after a look-up that failed
+
+Destination = tuple[int, tuple[Any, ...]]  # an address family and what sendto() takes
 
 
-def setup(config: LoggingConfig) -> None:
-    """Send the root logger's lines where `config` says. Raises ConfigError when the file can't be opened."""
+def setup(config: LoggingConfig) -> dict[str, Any]:
+    """Send the root logger's lines where `config` says, and return what makes gunicorn do the same.
+
+    Raises ConfigError when the file can't be opened.
+    """
+    destination, reason = None, ""
+    if config.syslog.enabled:
+        destination, reason = _look_up_in_time(config.syslog.address)
+    settings = dict_config(config, destination)
     try:
-        logging.config.dictConfig(dict_config(config))
+        logging.config.dictConfig(settings)
     except ValueError as exc:
         raise ConfigError(f"logging.output: {config.output}: {exc.__cause__ or exc}") from None
+    if config.syslog.enabled and destination is None:
+        log.warning("syslog-unreachable", extra={"fields": {"address": config.syslog.address, "reason": reason}})
+    return settings
+
+
+def follow_syslog() -> None:
+    """In a worker, after its fork: look up the address of the syslog server again now and then."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, SyslogHandler):
+            handler.follow()
 
 
 def set_level(level: str) -> None:
@@ -37,14 +60,19 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(level.upper())
 
 
-def dict_config(config: LoggingConfig) -> dict[str, Any]:
+def dict_config(config: LoggingConfig, syslog_destination: Destination | None = None) -> dict[str, Any]:
     """Return what logging.config.dictConfig takes, for our loggers and gunicorn's; no line per request."""
     handler: dict[str, Any] = {"class": "logging.StreamHandler", "stream": f"ext://sys.{config.output}"}
     if config.output not in ("stdout", "stderr"):
         handler = {"class": "logging.handlers.WatchedFileHandler", "filename": config.output, "encoding": "utf-8"}
     handlers = {"output": handler | {"formatter": "line"}}
     if config.syslog.enabled:
-        handlers["syslog"] = {"()": "loom.log.SyslogHandler", "address": config.syslog.address, "formatter": "line"}
+        handlers["syslog"] = {
+            "()": "loom.log.SyslogHandler",
+            "address": config.syslog.address,
+            "destination": syslog_destination,
+            "formatter": "line",
+        }
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -101,60 +129,105 @@ def _as_text(fields: dict[str, Any]) -> str:
     return " ".join([when, level, sentence, *(f"{name}={word(value)}" for name, value in fields.items())])
 
 
-class SyslogHandler(logging.Handler):
-    """Sends RFC 5424 lines by UDP from a thread of its own.
+UNKNOWN = (OSError, OverflowError, UnicodeError)  # what an address raises that leads nowhere
 
-    A name that doesn't resolve, or a server that is away, costs lines and never time: logging's own
-    SysLogHandler resolves the name on the caller's thread for every line.
+
+def look_up(address: str, flags: int = 0) -> Destination:
+    """Return where to send to. Raises one of UNKNOWN."""
+    host, _, port = address.rpartition(":")
+    family, _, _, _, sockaddr = socket.getaddrinfo(host.strip("[]"), int(port), 0, socket.SOCK_DGRAM, 0, flags)[0]
+    return family, sockaddr
+
+
+# The same, for a process of its own that needs nothing of Loom.
+_LOOK_UP = """
+import json, socket, sys
+host, port = sys.argv[1:]
+family, _, _, _, sockaddr = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+print(json.dumps([family, sockaddr]))
+"""
+
+
+def _look_up_in_time(address: str) -> tuple[Destination | None, str]:
+    """Return where to send to, or None and the reason, within PATIENCE.
+
+    A name server that does not answer can hold up getaddrinfo() for half a minute. It runs in a process of its own,
+    which can be ended: a thread would remain, and a gunicorn master must have none (see SyslogHandler).
+    """
+    with contextlib.suppress(*UNKNOWN):
+        return look_up(address, socket.AI_NUMERICHOST), ""
+    host, _, port = address.rpartition(":")
+    command = [sys.executable, "-I", "-S", "-c", _LOOK_UP, host.strip("[]"), port]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        family, sockaddr = json.loads(run.stdout)
+        return (family, tuple(sockaddr)), ""
+    except subprocess.TimeoutExpired:
+        return None, f"no name server answered within {PATIENCE:.0f} s"
+    except subprocess.CalledProcessError as exc:
+        return None, exc.stderr.strip().rpartition("\n")[2]
+    except OSError as exc:
+        return None, str(exc)
+
+
+class SyslogHandler(logging.Handler):
+    """Sends RFC 5424 lines by UDP, without ever waiting: what can't leave at once is lost to the syslog server.
+
+    Only looking up the server's address can take long. setup() does it once. A worker repeats it in a thread. A
+    gunicorn master must not have a thread: what that does while the master forks, importing a module for instance,
+    stays half done in the worker for ever.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, destination: Destination | None = None) -> None:
         super().__init__()
-        host, _, port = address.rpartition(":")
-        self.server = host.strip("[]"), int(port)
+        self.address = address
         self.head = f"{socket.gethostname()} loom"
-        self.lines: deque[bytes] = deque(maxlen=1000)
-        self.owner = 0
+        self.closed = threading.Event()
+        self.reported: set[int | None] = set()  # errno of each failure to send that was logged
+        self.destination: Destination | None = None
+        self.send: Callable[[bytes], object] | None = None
+        if destination is not None:
+            self._send_to(destination)
+
+    def follow(self) -> None:
+        """Look up the address again now and then, in a thread. Not in a process that forks."""
+        threading.Thread(target=self._follow, name="syslog-address", daemon=True).start()
+
+    def _follow(self) -> None:
+        failed = self.destination is None
+        while not self.closed.wait(RETRY_PERIOD if failed else LOOK_UP_PERIOD):
+            try:
+                self._send_to(look_up(self.address))
+                failed = False
+            except UNKNOWN:  # the last address, if any, still stands
+                failed = True
+
+    def _send_to(self, destination: Destination) -> None:
+        if destination != self.destination:
+            family, sockaddr = destination
+            udp = socket.socket(family, socket.SOCK_DGRAM)
+            udp.setblocking(False)
+            self.destination, self.send = destination, lambda line: udp.sendto(line, sockaddr)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if self.owner != os.getpid():  # a thread does not survive a fork; what still waits is the parent's to send
-                self.lines.clear()
-                self.owner, self.woken, self.closed = os.getpid(), threading.Event(), False
-                threading.Thread(target=self._send, name="syslog", daemon=True).start()
             severity = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
             when = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
             line = f"<{FACILITY_DAEMON | severity}>1 {when} {self.head} {record.process} - - {self.format(record)}"
-            self.lines.append(line.encode())
-            self.woken.set()
+            if self.send is not None:
+                self.send(line.encode())
+        except OSError as exc:
+            self._report(exc)
         except Exception:  # as every handler of logging: a line that can't be made must not stop who wrote it
             self.handleError(record)
 
-    def _send(self) -> None:
-        until = 0.0
-        while not self.closed:
-            self.woken.wait(60)
-            self.woken.clear()
-            try:
-                if time.monotonic() >= until:
-                    family, kind, _, _, address = socket.getaddrinfo(*self.server, type=socket.SOCK_DGRAM)[0]
-                    udp, until = socket.socket(family, kind), time.monotonic() + 60
-                while self.lines:
-                    with contextlib.suppress(OSError):
-                        udp.sendto(self.lines[0], address)
-                    self.lines.popleft()
-            except (OSError, OverflowError, UnicodeError):
-                time.sleep(1)
-                self.woken.set()
-
-    def flush(self) -> None:
-        """Wait for what is not sent yet, at most half a second."""
-        until = time.monotonic() + 0.5
-        while self.owner == os.getpid() and self.lines and time.monotonic() < until:
-            time.sleep(0.01)
+    def _report(self, exc: OSError) -> None:
+        """Say once for each kind of failure that lines do not reach the syslog server."""
+        if exc.errno not in self.reported:
+            self.reported.add(exc.errno)
+            log.warning("syslog-unreachable", extra={"fields": {"address": self.address, "reason": str(exc)}})
 
     def close(self) -> None:
-        if self.owner == os.getpid():
-            self.closed = True
-            self.woken.set()
+        self.closed.set()
+        self.send = None
         super().close()

@@ -7,13 +7,12 @@ import sys
 
 import click
 
-from loom import config, log
+from loom import config
 
 
 @click.command()
 def serve() -> None:
     """Start one instance on the configured port (PORT), until SIGTERM or Ctrl-C."""
-    log.setup(config.load().logging)  # here already, so that a fault is one line
     # The factory, not app:app: another app.py may lie where the user stands, and gunicorn looks there first.
     gunicorn = ["-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), "loom.http:create_app()"]
     os.execv(sys.executable, [sys.executable, *gunicorn])

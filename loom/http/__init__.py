@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from flask.wrappers import Response
 
 from loom import db, errors
 from loom import instances as registry
-from loom.config import Config, load
+from loom.config import Config
 from loom.db.connection import REPEATS
 from loom.http import (
     agents,
@@ -26,6 +27,7 @@ from loom.http import (
     problems,
     projects,
     providers,
+    settings,
     work_graph,
 )
 from loom.http import config as shared_config
@@ -33,6 +35,7 @@ from loom.http.parse import NameConverter, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 LARGER = {"config.take_in": shared_config.MAX_YAML}  # than that, by endpoint
+CODECS = ("idna", "utf-8-sig")  # of host names and documents; Python imports each at its first use
 ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
 
@@ -91,7 +94,7 @@ def create_app(config: Config | None = None) -> Flask:
     """The application on the process's own database (`db.configure`) and instance."""
     app = Application("loom", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.config["LOOM"] = config or load()
+    app.config["LOOM"] = config or settings.initial()
     app.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
     app.url_map.converters["name"] = NameConverter
     for routes in (
@@ -101,4 +104,6 @@ def create_app(config: Config | None = None) -> Flask:
         app.register_blueprint(routes.bp)
     problems.register(app)
     prepare()
+    for name in CODECS:  # no request is the first to import something
+        codecs.lookup(name)
     return app

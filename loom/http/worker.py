@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import mmap
 import os
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from gunicorn import glogging
+from gunicorn.errors import HaltServer
 from gunicorn.workers import gthread
 
 from loom import instances
+from loom.http import check
 from loom.http.listener import close_empty
 
+log = logging.getLogger("loom.worker")
+
+FAILURES = 3  # in a row: so many new workers that could not serve end the master
 QUIT_SECONDS = 5  # Ctrl-C: from the signal to the end of the process, at most
 STALL_SECONDS = 15  # for the next bytes of a request, then its thread is free again; below a worker's graceful_timeout
 JOINED_BYTES = 64 * 1024  # of a body that are copied behind its headers; the rest follows uncopied
@@ -28,6 +36,10 @@ JOINED_BYTES = 64 * 1024  # of a body that are copied behind its headers; the re
 # to the main one.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 os.register_at_fork(after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING))
+
+# In memory that the master shares with its workers: how many new ones in a row could not serve (one byte), and why the
+# last one could not. Two that fail at the same moment may count as one; then one more is tried.
+_failed = mmap.mmap(-1, 512)
 
 
 def client_gone(environ: dict[str, Any]) -> bool:
@@ -39,6 +51,14 @@ def client_gone(environ: dict[str, Any]) -> bool:
         return True
     except (OSError, ValueError):  # nothing to read: it waits; or TLS, which takes no flags
         return False
+
+
+def _threads() -> int:
+    """How many threads this process has; those that Python does not know included, where that can be told."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
 
 
 class OneSend:
@@ -99,8 +119,28 @@ class Worker(gthread.ThreadWorker):
     quitting = False
 
     def before_fork(self) -> None:
-        """In the master; the last thing before the fork."""
+        """In the master; the last thing before the fork. Ends gunicorn when no worker can serve."""
+        if _failed[0] >= FAILURES:
+            reason = _failed[1:].rstrip(b"\0").decode(errors="replace")
+            raise HaltServer(f"{_failed[0]} workers in a row could not serve: {reason}", instances.BOOT_ERROR)
+        threads = _threads()
+        if threads > 1:  # what the others are doing would stay half done in the worker
+            names = [thread.name for thread in threading.enumerate()]
+            log.error("master-has-threads", extra={"fields": {"count": threads, "names": names}})
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    def check_serving(self) -> None:
+        """post_worker_init: leave, to be replaced, when our own application does not answer."""
+        problem = check.problem(self.wsgi)
+        if problem is None:
+            _failed[0] = 0
+            return
+        _failed[0] = min(_failed[0] + 1, FAILURES)
+        reason = f"GET {check.PATH}: {problem!r}"
+        _failed[1:] = reason.encode()[: len(_failed) - 1].ljust(len(_failed) - 1, b"\0")
+        exception = problem if isinstance(problem, BaseException) else None
+        log.critical("cannot-serve", exc_info=exception, extra={"fields": {"reason": reason}})
+        sys.exit(1)
 
     def init_signals(self) -> None:
         super().init_signals()

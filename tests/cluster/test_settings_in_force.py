@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from harness import Client, Cluster, wait_until
+from harness.cluster import ROOT
 from harness.locks import Sql, assert_problem
 from harness.work import ask, bead, claim, team
 
@@ -83,6 +91,91 @@ def test_a_bad_value_put_there_by_hand_breaks_no_instance(cluster: Cluster, firs
     assert_problem(ask(cluster.client(1), "z"), 409, "agent-busy")
     cluster.wait_healthy(2)
     assert not any("heartbeat-failed" in master.log.read_text() for master in cluster.masters)
+
+
+# config.yaml, while Loom runs
+
+PRELOAD = pytest.mark.parametrize("options", ["", "--preload"])
+TYPO = "agents: {max_concurent: 9}\n"
+
+
+def limit(client: Client) -> int:
+    return client.get(CONFIG).json["agents"]["max_concurrent"]
+
+
+def claims_until_busy(client: Client) -> int:
+    """How many claims an agent may have: what a claim goes by, as against what is shown."""
+    name = str(uuid.uuid4())
+    team(client, name)
+    for n in range(9):
+        bead(client, f"{name}-{n}")
+        if ask(client, f"{name}-{n}", name).status != 200:
+            return n
+    return 9
+
+
+@PRELOAD
+@pytest.mark.parametrize("text", ["agents: {max_concurrent: 3}\n", TYPO, None], ids=["changed", "broken", "gone"])
+def test_a_replaced_worker_goes_by_what_its_master_read(
+    start_cluster: Callable[..., Cluster], options: str, text: str | None
+) -> None:
+    """Else HTTP and upkeep of one worker had different limits, and a typo ended the instance at the next crash."""
+    cluster = start_cluster(1, config="agents: {max_concurrent: 2}\n", env={"GUNICORN_CMD_ARGS": options})
+    file = cluster.folder / "config.yaml"
+    file.unlink() if text is None else file.write_text(text)
+    killed = cluster.kill(0)
+    wait_until(lambda: cluster.pid(0) != killed)
+    cluster.wait_healthy(1)
+    assert limit(cluster.client(0)) == claims_until_busy(cluster.client(0)) == 2
+
+
+@PRELOAD
+def test_a_reload_puts_a_changed_file_in_force(start_cluster: Callable[..., Cluster], options: str) -> None:
+    cluster = start_cluster(1, config="agents: {max_concurrent: 2}\n", env={"GUNICORN_CMD_ARGS": options})
+    (cluster.folder / "config.yaml").write_text("agents: {max_concurrent: 3}\nlogging: {format: text}\n")
+    reload(cluster)
+    assert limit(cluster.client(0)) == claims_until_busy(cluster.client(0)) == 3
+    assert " info instance-registered " in cluster.masters[0].last_lines()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (TYPO, "agents.max_concurent: unknown key"),
+        ("logging: {output: /missing/log}\n", "logging.output: /missing/log"),
+        ("database: {type: embedded, folder: /proc/postgres}\n", "Cannot use /proc/postgres for PostgreSQL"),
+    ],
+    ids=["key", "log", "database"],
+)
+def test_a_reload_with_a_fault_says_so_and_changes_nothing(
+    start_cluster: Callable[..., Cluster], text: str, reason: str, dsn: str
+) -> None:
+    config = f"database: {{type: postgres, dsn: '{dsn}'}}\nagents: {{max_concurrent: 2}}\n"
+    cluster = start_cluster(1, config=config, env={"DATABASE_DSN": "", "DATABASE_TYPE": ""})
+    (cluster.folder / "config.yaml").write_text(text)
+    reload(cluster)
+    assert limit(cluster.client(0)) == claims_until_busy(cluster.client(0)) == 2
+    lines = map(json.loads, cluster.masters[0].log.read_text().splitlines())
+    (said,) = (line for line in lines if line["event"] == "settings-kept")
+    assert reason in said["reason"]
+
+
+def reload(cluster: Cluster) -> None:
+    """SIGHUP to the master, and wait until its new worker has replaced the old one."""
+    former = cluster.pid(0)
+    cluster.masters[0].send(signal.SIGHUP)
+    wait_until(lambda: not os.path.exists(f"/proc/{former}"), 30)
+    cluster.wait_healthy(1)
+
+
+def test_without_gunicorn_the_application_reads_the_file_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("agents: {max_concurrent: 3}\n")
+    code = "from app import app; print(app.config['LOOM'].agents.max_concurrent)"
+    env = {**os.environ, "LOOM_CONFIG": str(tmp_path / "config.yaml")}
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "3\n"
+    (tmp_path / "config.yaml").write_text(TYPO)
+    assert "ConfigError" in subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, check=False).stderr
 
 
 def test_two_imports_at_once_leave_one_of_them_whole(first: Client, second: Client) -> None:

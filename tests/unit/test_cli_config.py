@@ -27,6 +27,14 @@ def loom(*words: str, **variables: str):
     return CliRunner().invoke(main, words, env=variables)
 
 
+def serve(**variables: str):
+    """`loom serve`, which ends at once: in a process of its own, since it becomes gunicorn."""
+    command = [sys.executable, "-c", "from loom.cli import main; main()", "serve"]
+    return subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
 def test_check_prints_every_value_as_yaml_with_its_source():
     Path("config.yaml").write_text("logging:\n  format: text\n  syslog: {enabled: true}\n")
     result = loom("config", "check", PORT="8081", DATABASE_DSN="postgresql://u:hunter22@h/db?pool_max_conns=3")
@@ -49,14 +57,18 @@ def test_no_password_is_printed(password):
         assert not [trace for trace in traces(password) if trace in result.output], result.output
 
 
-@pytest.mark.parametrize("command", [("config", "check"), ("serve",), ("migrate",)])
+FAULT = "Error: environment PORT: server.http_port: expected a port from 1 to 65535, got 'eighty'\n"
+
+
+@pytest.mark.parametrize("command", [("config", "check"), ("migrate",)])
 def test_a_fault_is_one_line_on_stderr_and_exit_status_1(command):
     result = loom(*command, PORT="eighty")
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert result.stderr == (
-        "Error: environment PORT: server.http_port: expected a port from 1 to 65535, got 'eighty'\n"
-    )
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", FAULT)
+
+
+def test_a_fault_is_one_line_of_serve_too():
+    result = serve(PORT="eighty")
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", FAULT)
 
 
 def test_a_database_that_is_away_is_one_line_without_its_password():
@@ -69,8 +81,8 @@ def test_a_database_that_is_away_is_one_line_without_its_password():
 
 def test_a_log_file_that_cannot_be_opened_is_one_line():
     Path("config.yaml").write_text("logging: {output: missing/log}")
-    result = loom("serve", DATABASE_DSN="host=h")
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    result = serve(DATABASE_DSN="host=h")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "logging.output: missing/log: " in result.stderr
 
 

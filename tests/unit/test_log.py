@@ -6,12 +6,17 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from harness import program
 
 from loom import log
 from loom.config import ConfigError, LoggingConfig, SyslogConfig
@@ -136,42 +141,142 @@ def syslog(port: int, host: str = "127.0.0.1") -> SyslogConfig:
     return SyslogConfig(enabled=True, address=f"{host}:{port}")
 
 
-def test_a_syslog_server_gets_each_line_also_from_a_forked_process(lines):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind(("127.0.0.1", 0))
-        server.settimeout(5)
-        lines(syslog=syslog(server.getsockname()[1]))
-        logger.error("from-parent", extra={"fields": {"lock_name": "ü"}})
-        received = server.recv(65536).decode()
-        head, _, body = received.partition(" - - ")
-        assert re.fullmatch(
-            rf"<27>1 \d{{4}}-\d\d-\d\dT[\d:.]+\+00:00 {re.escape(socket.gethostname())} loom {os.getpid()}", head
-        )
-        assert json.loads(body)["lock_name"] == "ü"
-        child = os.fork()
-        if child == 0:
-            logger.info("from-child")
-            logging.getLogger().handlers[1].flush()
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert json.loads(server.recv(65536).decode().partition(" - - ")[2])["event"] == "from-child"
+@pytest.fixture
+def server():
+    """A syslog server."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        yield sock
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_syslog_server_gets_each_line_also_from_a_forked_process(lines, server, host):
+    lines(syslog=syslog(server.getsockname()[1], host))
+    logger.error("from-parent", extra={"fields": {"lock_name": "ü"}})
+    received = server.recv(65536).decode()
+    head, _, body = received.partition(" - - ")
+    assert re.fullmatch(
+        rf"<27>1 \d{{4}}-\d\d-\d\dT[\d:.]+\+00:00 {re.escape(socket.gethostname())} loom {os.getpid()}", head
+    )
+    assert json.loads(body)["lock_name"] == "ü"
+    child = os.fork()
+    if child == 0:
+        logger.info("from-child")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert json.loads(server.recv(65536).decode().partition(" - - ")[2])["event"] == "from-child"
+
+
+def test_syslog_needs_no_thread(lines, server):
+    """Of a gunicorn master, which forks: what a thread of it imports meanwhile is broken in the worker for ever."""
+    before = threading.enumerate()
+    lines(syslog=syslog(server.getsockname()[1], "localhost"))
+    logger.error("line")
+    assert server.recv(65536)
+    assert threading.enumerate() == before
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.1", "x" * 300, "[::1]"])
-def test_a_syslog_server_that_is_away_costs_no_time(lines, host, monkeypatch):
-    real = socket.getaddrinfo
-
-    def slow(*args, **kwargs):
-        time.sleep(2)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", slow)
+def test_a_syslog_server_that_is_away_costs_no_time(lines, host):
     read = lines(syslog=syslog(9, host))
     start = time.monotonic()
     for number in range(2000):
         logger.info("line", extra={"fields": {"number": number}})
     assert time.monotonic() - start < 1.5
-    assert len(read()) == 2000
+    assert [json.loads(line)["event"] for line in read()].count("line") == 2000
+
+
+def test_an_address_that_is_not_found_is_said_once(lines):
+    read = lines(syslog=syslog(9, "no-such-host.invalid"))
+    logger.info("line")
+    logger.info("line")
+    said, *others = map(json.loads, read())
+    assert (said["event"], said["address"]) == ("syslog-unreachable", "no-such-host.invalid:9")
+    assert "Name or service not known" in said["reason"] or "failure in name resolution" in said["reason"]
+    assert [line["event"] for line in others] == ["line", "line"]
+
+
+def test_a_line_that_cannot_be_sent_is_said_once(lines, server):
+    read = lines(syslog=syslog(server.getsockname()[1]))
+    for _ in range(2):
+        logger.info("long", extra={"fields": {"text": "x" * 100_000}})  # more than a datagram takes
+    said = [json.loads(line) for line in read()]
+    assert sorted(line["event"] for line in said) == ["long", "long", "syslog-unreachable"]
+    assert "Message too long" in next(line["reason"] for line in said if line["event"] == "syslog-unreachable")
+    logger.info("short")
+    assert b"syslog-unreachable" in server.recv(65536)
+    assert b"short" in server.recv(65536)
+
+
+def in_a_network_of_its_own(code: str, *files: tuple[Path, str]) -> dict[str, Any]:
+    """Run Python where only the loopback is up and these files stand over the machine's; return what it prints."""
+    mounts = "".join(f"mount --bind {ours} {theirs} && " for ours, theirs in files)
+    script = f"ip link set lo up && {mounts} exec {sys.executable} -c {shlex.quote(code)}"
+    command = [program("unshare", "util-linux"), "--net", "--mount", "sh", "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if os.geteuid() != 0 and run.returncode:
+        pytest.skip("needs root")
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+SETUP = """
+import json, logging, os, socket, threading, time
+from loom import log
+from loom.config import LoggingConfig, SyslogConfig
+def setup(address):
+    log.setup(LoggingConfig(output="/dev/null", syslog=SyslogConfig(enabled=True, address=address)))
+"""
+
+
+def test_a_name_server_that_is_silent_holds_up_a_start_for_two_seconds_at_most(tmp_path):
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1")
+    said = in_a_network_of_its_own(
+        SETUP
+        + """
+names = socket.socket(type=socket.SOCK_DGRAM)
+names.bind(("127.0.0.1", 53))  # never answers
+start = time.monotonic()
+setup("logs.example.com:514")
+took = time.monotonic() - start
+log.follow_syslog()
+start = time.monotonic()
+for _ in range(100):
+    logging.getLogger("x").info("line")
+print(json.dumps({"asked": len(names.recv(1000)), "took": took, "lines": time.monotonic() - start}))
+""",
+        (tmp_path / "resolv.conf", "/etc/resolv.conf"),
+    )
+    assert said["asked"] > 0
+    assert log.PATIENCE <= said["took"] < log.PATIENCE + 1.5
+    assert said["lines"] < 0.5
+
+
+def test_a_worker_finds_a_syslog_server_whose_name_comes_later(tmp_path):
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    said = in_a_network_of_its_own(
+        SETUP
+        + """
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("127.0.0.9", 5140))
+server.settimeout(0.1)
+setup("logs.example.com:5140")
+log.follow_syslog()
+open("/etc/hosts", "a").write("127.0.0.9 logs.example.com\\n")
+deadline = time.monotonic() + 20
+got = b""
+while not got and time.monotonic() < deadline:
+    logging.getLogger("x").info("line")
+    try:
+        got = server.recv(1000)
+    except TimeoutError:
+        pass
+print(json.dumps({"got": got.decode()}))
+""",
+        (tmp_path / "hosts", "/etc/hosts"),
+    )
+    assert '"event": "line"' in said["got"]
 
 
 def test_a_line_that_cannot_be_made_does_not_stop_its_writer(lines, capsys):
