@@ -70,7 +70,6 @@ def set_one(key: str) -> Response:
             "upsert",
             {"value": value},
             expected=entities.if_match(),
-            replay=writer.request_id,
         )
     return entities.versioned(done.entity)
 

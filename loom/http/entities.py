@@ -134,7 +134,6 @@ def change(kind: Kind, key: str) -> Response:
             patch,
             expected=if_match(),
             merge=action == "patch" and "conflict=merge" in request.headers.get("Prefer", ""),
-            replay=writer.request_id if action == "put" else None,
         )
     return versioned(done.entity)
 
@@ -143,7 +142,7 @@ def delete(kind: Kind, key: str) -> Response:
     key = parse.key(key)
     writer = headers.writer(f"{kind.name}:{key}")
     with db.connection() as conn:
-        entities.change(conn, writer, kind.entity, key, "delete", expected=if_match(), replay=writer.request_id)
+        entities.change(conn, writer, kind.entity, key, "delete", expected=if_match())
     return answer.nothing()
 
 

@@ -25,13 +25,19 @@ def writer(own: str | None, actor: str | None = None) -> Writer:
     """
     headers = request.environ
     named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
-    request_id = headers.get("HTTP_X_REQUEST_ID", "")
     return Writer(
         actor=actor if named is None else plain(utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor"),
         instance_id=instances.own_id(),
-        request_id=request_id if _REQUEST_ID.fullmatch(request_id) else None,
+        request_id=_request_id("HTTP_X_REQUEST_ID"),
+        proxy_request_id=_request_id("HTTP_LOOM_PROXY_REQUEST_ID"),
         fences={} if fences is None else _fences(fences, own),
     )
+
+
+def _request_id(header: str) -> str | None:
+    """An id from that header, or None when it is no sane one."""
+    value = request.environ.get(header, "")
+    return value if _REQUEST_ID.fullmatch(value) else None
 
 
 def _fences(text: str, own: str | None) -> dict[str, int]:

@@ -41,7 +41,7 @@ class Entity(Versioned, kw_only=True):
 
 
 class Change(msgspec.Struct):
-    """What a change came to: 'created', 'updated', 'deleted', or 'replayed' when this request had done it before."""
+    """What a change came to: 'created', 'updated', 'deleted', or 'repeated' when the proxy sent it again."""
 
     outcome: str
     entity: Any = None
@@ -111,14 +111,12 @@ def change(
     *,
     expected: int | Collection[int] | None = None,
     merge: bool = False,
-    replay: str | None = None,
 ) -> Change:
     """Changes one entity, in one round trip; the promises are kept in change_entity() of schema.sql.
 
     patch: the new values. 'put' replaces those given, 'patch' merges objects as a JSON merge patch does.
     expected: the version that the writer has seen, or those that will do; with `merge`, later changes of other fields
     do no harm.
-    replay: the request's id, if it may arrive twice.
     Raises NotFound, Taken, Stale, LockHeld, LockLost, Cycle, InUse, and Invalid for a reference to what is not there.
     """
     name = kind_name(kind)
@@ -128,7 +126,7 @@ def change(
             writer,
             """
             SELECT outcome, entity::text AS entity, detail FROM change_entity(
-                %(kind)s, %(key)s, %(action)s, %(patch)s, %(expected)s::bigint[], %(merge)s, %(fences)s, %(replay)s)
+                %(kind)s, %(key)s, %(action)s, %(patch)s, %(expected)s::bigint[], %(merge)s, %(fences)s)
             """,
             kind=name,
             key=key,
@@ -136,7 +134,6 @@ def change(
             patch=msgspec.json.encode(patch or {}).decode(),
             expected=[expected] if isinstance(expected, int) else expected,
             merge=merge,
-            replay=replay,
         )
     except psycopg2.DatabaseError as exc:
         raise refusal(exc, deleting=action == "delete") from exc
