@@ -1285,13 +1285,20 @@ CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, unti
            (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);
 $$;
 
+-- Whether the version of what is there, or null for nothing, meets a condition of RFC 9110: '*' is met by whatever is there,
+-- an array by one of its versions.
+CREATE OR REPLACE FUNCTION version_matches(version jsonb, condition jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT COALESCE(version IS NOT NULL AND (condition = '"*"' OR condition @> version), false);
+$$;
+
 -- Changes one entity, in one round trip: names, rows, decision, change and event. action: 'create', 'upsert', 'put' (what is
--- given replaces), 'patch' (objects are merged), 'delete'. expected: the versions that will do, or null for any; with
--- merge, later changes of other fields do no harm.
+-- given replaces), 'patch' (objects are merged), 'delete'. if_match, if_none_match: conditions, see version_matches(), or
+-- null; with merge, changes of other fields since the versions of if_match do no harm.
 -- outcome: 'created', 'updated', 'deleted'; 'repeated' (the proxy sends the request once more, and its first time made the
--- current version, or the deletion); 'lock-held' (detail: the grant), 'not-found', 'taken', 'stale' (detail: who changed which field).
+-- current version, or the deletion); 'lock-held' (detail: the grant), 'not-found', 'taken', 'stale' (by if_match; detail: who
+-- changed which field), 'there' (by if_none_match).
 CREATE OR REPLACE FUNCTION change_entity(
-    kind text, key text, action text, patch jsonb, expected bigint[], merge boolean, fences jsonb,
+    kind text, key text, action text, patch jsonb, if_match jsonb, if_none_match jsonb, merge boolean, fences jsonb,
     OUT outcome text, OUT entity jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     tbl text := CASE kind WHEN 'config' THEN 'config' ELSE kind || 's' END;
@@ -1362,22 +1369,29 @@ BEGIN
 
     EXECUTE format('SELECT to_jsonb(t) FROM %I t WHERE %I = $1 FOR %s', tbl, key_column,
                    CASE action WHEN 'delete' THEN 'UPDATE' ELSE 'NO KEY UPDATE' END) INTO found USING key;
-    IF found IS NULL AND action = 'upsert' AND expected IS NOT NULL THEN
-        outcome := 'stale';
-        RETURN;
-    ELSIF found IS NULL AND action NOT IN ('create', 'upsert') THEN
+    -- As RFC 9110 has it: conditions only once the request would be served without them, and If-Match first.
+    IF found IS NULL AND action NOT IN ('create', 'upsert') THEN
         outcome := 'not-found';
-        RETURN;
     ELSIF found IS NOT NULL AND action = 'create' THEN
         outcome := 'taken';
-        RETURN;
-    ELSIF (found ->> 'version')::bigint <> ALL (expected) THEN
-        detail := changes_since(kind, key, (SELECT max(e) FROM unnest(expected) AS e), (found ->> 'version')::bigint);
+    ELSIF found IS NULL AND if_match IS NOT NULL THEN
+        outcome := 'stale';
+    ELSIF if_match IS NOT NULL AND NOT version_matches(found -> 'version', if_match) THEN
+        detail := changes_since(kind, key, (SELECT max(v::bigint) FROM jsonb_array_elements_text(if_match) AS v),
+                                (found ->> 'version')::bigint);
         IF NOT merge OR detail IS NULL OR detail ?| ARRAY(SELECT jsonb_object_keys(patch)) THEN
             outcome := 'stale';
-            EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
-            RETURN;
         END IF;
+    END IF;
+    IF outcome IS NULL AND version_matches(found -> 'version', if_none_match) THEN
+        outcome := 'there';
+        detail := NULL;
+    END IF;
+    IF outcome IN ('stale', 'there') THEN
+        EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+    END IF;
+    IF outcome IS NOT NULL THEN
+        RETURN;
     END IF;
 
     IF action = 'delete' THEN

@@ -118,7 +118,7 @@ def test_without_if_match_the_last_writer_wins(client: AppClient, kind: Kind) ->
 def test_which_tags_match(client: AppClient) -> None:
     entity(client, KINDS[0])
     path, version = KINDS[0].path, 1
-    for tags in ('"{}"', 'W/"{}"', '"999", "{}"', '"x", W/"y", "{}"', "{}"):
+    for tags in ('"{}"', 'W/"{}"', '"999", "{}"', '"x", W/"y", "{}"'):
         answer = client.patch(path, {"model": tags}, headers={"If-Match": tags.format(version)})
         version = assert_version(answer, version + 1)["version"]
     for tags in (
@@ -130,14 +130,13 @@ def test_which_tags_match(client: AppClient) -> None:
         '"x"',
         '"1", "2"',
         '"٣"',
-        "garbage",
         '""',
         '"1", W/""',
     ):
         headers = {"If-Match": tags.encode().decode("latin-1")}
         assert_problem(client.patch(path, {"model": "m"}, headers=headers), 412, "stale")
         assert_problem(client.delete(path, headers=headers), 412, "stale")
-    for tags in ("", " ", ",", '"', '"1'):
+    for tags in ("", " ", ",", '"', '"1', "garbage", str(version)):
         problem = assert_problem(client.put(path, {"model": "m"}, headers={"If-Match": tags}), 400, "invalid")
         assert problem["errors"][0]["field"] == "If-Match"
     assert client.get(path).json["version"] == version
