@@ -105,6 +105,7 @@ CREATE TABLE IF NOT EXISTS distributed_locks (
 CREATE INDEX IF NOT EXISTS distributed_locks_owner ON distributed_locks (owner);
 
 -- The history: one row per grant that has ended. Written by the triggers alone; kept for locks.history_days.
+-- proxy_request_id: of the request that ended it, see acting_as().
 CREATE TABLE IF NOT EXISTS grants (
     lock_name     text        COLLATE "C" NOT NULL,
     instance_id   uuid,
@@ -116,7 +117,8 @@ CREATE TABLE IF NOT EXISTS grants (
     metadata      jsonb       NOT NULL,
     ended_at      timestamptz NOT NULL,
     ended_how     text        NOT NULL CHECK (ended_how IN ('released', 'expired', 'forced', 'owner-died')),
-    reason        text
+    reason        text,
+    proxy_request_id text     COLLATE "C" DEFAULT NULLIF(current_setting('loom.proxy_request_id', true), '')
 );
 CREATE INDEX IF NOT EXISTS grants_lock_name ON grants (lock_name, fencing_token);
 CREATE INDEX IF NOT EXISTS grants_owner ON grants (owner, fencing_token);
@@ -416,7 +418,10 @@ CREATE TABLE IF NOT EXISTS events (
     -- who did it, see acting_as(); by hand in psql nobody says so: then it is the database's user
     actor       text        NOT NULL DEFAULT COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user),
     instance_id uuid        DEFAULT NULLIF(current_setting('loom.instance_id', true), '')::uuid,
+    -- the client's, for correlation: it decides nothing
     request_id  text        COLLATE "C" DEFAULT NULLIF(current_setting('loom.request_id', true), ''),
+    -- the proxy's, by which a write that it repeats is known; answered to nobody
+    proxy_request_id text   COLLATE "C" DEFAULT NULLIF(current_setting('loom.proxy_request_id', true), ''),
     timestamp   timestamptz NOT NULL,
     changes     jsonb       NOT NULL -- the fields that changed, with their new values
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
@@ -514,12 +519,16 @@ END $$;
 DROP TRIGGER IF EXISTS events_truncated ON events;
 CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXECUTE FUNCTION on_events_truncated();
 
--- Who acts in this transaction, for its events.
-CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text) RETURNS void LANGUAGE plpgsql AS $$
+-- Who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request, and that no client can
+-- choose (Loom-Proxy-Request-ID). A proxy that lost the answer to a write sends it once more with the same id: what that id
+-- made, in events and grants, is then answered as the first time.
+CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
             set_config('loom.instance_id', COALESCE(instance::text, ''), true),
-            set_config('loom.request_id', COALESCE(request, ''), true);
+            set_config('loom.request_id', COALESCE(request, ''), true),
+            set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true);
 END $$;
 
 
@@ -1306,13 +1315,20 @@ CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, unti
            (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);
 $$;
 
+-- Whether the version of what is there, or null for nothing, meets a condition of RFC 9110: '*' is met by whatever is there,
+-- an array by one of its versions.
+CREATE OR REPLACE FUNCTION version_matches(version jsonb, condition jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT COALESCE(version IS NOT NULL AND (condition = '"*"' OR condition @> version), false);
+$$;
+
 -- Changes one entity, in one round trip: names, rows, decision, change and event. action: 'create', 'upsert', 'put' (what is
--- given replaces), 'patch' (objects are merged), 'delete'. expected: the versions that will do, or null for any; with
--- merge, later changes of other fields do no harm. replay: the request's id when it may be sent twice.
--- outcome: 'created', 'updated', 'deleted'; 'replayed' (this request had done it before); 'lock-held' (detail: the grant),
--- 'not-found', 'taken', 'stale' (detail: who changed which field).
+-- given replaces), 'patch' (objects are merged), 'delete'. if_match, if_none_match: conditions, see version_matches(), or
+-- null; with merge, changes of other fields since the versions of if_match do no harm.
+-- outcome: 'created', 'updated', 'deleted'; 'repeated' (the proxy sends the request once more, and its first time made the
+-- current version, or the deletion); 'lock-held' (detail: the grant), 'not-found', 'taken', 'stale' (by if_match; detail: who
+-- changed which field), 'there' (by if_none_match).
 CREATE OR REPLACE FUNCTION change_entity(
-    kind text, key text, action text, patch jsonb, expected bigint[], merge boolean, fences jsonb, replay text,
+    kind text, key text, action text, patch jsonb, if_match jsonb, if_none_match jsonb, merge boolean, fences jsonb,
     OUT outcome text, OUT entity jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     tbl text := CASE kind WHEN 'config' THEN 'config' ELSE kind || 's' END;
@@ -1325,8 +1341,7 @@ DECLARE
     columns text;
     held distributed_locks;
     found jsonb;
-    last events;
-    again boolean := false;
+    proxy_request text := NULLIF(current_setting('loom.proxy_request_id', true), '');
     links boolean;
     other text;
     turned boolean;
@@ -1348,6 +1363,18 @@ BEGIN
         names := names || ARRAY(SELECT 'bead:' || id FROM beads WHERE assigned_to = key AND status IN ('open', 'in_progress', 'blocked'));
     ELSIF kind = 'provider' AND action = 'delete' THEN
         names := names || ARRAY(SELECT 'agent:' || id FROM agents WHERE provider_id = key);
+    END IF;
+    IF proxy_request IS NOT NULL THEN
+        -- With the names, since the first time may still be under way. Before the grants that the request presents: one of
+        -- them may have ended with what the first time did.
+        PERFORM pg_advisory_xact_lock(hashtextextended(n, 0))
+           FROM (SELECT DISTINCT u COLLATE "C" AS n FROM unnest(names) AS u WHERE u IS NOT NULL ORDER BY 1) AS sorted;
+        IF (SELECT e.proxy_request_id = proxy_request AND (e.type = kind || '.deleted') = (action = 'delete') FROM events e
+             WHERE e.entity_type = kind AND e.entity_id = key ORDER BY e.place DESC LIMIT 1) THEN
+            outcome := 'repeated';
+            EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+            RETURN;
+        END IF;
     END IF;
     held := enter_names(names, fences);
     IF held.lock_name IS NOT NULL THEN
@@ -1372,38 +1399,29 @@ BEGIN
 
     EXECUTE format('SELECT to_jsonb(t) FROM %I t WHERE %I = $1 FOR %s', tbl, key_column,
                    CASE action WHEN 'delete' THEN 'UPDATE' ELSE 'NO KEY UPDATE' END) INTO found USING key;
-    IF replay IS NOT NULL THEN
-        SELECT * INTO last FROM events e WHERE e.entity_type = kind AND e.entity_id = key ORDER BY e.place DESC LIMIT 1;
-        -- The id may also be that of all that a caller does for one purpose: then there is still something to do.
-        IF last.request_id = replay AND action = 'delete' THEN
-            again := found IS NULL;
-        ELSIF last.request_id = replay AND found IS NOT NULL THEN
-            EXECUTE format('SELECT to_jsonb(jsonb_populate_record(t, $2)) = to_jsonb(t) FROM %I t WHERE %I = $1', tbl, key_column)
-               INTO again USING key, own;
-        END IF;
-    END IF;
-    IF again THEN
-        own := '{}';
-        IF found IS NULL THEN
-            outcome := 'replayed';
-            RETURN;
-        END IF;
-    ELSIF found IS NULL AND action = 'upsert' AND expected IS NOT NULL THEN
-        outcome := 'stale';
-        RETURN;
-    ELSIF found IS NULL AND action NOT IN ('create', 'upsert') THEN
+    -- As RFC 9110 has it: conditions only once the request would be served without them, and If-Match first.
+    IF found IS NULL AND action NOT IN ('create', 'upsert') THEN
         outcome := 'not-found';
-        RETURN;
     ELSIF found IS NOT NULL AND action = 'create' THEN
         outcome := 'taken';
-        RETURN;
-    ELSIF (found ->> 'version')::bigint <> ALL (expected) THEN
-        detail := changes_since(kind, key, (SELECT max(e) FROM unnest(expected) AS e), (found ->> 'version')::bigint);
+    ELSIF found IS NULL AND if_match IS NOT NULL THEN
+        outcome := 'stale';
+    ELSIF if_match IS NOT NULL AND NOT version_matches(found -> 'version', if_match) THEN
+        detail := changes_since(kind, key, (SELECT max(v::bigint) FROM jsonb_array_elements_text(if_match) AS v),
+                                (found ->> 'version')::bigint);
         IF NOT merge OR detail IS NULL OR detail ?| ARRAY(SELECT jsonb_object_keys(patch)) THEN
             outcome := 'stale';
-            EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
-            RETURN;
         END IF;
+    END IF;
+    IF outcome IS NULL AND version_matches(found -> 'version', if_none_match) THEN
+        outcome := 'there';
+        detail := NULL;
+    END IF;
+    IF outcome IN ('stale', 'there') THEN
+        EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
+    END IF;
+    IF outcome IS NOT NULL THEN
+        RETURN;
     END IF;
 
     IF action = 'delete' THEN
@@ -1448,7 +1466,7 @@ BEGIN
         PERFORM set_config('loom.cycles', '', true);
         PERFORM check_bead_cycle(key);
     END IF;
-    outcome := CASE WHEN again THEN 'replayed' WHEN found IS NULL THEN 'created' ELSE 'updated' END;
+    outcome := CASE WHEN found IS NULL THEN 'created' ELSE 'updated' END;
     EXECUTE format('SELECT as_json(t) FROM %I t WHERE %I = $1', tbl, key_column) INTO entity USING key;
 END $$;
 
@@ -2109,21 +2127,20 @@ BEGIN
     END IF;
 END $$;
 
--- Ends the agent's lock, if it has it. True also for the request that ended it before: a proxy may send it twice.
-CREATE OR REPLACE FUNCTION release_file_lock(name text, agent text, request text, fences jsonb) RETURNS boolean
-LANGUAGE plpgsql AS $$
+-- Ends the agent's lock, if it has it. True also when the proxy repeats the request that ended it (see acting_as): a lock that
+-- the agent has taken since stays, and a grant that the request presents may have been the one that ended.
+CREATE OR REPLACE FUNCTION release_file_lock(name text, agent text, fences jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
-    why text := 'request ' || request;
     token bigint;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    PERFORM enter_names('{}', fences);
-    SELECT fencing_token INTO token FROM distributed_locks WHERE lock_name = name AND owner = 'agent:' || agent;
-    IF EXISTS (SELECT 1 FROM grants
-                WHERE lock_name = name AND owner = 'agent:' || agent AND ended_how = 'released' AND reason = why) THEN
+    IF EXISTS (SELECT 1 FROM grants WHERE lock_name = name AND owner = 'agent:' || agent AND ended_how = 'released'
+                  AND proxy_request_id = NULLIF(current_setting('loom.proxy_request_id', true), '')) THEN
         RETURN true;
     END IF;
-    RETURN release_lock(name, token, 'released', why);
+    PERFORM enter_names('{}', fences);
+    SELECT fencing_token INTO token FROM distributed_locks WHERE lock_name = name AND owner = 'agent:' || agent;
+    RETURN release_lock(name, token, 'released', NULL);
 END $$;
 
 

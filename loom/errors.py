@@ -88,7 +88,7 @@ class Cycle(Conflict):
 
 
 class Stale(Error):
-    """It has changed since you read it."""
+    """A condition of the request is not met."""
 
     status = 412
 

@@ -62,6 +62,7 @@ bp = entities.blueprint(KIND)
 
 @bp.post("/bulk")
 def create_many() -> Response:
+    headers.no_conditions()
     writer = headers.writer(None)
     given = [entities.written(bead) for bead in parse.body(ManyBeads).beads]
     names = Counter(name for bead in given for name in {bead.get("ref"), bead.get("id")} - {None})

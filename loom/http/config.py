@@ -60,7 +60,7 @@ bp.add_url_rule("/<key>/history", "history", partial(entities.history, KIND))
 @bp.put("/<key>")
 def set_one(key: str) -> Response:
     value = _checked(parse.key(key), parse.body(Value).value)
-    writer = headers.writer(f"config:{key}")
+    writer, conditions = headers.writer(f"config:{key}"), headers.conditions()
     with db.connection() as conn:
         done = change(
             conn,
@@ -69,8 +69,7 @@ def set_one(key: str) -> Response:
             key,
             "upsert",
             {"value": value},
-            expected=entities.if_match(),
-            replay=writer.request_id,
+            conditions=conditions,
         )
     return entities.versioned(done.entity)
 
@@ -85,6 +84,7 @@ def snapshot() -> Response:
 @bp.put("")
 def change_settings() -> Response:
     """Shares the settings of a snapshot that differ from those in force."""
+    headers.no_conditions()
     given, writer = entities.written(parse.body(Snapshot)), headers.writer(None)
     with db.transaction() as conn:
         return _share(conn, writer, given, {})
@@ -93,6 +93,7 @@ def change_settings() -> Response:
 @bp.post("/import.yaml")
 def take_in() -> Response:
     """Shares what a document has: keys, or sections of settings."""
+    headers.no_conditions()
     given = yaml.read(parse.raw())
     sections = {key: given.pop(key) for key in Snapshot.__struct_fields__ if isinstance(given.get(key), dict)}
     values = {key: _checked(key, value) for key, value in given.items() if key not in IGNORED}

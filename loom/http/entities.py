@@ -99,8 +99,13 @@ def some(kind: Kind) -> Response:
 
 
 def one(kind: Kind, key: str) -> Response:
+    key, conditions = parse.key(key), headers.conditions()
     with db.connection() as conn:
-        return versioned(entities.get(conn, kind.entity, parse.key(key)))
+        found = entities.get(conn, kind.entity, key)
+        entities.check_read(conn, found, conditions.if_match)
+    if conditions.if_none_match is not None and entities.matches(found, conditions.if_none_match):
+        return tagged(Response(status=304), found)
+    return versioned(found)
 
 
 def create(kind: Kind) -> Response:
@@ -109,11 +114,10 @@ def create(kind: Kind) -> Response:
         if not patch.get(field):
             raise parse.missing(field)
     key = patch.pop("id", None)
-    writer = headers.writer(f"{kind.name}:{key or ''}")
-    expected = if_match() if kind.create == "upsert" else None
+    writer, conditions = headers.writer(f"{kind.name}:{key or ''}"), headers.conditions()
 
     def work(conn: db.Connection) -> Response:
-        made = entities.change(conn, writer, kind.entity, key, kind.create, patch, expected=expected)
+        made = entities.change(conn, writer, kind.entity, key, kind.create, patch, conditions=conditions)
         return versioned(made.entity, 201)
 
     return idempotency.once(work)
@@ -123,7 +127,7 @@ def change(kind: Kind, key: str) -> Response:
     key, action = parse.key(key), request.method.lower()
     patch = given(kind, key)
     patch.pop("id", None)
-    writer = headers.writer(f"{kind.name}:{key}")
+    writer, conditions = headers.writer(f"{kind.name}:{key}"), headers.conditions()
     with db.connection() as conn:
         done = entities.change(
             conn,
@@ -132,18 +136,17 @@ def change(kind: Kind, key: str) -> Response:
             key,
             action,  # type: ignore[arg-type]
             patch,
-            expected=if_match(),
+            conditions=conditions,
             merge=action == "patch" and "conflict=merge" in request.headers.get("Prefer", ""),
-            replay=writer.request_id if action == "put" else None,
         )
     return versioned(done.entity)
 
 
 def delete(kind: Kind, key: str) -> Response:
     key = parse.key(key)
-    writer = headers.writer(f"{kind.name}:{key}")
+    writer, conditions = headers.writer(f"{kind.name}:{key}"), headers.conditions()
     with db.connection() as conn:
-        entities.change(conn, writer, kind.entity, key, "delete", expected=if_match(), replay=writer.request_id)
+        entities.change(conn, writer, kind.entity, key, "delete", conditions=conditions)
     return answer.nothing()
 
 
@@ -174,21 +177,11 @@ def written(body: Body) -> dict[str, Any]:
     return patch
 
 
-def if_match() -> list[int] | None:
-    """The versions that will do, from If-Match; None when it does not say. A tag that is none of ours matches none."""
-    if "If-Match" not in request.headers or request.if_match.star_tag:
-        return None
-    tags = request.if_match.as_set(include_weak=True)  # which a proxy makes them when it compresses
-    if not tags:
-        raise errors.Invalid.field("If-Match", "must be ETags, or *")
-    # werkzeug reads the tag "" as None
-    return [int(tag) if tag and tag.isascii() and tag.isdigit() and len(tag) < 19 else 0 for tag in tags]
-
-
 def versioned(entity: Versioned, status: int = 200) -> Response:
-    """The entity with its version as the ETag; 304 when the client has it."""
-    response = answer.json(entity, status)
+    return tagged(answer.json(entity, status), entity)
+
+
+def tagged(response: Response, entity: Versioned) -> Response:
+    """With the entity's version as the ETag."""
     response.set_etag(str(entity.version))
-    if request.method == "GET" and "If-None-Match" in request.headers:
-        response.make_conditional(request)
     return response

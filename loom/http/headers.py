@@ -1,4 +1,4 @@
-"""What the headers of a write say: who writes, and under which locks."""
+"""What the headers of a request say: who writes, under which locks, and under which conditions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from flask import request
 
 from loom import errors, instances
 from loom.http.parse import MAX_TOKEN, check_name, plain, utf8
+from loom.state.entities import Conditions, Versions
 from loom.state.writer import Writer
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx takes it from a client
 _FENCE = r'\s*([1-9][0-9]{0,15})\s*(?:;\s*lock\s*=\s*("[^"]*")\s*)?'
 _FENCES = re.compile(f"{_FENCE}(?:,{_FENCE})*")
+
+_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
+_TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
+_VERSION = re.compile("[1-9][0-9]{0,17}", re.ASCII)
 
 
 def writer(own: str | None, actor: str | None = None) -> Writer:
@@ -25,13 +30,50 @@ def writer(own: str | None, actor: str | None = None) -> Writer:
     """
     headers = request.environ
     named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
-    request_id = headers.get("HTTP_X_REQUEST_ID", "")
     return Writer(
         actor=actor if named is None else plain(utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor"),
         instance_id=instances.own_id(),
-        request_id=request_id if _REQUEST_ID.fullmatch(request_id) else None,
+        request_id=_request_id("HTTP_X_REQUEST_ID"),
+        proxy_request_id=_request_id("HTTP_LOOM_PROXY_REQUEST_ID"),
         fences={} if fences is None else _fences(fences, own),
     )
+
+
+def conditions() -> Conditions:
+    """If-Match and If-None-Match (RFC 9110, section 13) of a request for one entity. Raises Invalid."""
+    return Conditions(_versions("If-Match"), _versions("If-None-Match"))
+
+
+def no_conditions() -> None:
+    """For what concerns several entities at once: a condition is refused, since ignoring it would overwrite.
+
+    Raises Invalid.
+    """
+    for header in ("If-Match", "If-None-Match"):
+        if _versions(header) is not None:
+            raise errors.Invalid.field(header, "can only be met by one entity: this request is for several")
+
+
+def _versions(header: str) -> Versions | None:
+    """The versions in a list of ETags, or `*`; None without the header. Raises Invalid.
+
+    Weak tags count as strong ones, also in If-Match: nginx makes them weak when it compresses an answer.
+    """
+    text = request.headers.get(header)
+    if text is None:
+        return None
+    if text.strip(" \t") == "*":
+        return "*"
+    if not _TAGS.fullmatch(text):
+        raise errors.Invalid.field(header, 'must be ETags in their quotes, such as "3", separated by commas; or *')
+    # 0 is no entity's version: a tag that Loom has not made.
+    return [int(tag) if _VERSION.fullmatch(tag) else 0 for tag in re.findall('"([^"]*)"', text)]
+
+
+def _request_id(header: str) -> str | None:
+    """An id from that header, or None when it is no sane one."""
+    value = request.environ.get(header, "")
+    return value if _REQUEST_ID.fullmatch(value) else None
 
 
 def _fences(text: str, own: str | None) -> dict[str, int]:

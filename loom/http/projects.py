@@ -13,7 +13,7 @@ from loom.http.entities import versioned
 from loom.http.parse import Prefix
 from loom.state import comments, projects
 from loom.state.agents import Agent
-from loom.state.entities import change, get
+from loom.state.entities import Conditions, change, get
 from loom.state.projects import GitAuth, GitStrategy, Project, Status
 from loom.state.writer import Writer
 
@@ -83,7 +83,7 @@ def _unassign(conn: db.Connection, writer: Writer, key: str, agent_id: str) -> N
     """Out of this project, and of none that it has been moved to meanwhile."""
     while (agent := get(conn, Agent, agent_id)).project_id == key:
         try:
-            change(conn, writer, Agent, agent_id, "put", {"project_id": None}, expected=agent.version)
+            change(conn, writer, Agent, agent_id, "put", {"project_id": None}, conditions=Conditions([agent.version]))
         except errors.Stale:
             continue
 

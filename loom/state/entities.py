@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NewType, TypeVar
 
 import msgspec
@@ -17,6 +17,7 @@ from loom.state.writer import Writer, call
 
 E = TypeVar("E", bound="Versioned")
 Id = NewType("Id", str)  # of an entity
+Versions = Sequence[int] | Literal["*"]  # "*": any
 Action = Literal["create", "upsert", "put", "patch", "delete"]
 
 MOST_PARTS = 64  # of a list's query
@@ -40,8 +41,18 @@ class Entity(Versioned, kw_only=True):
     attributes: dict[str, Any] = {}
 
 
+class Conditions(msgspec.Struct, frozen=True):
+    """What must hold of the current version (RFC 9110): it is one of `if_match`, and none of `if_none_match`."""
+
+    if_match: Versions | None = None
+    if_none_match: Versions | None = None
+
+
+UNCONDITIONAL = Conditions()
+
+
 class Change(msgspec.Struct):
-    """What a change came to: 'created', 'updated', 'deleted', or 'replayed' when this request had done it before."""
+    """What a change came to: 'created', 'updated', 'deleted', or 'repeated' when the proxy sent it again."""
 
     outcome: str
     entity: Any = None
@@ -109,16 +120,13 @@ def change(
     action: Action,
     patch: Mapping[str, Any] | None = None,
     *,
-    expected: int | Collection[int] | None = None,
+    conditions: Conditions = UNCONDITIONAL,
     merge: bool = False,
-    replay: str | None = None,
 ) -> Change:
     """Changes one entity, in one round trip; the promises are kept in change_entity() of schema.sql.
 
     patch: the new values. 'put' replaces those given, 'patch' merges objects as a JSON merge patch does.
-    expected: the version that the writer has seen, or those that will do; with `merge`, later changes of other fields
-    do no harm.
-    replay: the request's id, if it may arrive twice.
+    merge: changes of other fields since the versions of If-Match do no harm.
     Raises NotFound, Taken, Stale, LockHeld, LockLost, Cycle, ProjectClosed, InUse, and Invalid for a reference to what
     is not there.
     """
@@ -129,15 +137,15 @@ def change(
             writer,
             """
             SELECT outcome, entity::text AS entity, detail FROM change_entity(
-                %(kind)s, %(key)s, %(action)s, %(patch)s, %(expected)s::bigint[], %(merge)s, %(fences)s, %(replay)s)
+                %(kind)s, %(key)s, %(action)s, %(patch)s, %(if_match)s, %(if_none_match)s, %(merge)s, %(fences)s)
             """,
             kind=name,
             key=key,
             action=action,
             patch=msgspec.json.encode(patch or {}).decode(),
-            expected=[expected] if isinstance(expected, int) else expected,
+            if_match=_json(conditions.if_match),
+            if_none_match=_json(conditions.if_none_match),
             merge=merge,
-            replay=replay,
         )
     except psycopg2.DatabaseError as exc:
         raise refusal(exc, deleting=action == "delete") from exc
@@ -149,14 +157,54 @@ def change(
     if row["outcome"] == "stale":
         changed = row["detail"]
         conflicting = sorted(set(patch or {}) & set(changed)) if merge and changed is not None else None
+        raise stale(kind, entity, changed, **({} if conflicting is None else {"conflicting": conflicting}))
+    if row["outcome"] == "there":
         raise errors.Stale(
-            f"The {name} {'has changed since' if entity else 'is gone, and with it'} the version in If-Match.",
+            f"The {name} is there, and If-None-Match excludes its version.",
             current=entity,
-            changed=None if changed is None else sorted(changed),
-            changed_by=changed,
-            **({} if conflicting is None else {"conflicting": conflicting}),
+            changed=None,
+            changed_by=None,
         )
     return Change(row["outcome"], entity)
+
+
+def check_read(conn: db.Connection, entity: Versioned, if_match: Versions | None) -> None:
+    """Raises Stale when an entity that was read has no version of If-Match."""
+    if if_match is None or matches(entity, if_match):
+        return
+    changed = db.value(
+        conn,
+        "SELECT changes_since(%(kind)s, %(key)s, %(since)s, %(until)s)",
+        kind=kind_name(type(entity)),
+        key=key_of(entity),
+        since=max(int(version) for version in if_match),
+        until=entity.version,
+    )
+    raise stale(type(entity), entity, changed)
+
+
+def matches(entity: Versioned, versions: Versions) -> bool:
+    """As version_matches() of schema.sql, for what is there."""
+    return versions == "*" or entity.version in versions
+
+
+def stale(
+    kind: type[Versioned], entity: Versioned | None, changed: Mapping[str, str] | None, **members: Any
+) -> errors.Stale:
+    """What If-Match refused. changed: which fields others have changed since, and who each."""
+    name = kind_name(kind)
+    detail = f"The {name} has changed since the version in If-Match."
+    return errors.Stale(
+        detail if entity else f"There is no such {name}, and If-Match requires one.",
+        current=entity,
+        changed=None if changed is None else sorted(changed),
+        changed_by=changed,
+        **members,
+    )
+
+
+def _json(versions: Versions | None) -> str | None:
+    return None if versions is None else json.dumps(versions)
 
 
 def key_of(entity: Versioned) -> str:

@@ -106,11 +106,11 @@ def take(
 
 
 def release(conn: db.Connection, writer: Writer, file: File, agent: str) -> None:
-    """Ends the agent's lock of the file; once more, by the same request, does no harm. Raises NotFound, LockLost."""
+    """Ends the agent's lock of the file; a repetition by the proxy does no harm. Raises NotFound, LockLost."""
     row = call(
         conn,
         writer,
-        "SELECT release_file_lock(%(name)s, %(agent)s, %(request_id)s, %(fences)s) AS done",
+        "SELECT release_file_lock(%(name)s, %(agent)s, %(fences)s) AS done",
         name=file.lock_name,
         agent=agent,
     )

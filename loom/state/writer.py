@@ -10,15 +10,21 @@ import psycopg2
 
 from loom import db, errors, locks
 
-ACTING = "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s); "
+ACTING = "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s, %(proxy_request_id)s); "
 
 
 class Writer(msgspec.Struct, frozen=True):
-    """`fences`: the grants that the request presents, lock name -> fencing token; all must be held for it to write."""
+    """Who makes a request.
+
+    request_id: the client's name for it, which decides nothing. proxy_request_id: the proxy's; see acting_as() in
+    schema.sql. fences: the grants that the request presents, lock name -> fencing token; all must be held for it to
+    write.
+    """
 
     actor: str | None = None
     instance_id: str | None = None
     request_id: str | None = None
+    proxy_request_id: str | None = None
     fences: dict[str, int] = {}
 
 
@@ -43,6 +49,7 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
             actor=writer.actor,
             instance_id=writer.instance_id,
             request_id=writer.request_id,
+            proxy_request_id=writer.proxy_request_id,
             fences=json.dumps(fences) if fences else None,
             **params,
         )

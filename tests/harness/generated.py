@@ -69,7 +69,7 @@ def _reach(case: Case) -> None:
         for name in part.keys() & {"blocked_by", "blocks", "children", "related_to"}:
             part[name] = chance.sample(WORLD["bead_id"], 2)
     if doomed or chance.random() < 0.8:
-        for header in ("If-Match", "Loom-Lock-Token"):
+        for header in ("If-Match", "If-None-Match", "Loom-Lock-Token"):
             (case.headers or {}).pop(header, None)
     if "path" in named:
         file = chance.choice(WORLD["files"])

@@ -604,7 +604,7 @@ def test_a_request_is_one_statement(client: AppClient, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         db.Connection, "execute", lambda *args, **kw: statements.append(args[1]) or execute(*args, **kw)
     )
-    ids = {"X-Request-ID": "r", "If-Match": "*", "Loom-Actor": "a"}
+    ids = {"X-Request-ID": "r", "Loom-Proxy-Request-ID": "n", "Loom-Actor": "a"}
     for kind in KINDS:
         for method, path, body in (
             ("GET", kind.path, None),
@@ -617,6 +617,8 @@ def test_a_request_is_one_statement(client: AppClient, monkeypatch: pytest.Monke
             ("DELETE", f"{kind.list}/y", None),
         ):
             statements.clear()
-            assert client.request(method, path, body, ids).status < 300, (method, path)
+            condition = {"If-None-Match": '"7"'} if method == "POST" else {"If-Match": "*"}
+            ids["Loom-Proxy-Request-ID"] += "n"
+            assert client.request(method, path, body, {**ids, **condition}).status < 300, (method, path)
             assert len(statements) == 1, (method, path, statements)
             assert "BEGIN" not in statements[0]

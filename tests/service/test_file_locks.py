@@ -112,13 +112,29 @@ def test_who_has_a_file_gives_it_back_and_no_other(work: AppClient) -> None:
 
 def test_a_proxy_may_send_a_release_twice(work: AppClient) -> None:
     lock(work, "x")
-    headers = {"X-Request-ID": "r1"}
+    headers = {"Loom-Proxy-Request-ID": "n1"}
     assert unlock(work, "x", headers=headers).status == 204
     assert unlock(work, "x", headers=headers).status == 204
     assert_problem(unlock(work, "x", "b", headers=headers), 404, "not-found")
     lock(work, "x")
     assert unlock(work, "x", headers=headers).status == 204
-    assert locked(work) == [("x", "a")], "the request is of before, and so is what it ends"
+    assert locked(work) == [("x", "a")], "the request is older than this lock"
+
+
+def test_a_release_that_presents_its_own_lock_may_be_sent_twice(work: AppClient) -> None:
+    token = str(lock(work, "x")["fencing_token"])
+    headers = {"Loom-Proxy-Request-ID": "n1", "Loom-Lock-Token": token}
+    assert [unlock(work, "x", headers=headers).status for _ in range(2)] == [204, 204]
+    assert_problem(unlock(work, "x", headers={"Loom-Lock-Token": token}), 409, "lock-lost")
+
+
+def test_one_request_id_for_all_that_a_client_does_leaves_no_file_locked(work: AppClient) -> None:
+    mine = {"X-Request-ID": "my-whole-work"}
+    for _ in range(2):
+        lock(work, "x")
+        assert unlock(work, "x", headers=mine).status == 204
+        assert locked(work) == []
+        assert_problem(unlock(work, "x", headers=mine), 404, "not-found")
 
 
 def test_a_file_lock_ends_by_the_databases_clock(work: AppClient, sql: Sql) -> None:

@@ -118,7 +118,7 @@ def test_without_if_match_the_last_writer_wins(client: AppClient, kind: Kind) ->
 def test_which_tags_match(client: AppClient) -> None:
     entity(client, KINDS[0])
     path, version = KINDS[0].path, 1
-    for tags in ('"{}"', 'W/"{}"', '"999", "{}"', '"x", W/"y", "{}"', "{}"):
+    for tags in ('"{}"', 'W/"{}"', '"999", "{}"', '"x", W/"y", "{}"'):
         answer = client.patch(path, {"model": tags}, headers={"If-Match": tags.format(version)})
         version = assert_version(answer, version + 1)["version"]
     for tags in (
@@ -130,14 +130,13 @@ def test_which_tags_match(client: AppClient) -> None:
         '"x"',
         '"1", "2"',
         '"٣"',
-        "garbage",
         '""',
         '"1", W/""',
     ):
         headers = {"If-Match": tags.encode().decode("latin-1")}
         assert_problem(client.patch(path, {"model": "m"}, headers=headers), 412, "stale")
         assert_problem(client.delete(path, headers=headers), 412, "stale")
-    for tags in ("", " ", ",", '"', '"1'):
+    for tags in ("", " ", ",", '"', '"1', "garbage", str(version)):
         problem = assert_problem(client.put(path, {"model": "m"}, headers={"If-Match": tags}), 400, "invalid")
         assert problem["errors"][0]["field"] == "If-Match"
     assert client.get(path).json["version"] == version
@@ -223,48 +222,70 @@ def test_of_two_writers_with_the_same_version_one_wins(client: AppClient, sql: S
     assert_counted(sql)
 
 
-# A PUT or DELETE that nginx sends again
+# A PUT or DELETE that nginx sends again, and a client that uses one request id again
+
+
+def sent_by_nginx(proxy_request_id: str, **more: str) -> dict[str, str]:
+    """Headers as they reach an instance, the client's own among them."""
+    return {"Loom-Proxy-Request-ID": proxy_request_id, **more}
 
 
 @each_kind
-def test_a_replayed_put_is_answered_as_the_first_time(client: AppClient, sql: Sql, kind: Kind) -> None:
+def test_a_put_that_nginx_repeats_is_answered_as_the_first_time(client: AppClient, sql: Sql, kind: Kind) -> None:
     entity(client, kind)
     for version, tags in ((1, {}), (2, seen(2))):
-        headers, body = {"X-Request-ID": f"r{version}", **tags}, {kind.text: f"v{version}"}
+        headers, body = sent_by_nginx(f"n{version}", **tags), {kind.text: f"v{version}"}
         first = client.put(kind.path, body, headers=headers)
         assert_version(first, version + 1)
         assert client.put(kind.path, body, headers=headers) == first
     client.patch(kind.path, {kind.text: "later"})
-    assert_problem(client.put(kind.path, {kind.text: "v2"}, headers={"X-Request-ID": "r2", **seen(2)}), 412, "stale")
+    again = client.put(kind.path, {kind.text: "v2"}, headers=sent_by_nginx("n2", **seen(2)))
+    assert_problem(again, 412, "stale")
     assert_counted(sql)
 
 
 @each_kind
-def test_a_replayed_delete_is_answered_as_the_first_time(client: AppClient, sql: Sql, kind: Kind) -> None:
-    for tags in ({}, seen(1)):
+def test_a_delete_that_nginx_repeats_is_answered_as_the_first_time(client: AppClient, sql: Sql, kind: Kind) -> None:
+    for n, tags in enumerate(({}, seen(1))):
         entity(client, kind)
-        headers = {"X-Request-ID": "r1", **tags}
+        headers = sent_by_nginx(f"n{n}", **tags)
         assert [client.delete(kind.path, headers=headers).status for _ in range(2)] == [204, 204]
-        assert client.delete(kind.path, headers={"X-Request-ID": "r2"}).status == 404
+        assert client.delete(kind.path, headers=sent_by_nginx("other")).status == 404
         assert client.delete(kind.path).status == 404
+    entity(client, kind)
+    assert client.delete(kind.path, headers=sent_by_nginx("n1")).status == 204
+    assert client.get(kind.path).status == 404, "made again since: there is something to delete"
     assert_counted(sql)
 
 
 @each_kind
-def test_one_request_id_for_all_that_a_caller_does_swallows_no_write(client: AppClient, sql: Sql, kind: Kind) -> None:
-    headers = {"X-Request-ID": "my-whole-work"}
+def test_one_request_id_for_all_that_a_client_does_swallows_no_write(client: AppClient, sql: Sql, kind: Kind) -> None:
+    mine = {"X-Request-ID": "my-whole-work"}
     for _ in range(2):
         entity(client, kind)
         for text in "abba":
-            assert client.put(kind.path, {kind.text: text}, headers=headers).json[kind.text] == text
-            assert client.get(kind.path).json[kind.text] == text
-        assert_version(client.put(kind.path, {kind.text: "a"}, headers=headers), 4)
-        assert client.delete(kind.path, headers=headers).status == 204
-        assert client.put(kind.path, {kind.text: "a"}, headers=headers).status == 404
+            assert client.put(kind.path, {kind.text: text}, headers=mine).json[kind.text] == text
+        assert_version(client.put(kind.path, {kind.text: "a"}, headers=mine), 6)
+        client.put(kind.path, {kind.text: "theirs"}, headers={"X-Request-ID": "other"})
+        assert_version(client.put(kind.path, {kind.text: "a"}, headers=mine), 8)
+        assert client.delete(kind.path, headers=mine).status == 204
+        assert client.delete(kind.path, headers=mine).status == 404
+        assert client.put(kind.path, {kind.text: "a"}, headers=mine).status == 404
     assert_counted(sql)
 
 
-def test_a_replayed_put_of_lists_times_and_dependencies_makes_no_second_version(client: AppClient, sql: Sql) -> None:
+def test_what_nginx_repeats_is_told_to_nobody(client: AppClient) -> None:
+    entity(client, KINDS[0])
+    headers = sent_by_nginx("nginx-1", **{"X-Request-ID": "mine"})
+    answers = [client.put(KINDS[0].path, {"model": "m"}, headers=headers), client.get("/api/v1/events?after=0")]
+    answers.append(client.get(KINDS[0].path + "/history"))
+    for answer in answers:
+        assert b"nginx-1" not in answer.body
+        assert b"proxy_request_id" not in answer.body
+    assert answers[-1].json[0]["request_id"] == "mine"
+
+
+def test_a_repeated_put_of_lists_times_and_dependencies_makes_no_second_version(client: AppClient, sql: Sql) -> None:
     entity(client, KINDS[3])
     for key in "ab":
         client.post(BEADS, {"id": key, "title": key, "project_id": "p"})
@@ -276,10 +297,23 @@ def test_a_replayed_put_of_lists_times_and_dependencies_makes_no_second_version(
         "context": {"k": {"n": 1.50}, "null": None},
         "status": "closed",
     }
-    answers = [client.put(BEADS + "/x", body, headers={"X-Request-ID": "r"}) for _ in range(2)]
+    answers = [client.put(BEADS + "/x", body, headers=sent_by_nginx("n")) for _ in range(2)]
     assert answers[0] == answers[1]
     assert_version(answers[1], 2)
     assert client.get(BEADS + "/b").json["version"] == 2
-    assert client.put(BEADS + "/x", {**body, "blocks": []}, headers={"X-Request-ID": "r"}).json["version"] == 2
-    assert "blocked_by" not in client.get(BEADS + "/b").json, "the same id, but another request"
     assert_counted(sql)
+
+
+def test_a_repeated_write_is_told_though_what_it_presented_has_ended_with_it(client: AppClient) -> None:
+    """Closing a bead ends its claim, and with that the file lock that fenced the write."""
+    team(client, "a")
+    bead(client, "x")
+    claim(client, "x")
+    file = {"file_path": "f", "project_id": "p", "agent_id": "a", "bead_id": "x"}
+    lock = client.post("/api/v1/file-locks", file).json
+    token = f'{lock["fencing_token"]}; lock="{quote(lock["lock_name"])}"'
+    headers = sent_by_nginx("n", **{"Loom-Lock-Token": token})
+    first = client.put(f"{BEADS}/x", {"status": "closed"}, headers=headers)
+    assert_version(first, 3)
+    assert client.put(f"{BEADS}/x", {"status": "closed"}, headers=headers) == first
+    assert_problem(client.put(f"{BEADS}/x", {"title": "t"}, headers={"Loom-Lock-Token": token}), 409, "lock-lost")

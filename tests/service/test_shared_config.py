@@ -130,14 +130,27 @@ def test_of_two_writers_with_the_same_version_one_wins(client: AppClient, long: 
 
 
 def test_a_write_that_nginx_repeats_is_made_once(client: AppClient) -> None:
-    first = put(client, "k", {"a": None}, **{"X-Request-ID": "r1"})
-    assert put(client, "k", {"a": None}, **{"X-Request-ID": "r1"}).json == first.json
+    put(client, "k", {"a": 0})
+    seen = {"Loom-Proxy-Request-ID": "n1", "If-Match": '"1"'}
+    first = put(client, "k", {"a": None}, **seen)
+    assert first.json["version"] == 2
+    assert put(client, "k", {"a": None}, **seen).json == first.json
     for _ in range(2):
-        assert client.delete(f"{CONFIG}/k", headers={"X-Request-ID": "r2"}).status == 204
+        assert client.delete(f"{CONFIG}/k", headers={"Loom-Proxy-Request-ID": "n2"}).status == 204
     for _ in range(2):
         answer = take_in(client, "n: 1", **{"Idempotency-Key": "k1", "Loom-Actor": "ann"})
     assert answer.headers["Idempotency-Replayed"] == "true"
     assert client.get(f"{CONFIG}/n").json["version"] == 1
+
+
+def test_one_request_id_for_all_that_a_client_does_swallows_no_write(client: AppClient) -> None:
+    mine = {"X-Request-ID": "my-whole-work"}
+    for _ in range(2):
+        put(client, "k", 1, **mine)
+        put(client, "k", 2)
+        assert put(client, "k", 1, **mine).json["version"] == 3
+        assert client.delete(f"{CONFIG}/k", headers=mine).status == 204
+        assert client.delete(f"{CONFIG}/k", headers=mine).status == 404
 
 
 def test_the_token_of_its_lock_lets_a_write_through(client: AppClient) -> None:

@@ -22,10 +22,12 @@ def test_who_writes_is_told_by_the_request() -> None:
     assert writer() == Writer()
     assert writer("a 1").actor == "a 1"
     assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer("Jürgen (ops)", None, "r-1")
+    assert writer(loom_proxy_request_id="n-1") == Writer(proxy_request_id="n-1")
 
 
 def test_a_request_id_that_nginx_would_replace_is_none() -> None:
-    assert [writer(x_request_id=bad).request_id for bad in ("", "a b", "x" * 129, "ü")] == [None] * 4
+    for bad in ("", "a b", "x" * 129, "ü"):
+        assert writer(x_request_id=bad, loom_proxy_request_id=bad) == Writer()
 
 
 @pytest.mark.parametrize(
