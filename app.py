@@ -1,5 +1,5 @@
 """What gunicorn loads: `gunicorn app:app` (its settings: gunicorn.conf.py)."""
 
-from loom.http import create_app
+from loom.routes import create_app
 
 app = create_app()

@@ -1,14 +1,14 @@
 """gunicorn's settings, found by itself by `gunicorn app:app` here; `loom serve` names it. What to set: config.yaml."""
 
 from loom import instances, log, upkeep
-from loom.http.settings import read
+from loom.server import hooks
 
-settings, logconfig_dict, dsn = read()
+settings, logconfig_dict, dsn = hooks.read()
 
 host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
 bind = f"{host}:{settings.server.http_port}"
 wsgi_app = "app:app"
-worker_class = "loom.http.worker.Worker"
+worker_class = "loom.server.worker.Worker"
 workers = settings.server.workers
 threads = settings.server.threads
 
@@ -19,19 +19,19 @@ timeout = 30  # for a worker whose main thread is stuck; requests have bounds of
 limit_request_line = 8190  # 255 characters of four bytes, percent-encoded, are 3060; beside them a query
 forwarder_headers = ""  # none may rewrite SCRIPT_NAME or PATH_INFO: with it a lock's name
 control_socket_disable = True  # two gunicorns of one user would share it
-logger_class = "loom.http.worker.Logger"
+logger_class = "loom.server.worker.Logger"
 
 
 def pre_fork(server, worker):
     worker.drain_seconds = settings.server.drain_seconds
-    instances.before_fork(worker, dsn)
+    hooks.before_fork(worker, dsn)
     worker.before_fork()
 
 
 def post_fork(server, worker):
     log.follow_syslog()
     worker.cfg.set("graceful_timeout", 17)  # its own: it leaves the registry before the master's SIGKILL
-    worker.upkeep = upkeep.Upkeep(settings, instances.after_fork(worker, settings))
+    worker.upkeep = upkeep.Upkeep(settings, hooks.after_fork(worker, settings))
     worker.upkeep.start()
 
 
@@ -46,4 +46,4 @@ def worker_exit(server, worker):
 
 
 def child_exit(server, worker):
-    instances.child_died(worker)
+    hooks.child_died(worker)

@@ -28,7 +28,7 @@ def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folde
         plain = folder / "bare.conf.py"
         plain.write_text(
             f"bind = '127.0.0.1:{port}'\nthreads = {threads}\nkeepalive = 75\ncontrol_socket_disable = True\n"
-            f"worker_class = {worker or 'loom.http.worker.Worker'!r}\nloglevel = 'warning'\n"
+            f"worker_class = {worker or 'loom.server.worker.Worker'!r}\nloglevel = 'warning'\n"
         )
         arguments[4] = str(plain)
     elif worker:

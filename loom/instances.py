@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import random
-import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psycopg2
 
 from loom import __version__, db, embedded, errors
 from loom.config import Config
@@ -248,67 +244,12 @@ def draining() -> None:
         current.drain()
 
 
-# gunicorn's hooks. The master makes a worker's identity before the fork, so that it can mark the worker dead whatever
-# happens; both see it in shared memory, where a worker puts a later one, and GONE when it has left in order.
-
-GONE = bytes(16)
-
-
-def before_fork(worker: Any, dsn: str) -> None:
-    """pre_fork, in the master."""
-    worker.dsn = dsn  # the worker's own: a later SIGHUP may lead its successors to another database
-    worker.identity = mmap.mmap(-1, len(GONE))
-    worker.identity[:] = uuid.uuid4().bytes
-
-
-def after_fork(worker: Any, config: Config) -> Instance:
-    """post_fork, in the worker. A schema that does not fit ends the whole gunicorn, with one line."""
-
-    def tell(identity: bytes) -> None:
-        worker.identity[:] = identity or GONE
-
-    try:
-        return start(config, worker.dsn, str(uuid.UUID(bytes=worker.identity[:])), tell)
-    except errors.SchemaError as exc:
-        log.critical("schema-does-not-fit", extra={"fields": {"reason": str(exc)}})
-        sys.exit(BOOT_ERROR)
-
-
 def leave() -> None:
-    """worker_exit, in the worker, after its drain."""
+    """The process ends."""
     if current is not None:
         current.leave()
 
 
-def child_died(worker: Any) -> None:
-    """child_exit, in the master: marks the worker dead unless it left in order.
-
-    In a process of its own, since a slow database must not delay the replacement, which gunicorn forks after this.
-    """
-    identity = worker.identity[:]
-    worker.identity.close()
-    if identity == GONE:
-        return
-    master = os.getpid()
-    if os.fork() == 0:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
-                signal.signal(number, signal.SIG_DFL)
-            signal.alarm(60)
-            os.closerange(3, 4096)
-            _mark_dead(worker.dsn, str(uuid.UUID(bytes=identity)), master)
-        finally:
-            os._exit(0)
-
-
-def _mark_dead(dsn: str, identity: str, master: int) -> None:
-    while True:
-        try:
-            with contextlib.closing(db.Connection(dsn, "loom master", 5)) as conn:
-                sql = "UPDATE instances SET status = 'dead' WHERE instance_id = %(id)s AND status <> 'dead'"
-                db.run(conn, sql, id=identity)
-            return
-        except psycopg2.Error:
-            if os.getppid() != master:  # the whole gunicorn has ended: nothing of it may stay behind
-                return
-            time.sleep(RETRY_PERIOD)
+def mark_dead(conn: db.Connection, instance_id: str) -> None:
+    """What a process's parent does when it has died."""
+    db.run(conn, "UPDATE instances SET status = 'dead' WHERE instance_id = %(id)s AND status <> 'dead'", id=instance_id)

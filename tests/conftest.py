@@ -16,8 +16,9 @@ from flask import Flask
 from harness import AppClient, Cluster, PgBouncer, Postgres, version
 from harness.postgres import postgres_version, query
 
-from loom import db, http, instances
+from loom import db, instances
 from loom.config import Config, DatabaseConfig, ServerConfig
+from loom.routes import create_app
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -147,9 +148,7 @@ def instance(database: db.Database) -> Iterator[instances.Instance]:
 @pytest.fixture
 def app(dsn: str, instance: instances.Instance) -> Flask:
     """The application, served by this process as an instance."""
-    for cached in (http.waiting.room, http.locks._queue, http.events._watch):
-        cached.cache_clear()
-    return http.create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=32)))
+    return create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=32)))
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from flask import Blueprint, Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import db, errors
-from loom.http import answer, events, headers, idempotency, parse
+from loom.http import answer, headers, idempotency, parse
 from loom.http.parse import Count, Key, Keys, Reference, Tags
-from loom.state import entities
+from loom.state import entities, events
 from loom.state.entities import Action, Id, Versioned
 
 MOST_VALUES = 100  # of one filter
@@ -151,7 +151,14 @@ def delete(kind: Kind, key: str) -> Response:
 
 
 def history(kind: Kind, key: str) -> Response:
-    return events.history(kind.name, parse.key(key))
+    """What happened to one entity, newest first, paged by a Link."""
+    key, before = parse.key(key), parse.cursor(int)
+    with db.connection() as conn:
+        return answer.page(
+            lambda limit: events.history(conn, kind.name, key, before=before, limit=limit),
+            lambda entry: entry.place,
+            lambda entries: [entry.event for entry in entries],
+        )
 
 
 def given(kind: Kind, key: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from harness import Client, Cluster, Postgres, wait_until
 from harness.load import Caller, Load, use_lock
 from harness.postgres import query
 
-from loom.http.worker import STALL_SECONDS
+from loom.server.worker import STALL_SECONDS
 
 Sql = Callable[..., list[tuple[object, ...]]]
 GOOD = {200, 201, 204}

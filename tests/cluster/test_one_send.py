@@ -46,7 +46,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A gunicorn that serves harness.answers with our worker, and nothing else of Loom."""
     port, folder = free_port(), tmp_path_factory.mktemp("answers")
     options = ["--bind", f"127.0.0.1:{port}", "--threads", "4", "--no-control-socket"]
-    command = [sys.executable, "-m", "gunicorn", "-k", "loom.http.worker.Worker", *options]
+    command = [sys.executable, "-m", "gunicorn", "-k", "loom.server.worker.Worker", *options]
     tests = str(Path(answers.__file__).parents[1])
     process = Process([*command, "harness.answers:app"], folder / "log", env={"PYTHONPATH": tests}, cwd=folder)
 

@@ -53,7 +53,7 @@ FAULTS = {
     "an end of its thread": ("import sys\ndef app(environ, start_response): sys.exit()", "SystemExit()"),
     "no answer": (
         "import time\n"
-        "from loom.http import check\n"
+        "from loom.server import check\n"
         "check.SECONDS = 0.5\n"
         "def app(environ, start_response): time.sleep(60)",
         "'no answer within 0.5 s'",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema_rs
 from werkzeug.http import parse_options_header
 
-from loom.http import openapi
+from loom.routes import openapi
 
 if TYPE_CHECKING:
     from harness.client import Answer

@@ -20,9 +20,10 @@ from harness import AppClient, Client, Cluster, wait_until
 from harness.feed import FEED, Event, assert_in_order, differences, follow, read, replay
 from harness.locks import LOCKS, Sql, assert_problem, instant
 
-from loom import db, http
+from loom import db
 from loom.config import Config, DatabaseConfig, ServerConfig
 from loom.instances import Instance
+from loom.routes import create_app
 from loom.state import events
 from loom.upkeep import Upkeep
 
@@ -527,7 +528,7 @@ def test_readers_that_wait_leave_threads_for_the_others(start_cluster: Callable[
 def test_readers_leave_room_for_who_waits_for_a_lock(dsn: str, app: Flask, cursor: int, sql: Sql, wait: Wait) -> None:
     """Of four threads two may wait, and one of those for events."""
     config = Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=4))
-    client = AppClient(http.create_app(config))
+    client = AppClient(create_app(config))
     held = client.post(LOCKS + "build", {"owner": "holder"}).json
     inside = wait(cursor, client)
     wait_until(lambda: sql(POLLS))

@@ -30,7 +30,7 @@ from harness.locks import (
     wait_expired,
 )
 
-from loom import db, errors, http
+from loom import db, errors
 from loom.config import Config
 from loom.db.connection import Connection
 from loom.http import answer, idempotency, parse, waiting
@@ -476,8 +476,7 @@ def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
 ) -> None:
     held = acquire(client, owner="holder")
     near, far = socket.socketpair()
-    with app.app_context():
-        queue = http.locks._queue()
+    queue = app.waiting.locks  # type: ignore[attr-defined]
     with near, far, ThreadPoolExecutor(2) as threads:
         monkeypatch.setattr(waiting, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != [])
         gone = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})

@@ -21,8 +21,9 @@ from harness.locks import assert_problem
 from werkzeug.datastructures import Headers
 
 from loom import __version__, errors
-from loom.http import openapi, parse
+from loom.http import parse
 from loom.instances import Instance
+from loom.routes import openapi
 
 PATH = "/api/openapi.yaml"
 METHODS = {"get", "put", "post", "patch", "delete"}

@@ -16,9 +16,10 @@ from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, force, instant, release, wait_expired
 
-from loom import db, http, locks
+from loom import db, locks
 from loom.config import Config, DatabaseConfig, ServerConfig
 from loom.instances import Instance
+from loom.routes import create_app
 
 Ask = Callable[..., "Future[Answer]"]
 
@@ -247,7 +248,7 @@ def test_a_name_that_another_is_at_does_not_hold_up_the_waiters_for_others(
 def test_waiting_requests_leave_threads_for_the_others(dsn: str, app: Flask, ask: Ask, sql: Sql) -> None:
     """Past a bound a waiter is answered at once, and asking again keeps its place."""
     config = Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=4))
-    client = AppClient(http.create_app(config))
+    client = AppClient(create_app(config))
     token = acquire(client, owner="holder")["fencing_token"]
     inside = [ask(f"inside {i}", by=client) for i in range(2)]
     started = time.monotonic()

@@ -95,7 +95,7 @@ def test_serve_hands_over_to_gunicorn_with_our_settings_whatever_lies_in_the_fol
     assert program == sys.executable
     assert words[1:4] == ["-m", "gunicorn", "-c"]
     assert words[4].endswith("gunicorn.conf.py")
-    assert words[5] == "loom.http:create_app()"
+    assert words[5] == "loom.routes:create_app()"
 
 
 def test_a_command_is_imported_only_when_called():

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from loom.config import Config
-from loom.http import create_app
 from loom.http.parse import Body
+from loom.routes import create_app
 
 
 def looks_at(kind: type) -> bool:

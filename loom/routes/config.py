@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import config as configuration
@@ -94,6 +94,7 @@ def change_settings() -> Response:
 def take_in() -> Response:
     """Shares what a document has: keys, or sections of settings."""
     headers.no_conditions()
+    request.max_content_length = MAX_YAML
     given = yaml.read(parse.raw())
     sections = {key: given.pop(key) for key in Snapshot.__struct_fields__ if isinstance(given.get(key), dict)}
     values = {key: _checked(key, value) for key, value in given.items() if key not in IGNORED}

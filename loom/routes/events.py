@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import time
 
 from flask import Blueprint, Response, request
 
 from loom import db
-from loom.http import answer, parse, waiting
+from loom.http import answer, parse
+from loom.http.waiting import gone, waiting
 from loom.state import events
-from loom.state.events import Reader, Watch
+from loom.state.events import Reader
 
 bp = Blueprint("events", __name__, url_prefix="/api/v1/events")
 
 LONGEST_WAIT = 25  # seconds; below the 30 for which many proxies wait
-
-
-@functools.cache
-def _watch() -> Watch:
-    """At most half of the worker's waiters: who waits for a lock stands in a queue, and must get in."""
-    room = waiting.room()
-    return Watch(room, max(1, room.most // 2))
 
 
 @bp.get("")
@@ -38,21 +31,10 @@ def feed() -> Response:
         if page.events or left <= 0:
             break
         if after >= page.last:
-            if _watch().full:
+            if waiting().events.full:
                 headers["Retry-After"] = "1"
                 break
-            if _watch().wait(Reader(after, waiting.gone()), left) is None:
+            if waiting().events.wait(Reader(after, gone()), left) is None:
                 break
         db.default().start_request()
     return answer.json({"events": page.events, "count": len(page.events), "next": page.next}, headers=headers)
-
-
-def history(kind: str, key: str) -> Response:
-    """The route of every kind of entity: GET /api/v1/<kind>s/<key>/history, newest first, paged by a Link."""
-    before = parse.cursor(int)
-    with db.connection() as conn:
-        return answer.page(
-            lambda limit: events.history(conn, kind, key, before=before, limit=limit),
-            lambda entry: entry.place,
-            lambda entries: [entry.event for entry in entries],
-        )

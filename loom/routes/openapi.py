@@ -14,8 +14,9 @@ import yaml
 from flask import Blueprint, Response, request
 
 from loom import __version__, errors
-from loom.http import agents, beads, parse, projects, providers
+from loom.http import parse
 from loom.http.entities import Kind
+from loom.routes import agents, beads, projects, providers
 
 bp = Blueprint("openapi", __name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 import uuid
 from datetime import timedelta
@@ -13,8 +12,9 @@ from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db, errors, instances, locks
-from loom.http import answer, idempotency, parse, problems, waiting
-from loom.locks.queue import Queue, Waiter
+from loom.http import answer, idempotency, parse, problems
+from loom.http.waiting import gone, waiting
+from loom.locks.queue import Waiter
 
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
 
@@ -36,11 +36,6 @@ class AcquireLock(parse.Body):
 class RenewLock(parse.Body):
     fencing_token: parse.Token
     ttl_seconds: Ttl = 30
-
-
-@functools.cache
-def _queue() -> Queue:
-    return Queue(waiting.room())
 
 
 @bp.post("/<name:_>")
@@ -84,9 +79,9 @@ def acquire(_: str) -> Response:
 
     response = idempotency.once(ask, again=again, wait=True)
     wait_ends = time.monotonic() + body.wait_seconds
-    while response.status_code == errors.LockHeld.status and time.monotonic() < wait_ends and not _queue().full:
-        waiter = Waiter(name, owner, waiting.gone())
-        is_our_turn = _queue().wait(waiter, wait_ends - time.monotonic())
+    while response.status_code == errors.LockHeld.status and time.monotonic() < wait_ends and not waiting().locks.full:
+        waiter = Waiter(name, owner, gone())
+        is_our_turn = waiting().locks.wait(waiter, wait_ends - time.monotonic())
         if waiter.gone():
             break
         db.default().start_request()
@@ -112,7 +107,7 @@ def release(_: str) -> Response:
             locks.force_release(conn, name, token, reason)
         else:
             locks.release(conn, name, token)
-    _queue().nudge(lambda waiter: waiter.name == name)
+    waiting().locks.nudge(lambda waiter: waiter.name == name)
     return answer.nothing()
 
 

@@ -21,8 +21,9 @@ from gunicorn.errors import HaltServer
 from gunicorn.workers import gthread
 
 from loom import instances
-from loom.http import check
-from loom.http.listener import close_empty
+from loom.http.waiting import client_gone
+from loom.server import check
+from loom.server.listener import close_empty
 
 log = logging.getLogger("loom.worker")
 
@@ -40,17 +41,6 @@ os.register_at_fork(after_in_parent=partial(signal.pthread_sigmask, signal.SIG_U
 # In memory that the master shares with its workers: how many new ones in a row could not serve (one byte), and why the
 # last one could not. Two that fail at the same moment may count as one; then one more is tried.
 _failed = mmap.mmap(-1, 512)
-
-
-def client_gone(environ: dict[str, Any]) -> bool:
-    """Whether the client of a request has hung up: nobody would read the answer. False when that can't be told."""
-    sock = environ.get("gunicorn.socket")
-    try:
-        return sock is not None and sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except ConnectionError:
-        return True
-    except (OSError, ValueError):  # nothing to read: it waits; or TLS, which takes no flags
-        return False
 
 
 def _threads() -> int:

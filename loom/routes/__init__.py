@@ -1,0 +1,42 @@
+"""The routes: each parses its request, calls one domain function, and answers JSON."""
+
+from __future__ import annotations
+
+import codecs
+
+from loom.config import Config
+from loom.http import settings
+from loom.http.application import Application
+from loom.http.parse import prepare
+from loom.routes import (
+    agents,
+    beads,
+    claims,
+    config,
+    events,
+    file_locks,
+    grants,
+    health,
+    instances,
+    locks,
+    openapi,
+    projects,
+    providers,
+    work_graph,
+)
+
+CODECS = ("idna", "utf-8-sig")  # of host names and documents; Python imports each at its first use
+
+
+def create_app(given: Config | None = None) -> Application:
+    """The application on the process's own database (`db.configure`) and instance."""
+    app = Application(given or settings.initial())
+    for routes in (
+        *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
+        *(config, events, openapi),
+    ):
+        app.register_blueprint(routes.bp)
+    prepare()
+    for name in CODECS:  # no request is the first to import something
+        codecs.lookup(name)
+    return app
