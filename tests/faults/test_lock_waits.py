@@ -42,7 +42,7 @@ def test_a_lock_granted_as_the_wait_for_it_ends_stays_held(
 
     def wait_as_it_expires(number: int) -> None:
         chance, client = random.Random(f"{seed}/{number}"), cluster.client(0)
-        for turn in range(60 if long else 3):
+        for turn in range(60 if long else 5):
             name = f"expires-{number}-{turn}"
             start.wait(30)
             acquire(client, name, ttl_seconds=1)
