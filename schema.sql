@@ -1,4 +1,4 @@
--- Loom's whole database, in the order in which a reader meets it. Schema version 3.
+-- Loom's whole database, in the order in which a reader meets it. Schema version 1.
 --
 -- Applied by `loom migrate` and by every instance at its start (under one advisory lock, and only when it changed),
 -- or by hand: psql -1 -f schema.sql. Safe to run again. PostgreSQL 12 to 18, READ COMMITTED.
@@ -16,7 +16,7 @@ CREATE TABLE IF NOT EXISTS schema_version (
     checksum   text,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-INSERT INTO schema_version (version) VALUES (3)
+INSERT INTO schema_version (version) VALUES (1)
     ON CONFLICT (only_row) DO UPDATE SET version = excluded.version, checksum = NULL, applied_at = clock_timestamp();
 
 
@@ -33,7 +33,6 @@ CREATE TABLE IF NOT EXISTS cluster (
     -- the greatest id of an event that was removed, by retention or by hand
     events_forgotten bigint      NOT NULL DEFAULT 0
 );
-ALTER TABLE cluster ADD COLUMN IF NOT EXISTS events_forgotten bigint NOT NULL DEFAULT 0;
 INSERT INTO cluster DEFAULT VALUES ON CONFLICT DO NOTHING;
 
 
@@ -136,13 +135,15 @@ BEGIN
         NULLIF(current_setting('loom.reason', true), ''));
 END $$;
 
-CREATE OR REPLACE FUNCTION on_lock_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+-- A grant ends when its row is deleted, or when the next grant takes the row over.
+CREATE OR REPLACE FUNCTION on_grant_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM end_grant(OLD);
     RETURN NULL;
 END $$;
-DROP TRIGGER IF EXISTS lock_deleted ON distributed_locks;
-CREATE TRIGGER lock_deleted AFTER DELETE ON distributed_locks FOR EACH ROW EXECUTE FUNCTION on_lock_deleted();
+DROP TRIGGER IF EXISTS grant_ended ON distributed_locks;
+CREATE TRIGGER grant_ended AFTER DELETE OR UPDATE OF fencing_token ON distributed_locks FOR EACH ROW
+    EXECUTE FUNCTION on_grant_ended();
 
 CREATE OR REPLACE FUNCTION on_locks_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -214,8 +215,9 @@ BEGIN
     RETURN nextval('fencing_tokens');
 END $$;
 
--- Takes the lock if it is free and promised to nobody before us. The order is the promise: name, row, only then the
--- clock. outcome: 'new' a new grant, 'same' ours of before, 'held' by another (then that grant), 'promised' to a waiter.
+-- Takes the lock if it is free and no waiter comes before us. The order is the promise: name, row, only then the clock.
+-- outcome: 'new' grant; 'same': the grant that this owner already holds, extended; 'held' by another, whose grant is
+-- answered; 'promised' to a waiter. A refused caller writes nothing to the row, and waits for nobody.
 CREATE OR REPLACE FUNCTION acquire_lock(name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
 RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
                acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
@@ -227,18 +229,14 @@ DECLARE
     t timestamptz;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    -- Nobody waits for the transactions that a row fences only to hear that it is held.
-    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
-        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
+    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
+    IF held.owner = new_owner THEN
+        -- NO KEY UPDATE, as in a renewal: it does not wait for the transactions that this grant fences.
+        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR NO KEY UPDATE;
     END IF;
     t := clock_timestamp();
-    IF held.owner = new_owner OR held.expires_at <= t THEN
-        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE;
-        t := clock_timestamp();
-    END IF;
 
-    IF held.expires_at > t AND held.owner = new_owner THEN
+    IF held.owner = new_owner AND held.expires_at > t THEN
         RETURN QUERY
             UPDATE distributed_locks AS l
                SET expires_at = GREATEST(l.expires_at, t + ttl), heartbeat_at = t, metadata = COALESCE(about, l.metadata)
@@ -252,19 +250,27 @@ BEGIN
     ELSE
         SELECT w.owner INTO first FROM lock_waiters w
          WHERE w.lock_name = name AND w.asked_at > t - INTERVAL '2 seconds' ORDER BY w.place LIMIT 1;
+        -- An expired row is taken FOR UPDATE: the upsert's own row lock would not conflict with the KEY SHARE of
+        -- loom_fence(). While a transaction that the grant fences is running, the lock is still held.
         IF first <> new_owner THEN
             outcome := 'promised';
             held := NULL;
+        ELSIF held.lock_name IS NOT NULL AND NOT EXISTS (
+            SELECT 1 FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE SKIP LOCKED) THEN
+            outcome := 'held';
         ELSE
-            IF held.lock_name IS NOT NULL THEN
-                DELETE FROM distributed_locks l WHERE l.lock_name = name;
-            END IF;
             IF first IS NOT NULL THEN
                 DELETE FROM lock_waiters w WHERE w.lock_name = name AND w.owner = new_owner;
             END IF;
+            t := clock_timestamp();
             RETURN QUERY
                 INSERT INTO distributed_locks AS l
                 VALUES (name, instance, new_owner, next_fencing_token(), t, t + ttl, t, COALESCE(about, '{}'))
+                    ON CONFLICT ON CONSTRAINT distributed_locks_pkey DO UPDATE
+                   SET (instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata)
+                     = (excluded.instance_id, excluded.owner, excluded.fencing_token, excluded.acquired_at,
+                        excluded.expires_at, excluded.heartbeat_at, excluded.metadata)
+                 WHERE l.expires_at <= excluded.acquired_at
                 RETURNING 'new', 0::bigint, l.*;
             RETURN;
         END IF;
@@ -281,19 +287,18 @@ BEGIN
     RETURN QUERY SELECT outcome, waiting, held.*;
 END $$;
 
--- One poll for all who wait in one worker: keeps their places and grants what has become free to its first waiter.
--- Passes over names and rows that others are at, so that one of them cannot hold up the rest.
-CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[], ttls interval[], abouts jsonb[], instance uuid)
-RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
-               acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
+-- One poll for all requests that wait in one worker: keeps their places, and returns those that are first in line for a
+-- lock that is free. It grants nothing and waits for nobody: each of them then asks by acquire_lock(). A lock that has
+-- expired is not free while a transaction that it fences is still running.
+CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[]) RETURNS TABLE (lock_name text, owner text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     t timestamptz := clock_timestamp();
-    next record;
 BEGIN
+    -- A place is written at most every half second. One owner may wait in two requests.
     INSERT INTO lock_waiters AS w (lock_name, owner, asked_at)
-        SELECT m.name, m.owner, t FROM unnest(names, owners) AS m (name, owner)
+        SELECT DISTINCT m.name, m.owner, t FROM unnest(names, owners) AS m (name, owner)
          WHERE NOT EXISTS (SELECT 1 FROM lock_waiters x WHERE x.lock_name = m.name AND x.owner = m.owner
                               AND x.asked_at > t - INTERVAL '0.5 seconds')
          ORDER BY m.name, m.owner
@@ -301,31 +306,18 @@ BEGIN
            SET asked_at = t,
                place = CASE WHEN w.asked_at > t - INTERVAL '2 seconds' THEN w.place ELSE excluded.place END;
 
-    FOR next IN
-        SELECT m.* FROM (SELECT DISTINCT n.name FROM unnest(names) AS n (name)) AS wanted
-          CROSS JOIN LATERAL (SELECT w.owner FROM lock_waiters w
-                               WHERE w.lock_name = wanted.name AND w.asked_at > t - INTERVAL '2 seconds'
-                               ORDER BY w.place LIMIT 1) AS first
-          JOIN unnest(names, owners, ttls, abouts) AS m (name, owner, ttl, about)
-            ON m.name = wanted.name AND m.owner = first.owner
-         WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name AND l.expires_at > t)
-         ORDER BY m.name
-    LOOP
-        IF NOT pg_try_advisory_xact_lock(hashtextextended(next.name, 0)) THEN
-            -- Many may ask for this name without waiting: stand in line with them for a moment, or its waiters starve.
-            BEGIN
-                PERFORM set_config('lock_timeout', '20ms', true);
-                PERFORM pg_advisory_xact_lock(hashtextextended(next.name, 0));
-                PERFORM set_config('lock_timeout', '0', true);
-            EXCEPTION WHEN lock_not_available THEN
-                CONTINUE;
-            END;
-        END IF;
-        PERFORM 1 FROM distributed_locks l WHERE l.lock_name = next.name FOR UPDATE SKIP LOCKED;
-        CONTINUE WHEN NOT FOUND AND EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = next.name);
-        RETURN QUERY SELECT * FROM acquire_lock(next.name, next.owner, instance, next.ttl, next.about, false) a
-                      WHERE a.outcome IN ('new', 'same');
-    END LOOP;
+    RETURN QUERY
+        WITH wanted AS MATERIALIZED (
+            SELECT DISTINCT n.name COLLATE "C" AS name FROM unnest(names) AS n (name)),
+        expired AS MATERIALIZED (
+            SELECT l.lock_name FROM distributed_locks l
+             WHERE l.lock_name IN (SELECT name FROM wanted) AND l.expires_at <= t FOR UPDATE SKIP LOCKED)
+        SELECT wanted.name, first.owner FROM wanted
+         CROSS JOIN LATERAL (SELECT w.owner FROM lock_waiters w
+                              WHERE w.lock_name = wanted.name AND w.asked_at > t - INTERVAL '2 seconds'
+                              ORDER BY w.place LIMIT 1) AS first
+         WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name)
+            OR EXISTS (SELECT 1 FROM expired e WHERE e.lock_name = wanted.name);
 END $$;
 
 -- Never inserts, never revives; never shortens with `extend`. The order is the promise: name, row, only then the clock (an
@@ -356,18 +348,6 @@ BEGIN
     done := FOUND;
     PERFORM set_config('loom.ended_how', '', true), set_config('loom.reason', '', true);
     RETURN done;
-END $$;
-
--- Takes back a grant of which its owner was not told; not if it has asked again since, and was told then.
-CREATE OR REPLACE FUNCTION take_back_lock(name text, token bigint, untouched timestamptz) RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    PERFORM 1 FROM distributed_locks WHERE lock_name = name AND fencing_token = token AND heartbeat_at = untouched
-        FOR UPDATE;
-    IF FOUND THEN
-        PERFORM release_lock(name, token, 'released', NULL);
-    END IF;
 END $$;
 
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
@@ -427,17 +407,13 @@ CREATE TABLE IF NOT EXISTS events (
     entity_id   text        COLLATE "C" NOT NULL,
     version     bigint      NOT NULL,
     project_id  text        COLLATE "C",
-    actor       text        NOT NULL,
-    instance_id uuid,
-    request_id  text        COLLATE "C",
+    -- who did it, see acting_as(); by hand in psql nobody says so: then it is the database's user
+    actor       text        NOT NULL DEFAULT COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user),
+    instance_id uuid        DEFAULT NULLIF(current_setting('loom.instance_id', true), '')::uuid,
+    request_id  text        COLLATE "C" DEFAULT NULLIF(current_setting('loom.request_id', true), ''),
     timestamp   timestamptz NOT NULL,
     changes     jsonb       NOT NULL -- the fields that changed, with their new values
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
--- Who did it, see acting_as(); by hand in psql nobody says so: then it is the database's user.
-ALTER TABLE events
-    ALTER COLUMN actor SET DEFAULT COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user),
-    ALTER COLUMN instance_id SET DEFAULT NULLIF(current_setting('loom.instance_id', true), '')::uuid,
-    ALTER COLUMN request_id SET DEFAULT NULLIF(current_setting('loom.request_id', true), '');
 CREATE INDEX IF NOT EXISTS events_entity ON events (entity_type, entity_id, place);
 
 -- The feed's order, which is not that of `place`: what commits late comes late. Written by number_events() alone. (A
@@ -805,18 +781,19 @@ CREATE TABLE IF NOT EXISTS beads (
     version          bigint      NOT NULL DEFAULT 1,
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     updated_at       timestamptz NOT NULL DEFAULT clock_timestamp()
-) WITH (fillfactor = 80, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0, vacuum_index_cleanup = on,
-        -- claims change a status, and no plan: a table that is small is not looked through again for each 400 of them
+) WITH (fillfactor = 80, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_scale_factor = 0.02,
+        autovacuum_vacuum_cost_delay = 0, vacuum_index_cleanup = on,
+        -- A claim changes a status, and no plan: a small table is not analyzed again for each 400 claims.
         autovacuum_analyze_scale_factor = 0.05, autovacuum_analyze_threshold = 50000);
-CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 DO $$
 BEGIN
-    -- PostgreSQL 18 counts by the rows that are not frozen: else, for each 5,000 new ones, it goes through all indexes. Not in the
-    -- table's definition, so that those of before have it, too, unless somebody has set it by hand.
-    IF NOT EXISTS (SELECT 1 FROM pg_class WHERE oid = 'beads'::regclass AND reloptions::text LIKE '%vacuum_insert_threshold%') THEN
-        ALTER TABLE beads SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_insert_threshold = 100000);
+    -- PostgreSQL 18 counts inserted rows against those that are not frozen: with the default, each 5,000 new beads would be
+    -- a reason to go through all indexes. PostgreSQL 12 does not have this setting.
+    IF current_setting('server_version_num')::integer >= 130000 THEN
+        ALTER TABLE beads SET (autovacuum_vacuum_insert_threshold = 100000);
     END IF;
 END $$;
+CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 
 -- The best ready bead is the first of these: all, of one project, reserved for one agent. Narrow on purpose: a
 -- claim steps over the entries that those before it have left, until a vacuum comes.
@@ -827,11 +804,9 @@ CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, C
 CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL AND assigned_to IS NOT NULL;
 -- What the clock alone changes: the delayed and the claimed.
-DROP INDEX IF EXISTS beads_delayed, beads_lease; -- version 2's
 CREATE INDEX IF NOT EXISTS beads_timed ON beads (COALESCE(not_before, lease_expires_at))
     WHERE COALESCE(not_before, lease_expires_at) IS NOT NULL;
 -- Lists: each column with the status, of which there are few, and then in the order of pages.
-DROP INDEX IF EXISTS beads_of_agent; -- version 2's, with those of no agent, too
 CREATE INDEX IF NOT EXISTS beads_in_status ON beads (status, id);
 CREATE INDEX IF NOT EXISTS beads_in_project ON beads (project_id, status, id);
 CREATE INDEX IF NOT EXISTS beads_assigned ON beads (assigned_to, status, id) WHERE assigned_to IS NOT NULL;
@@ -1022,7 +997,6 @@ $$;
 
 -- A claim has ended: its history, its agent's counter, and the file locks that were taken for it. how: unless
 -- loom.claim_ended says.
-DROP FUNCTION IF EXISTS note_claim_ended(beads); -- it took no `how`
 CREATE OR REPLACE FUNCTION note_claim_ended(was beads, how text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO claims VALUES (
@@ -1081,9 +1055,6 @@ DROP TRIGGER IF EXISTS bead_inserted_with_parent ON beads;
 CREATE TRIGGER bead_inserted_with_parent AFTER INSERT ON beads FOR EACH ROW
     WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION on_bead_turned();
 DROP TRIGGER IF EXISTS bead_turned ON beads;
-DROP TRIGGER IF EXISTS bead_closed_or_moved ON beads; -- this and the next two are version 2's
-DROP TRIGGER IF EXISTS claim_ended ON beads;
-DROP TRIGGER IF EXISTS claimed_bead_deleted ON beads;
 CREATE TRIGGER bead_turned AFTER UPDATE ON beads FOR EACH ROW
     WHEN (OLD.claimed_at IS NOT NULL OR NEW.claimed_at IS NULL) -- not for a new claim
     EXECUTE FUNCTION on_bead_turned();
@@ -1649,8 +1620,7 @@ END $$;
 -- Gives the bead to the agent; the caller has locked its row and the names of both, compared the fencing identity, and counts it
 -- in the agent's row. Answers the bead, as as_json() does, but as text, for less work. Null when one of `names` is
 -- held from outside: a look that began before its name was locked would miss a grant made in between.
-DROP FUNCTION IF EXISTS take_bead(text, text, integer, text[]); -- it answered json
-CREATE FUNCTION take_bead(wanted text, agent text, lease integer, names text[]) RETURNS text
+CREATE OR REPLACE FUNCTION take_bead(wanted text, agent text, lease integer, names text[]) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
@@ -1723,8 +1693,7 @@ $$;
 
 -- Claims the best ready bead: by priority, then due date, then age. outcome: 'claimed', 'nothing', 'agent-busy' (detail: its
 -- beads), 'unknown-project', or as enter_claim. In one value, JSON: a row of several took 4 % longer.
-DROP FUNCTION IF EXISTS claim_next(text, integer, integer, integer, integer, jsonb, text, text[], text[]); -- it answered json
-CREATE FUNCTION claim_next(
+CREATE OR REPLACE FUNCTION claim_next(
     agent text, lease integer, most integer, max_failures integer, max_attempts integer, fences jsonb,
     project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
@@ -2098,16 +2067,19 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
--- The answer of before, if there is one. `alone`: nobody else looks until our transaction ends. First that, and then a
--- look with a new snapshot: in one statement it would miss an answer that was committed in between.
-CREATE OR REPLACE FUNCTION find_answer(wanted uuid, alone boolean)
+-- The answer that a request with this scope got, if there is one. Its twins cannot look until our transaction ends: one
+-- in flight is waited for with `wait`, else told. The lock first, then a look with a new snapshot: in one statement the
+-- look would miss an answer that was committed in between.
+CREATE OR REPLACE FUNCTION find_answer(wanted uuid, wait boolean)
 RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF alone AND NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
-        RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
-    ELSE
-        RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k
-                      WHERE k.scope = wanted;
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
+        IF NOT wait THEN
+            RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
+            RETURN;
+        END IF;
+        PERFORM pg_advisory_xact_lock(hashtextextended(wanted::text, 0));
     END IF;
+    RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k WHERE k.scope = wanted;
 END $$;

@@ -20,7 +20,6 @@ class Waiter:
         """`gone`: whether its client has hung up."""
         self.gone = gone
         self.told: Any = None
-        self.shared = False  # others were told the same
         self.error: errors.Error | None = None
         self.woken = threading.Event()
 
@@ -85,14 +84,12 @@ class Line(Generic[W]):
             raise waiter.error
         return waiter.told
 
-    def tell(self, whom: Callable[[W], bool], what: Any) -> bool:
-        """Wakes those for whom it is; False when they have left meanwhile."""
+    def tell(self, whom: Callable[[W], bool], what: Any) -> None:
+        """Wakes those for whom it is, unless they have left meanwhile."""
         with self._change:
-            found = [waiter for waiter in self._waiters if whom(waiter)]
-            for waiter in found:
-                waiter.told, waiter.shared = what, len(found) > 1
+            for waiter in filter(whom, self._waiters):
+                waiter.told = what
                 waiter.woken.set()
-        return bool(found)
 
     def nudge(self, whom: Callable[[W], bool]) -> None:
         """There may be something for them: poll now, if one of them waits."""

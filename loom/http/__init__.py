@@ -20,7 +20,6 @@ from loom.http import (
     file_locks,
     grants,
     health,
-    idempotency,
     instances,
     locks,
     openapi,
@@ -57,11 +56,11 @@ class Application(Flask):
         view = cast(Callable[[], Response], self.dispatch_request)
         for _ in range(REPEATS):
             try:
-                return idempotency.once(view)
+                return view()
             except errors.Undone:
                 if not db.default().untouched:
                     raise
-        return idempotency.once(view)
+        return view()
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func

@@ -9,7 +9,7 @@ from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from loom import db, errors
-from loom.http import answer, entities, headers, parse
+from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.parse import Key, Name
 from loom.state import beads, comments
 from loom.state.beads import Bead
@@ -70,8 +70,7 @@ def create_many() -> Response:
             raise errors.Invalid.field("beads", f"{name} names {times} of them")
     for bead in given:
         _adapt(bead, None)
-    with db.transaction() as conn:
-        return answer.json(beads.create_many(conn, writer, given), 201)
+    return idempotency.once(lambda conn: answer.json(beads.create_many(conn, writer, given), 201), in_transaction=True)
 
 
 class Remark(entities.Body):
@@ -89,6 +88,8 @@ def remarks(key: str) -> Response:
 @bp.post("/<key>/comments")
 def remark(key: str) -> Response:
     body = parse.body(Remark, required=("content",))
-    with db.transaction() as conn:
-        writer = headers.writer(f"bead:{parse.key(key)}", body.author_id or None)
-        return answer.json(comments.on_bead(conn, writer, key, body.content, body.parent_id or None), 201)
+    writer = headers.writer(f"bead:{parse.key(key)}", body.author_id or None)
+    return idempotency.once(
+        lambda conn: answer.json(comments.on_bead(conn, writer, key, body.content, body.parent_id or None), 201),
+        in_transaction=True,
+    )

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db
@@ -17,6 +17,7 @@ from loom.http.settings import settings
 from loom.state import claims
 from loom.state import entities as state
 from loom.state.beads import Bead
+from loom.state.writer import Writer
 
 bp = Blueprint("claims", __name__, url_prefix="/api/v1")
 
@@ -72,24 +73,18 @@ class Redispatch(msgspec.Struct):
     reason: Reason | None = None
 
 
-def _again(own: str, first: dict[str, Any]) -> claims.Claim:
-    """The claim that this request's first answer told of, extended. `own`: what a bare lock token is for, by that bead.
-
-    Raises ClaimLost when it has ended.
-    """
-    bead, agent = first["bead"]["id"], first["bead"]["assigned_to"]
+def _again(writer: Writer, conn: db.Connection, first: dict[str, Any]) -> claims.Claim:
+    """The claim that this request's first answer told of, extended. Raises ClaimLost when it has ended."""
     lease = timedelta(seconds=first["bead"]["lease_seconds"])
-    with db.connection() as conn:
-        writer = headers.writer(own.format_map(first["bead"]), agent)
-        return claims.renew(conn, writer, settings(), bead, first["fencing_token"], lease, extend=True)
+    return claims.renew(conn, writer, settings(), first["bead"]["id"], first["fencing_token"], lease, extend=True)
 
 
 @bp.post("/beads/claim")
-@idempotency.checked(partial(_again, "agent:{assigned_to}"))
 def claim_next() -> Response:
     body = parse.body(ClaimNext)
     writer = headers.writer(f"agent:{body.agent_id}", body.agent_id)
-    with db.connection() as conn:
+
+    def work(conn: db.Connection) -> Response:
         claim = claims.claim_next(
             conn,
             writer,
@@ -100,17 +95,21 @@ def claim_next() -> Response:
             types=body.types,
             tags=body.tags,
         )
-    return answer.nothing() if claim is None else answer.json(claim)
+        return answer.nothing() if claim is None else answer.json(claim)
+
+    return idempotency.once(work, again=partial(_again, writer))
 
 
 @bp.post("/beads/<key>/claim")
-@idempotency.checked(partial(_again, "bead:{id}"))
 def claim(key: str) -> Response:
     key, body = parse.key(key), parse.body(ClaimBead)
     writer = headers.writer(f"bead:{key}", body.agent_id)
-    with db.connection() as conn:
+
+    def work(conn: db.Connection) -> Response:
         lease = timedelta(seconds=body.lease_seconds)
         return answer.json(claims.claim(conn, writer, settings(), key, body.agent_id, lease))
+
+    return idempotency.once(work, again=partial(_again, writer))
 
 
 @bp.put("/beads/<key>/claim")
@@ -125,8 +124,10 @@ def renew(key: str) -> Response:
 
 @bp.delete("/beads/<key>/claim")
 def release(key: str) -> Response:
-    token = parse.integer("fencing_token", most=parse.MAX_TOKEN)
-    _ended(parse.key(key), token, "released", parse.text("reason", 1000))
+    key, token = parse.key(key), parse.integer("fencing_token", most=parse.MAX_TOKEN)
+    reason, writer = parse.text("reason", 1000), headers.writer(f"bead:{key}")
+    with db.connection() as conn:
+        claims.end(conn, writer, settings(), key, token, "released", reason)
     return answer.nothing()
 
 
@@ -145,8 +146,9 @@ def fail(key: str) -> Response:
 
 def _ended(key: str, token: int, how: claims.Ending, why: str | None, **more: Any) -> Response:
     writer = headers.writer(f"bead:{key}")
-    with db.connection() as conn:
-        return entities.versioned(claims.end(conn, writer, settings(), key, token, how, why, **more))
+    return idempotency.once(
+        lambda conn: entities.versioned(claims.end(conn, writer, settings(), key, token, how, why, **more))
+    )
 
 
 @bp.post("/beads/<key>/redispatch")
@@ -159,18 +161,19 @@ def redispatch(key: str) -> Response:
         "redispatch_reason": body.reason or "",
     }
     patch = {"status": "open", "assigned_to": None, "not_before": None, "context": asked}
-    with db.connection() as conn:
-        done = state.change(conn, headers.writer(f"bead:{key}"), Bead, key, "patch", patch)
-    return entities.versioned(done.entity)
-
-
-def _beat(first: object = None) -> claims.Beat:
-    key, body = parse.key((request.view_args or {})["key"]), parse.body(Heartbeat)
-    with db.connection() as conn:
-        return claims.heartbeat(conn, headers.writer(f"agent:{key}", key), key, body.claims, body.status)
+    writer = headers.writer(f"bead:{key}")
+    return idempotency.once(
+        lambda conn: entities.versioned(state.change(conn, writer, Bead, key, "patch", patch).entity)
+    )
 
 
 @bp.post("/agents/<key>/heartbeat")
-@idempotency.checked(_beat)
 def heartbeat(key: str) -> Response:
-    return answer.json(_beat())
+    """A retry is one more heartbeat: what the first one told of the claims may no longer be true."""
+    key, body = parse.key(key), parse.body(Heartbeat)
+    writer = headers.writer(f"agent:{key}", key)
+
+    def beat(conn: db.Connection, first: object = None) -> claims.Beat:
+        return claims.heartbeat(conn, writer, key, body.claims, body.status)
+
+    return idempotency.once(lambda conn: answer.json(beat(conn)), again=beat)

@@ -15,11 +15,12 @@ from msgspec import UNSET, UnsetType
 from loom import config as configuration
 from loom import db, errors
 from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
-from loom.http import answer, entities, headers, parse, yaml
+from loom.http import answer, entities, headers, idempotency, parse, yaml
 from loom.http.settings import own
 from loom.state import config
 from loom.state.config import Config
 from loom.state.entities import change
+from loom.state.writer import Writer
 
 bp = Blueprint("config", __name__, url_prefix="/api/v1/config")
 
@@ -84,9 +85,9 @@ def snapshot() -> Response:
 @bp.put("")
 def change_settings() -> Response:
     """Shares the settings of a snapshot that differ from those in force."""
-    given = entities.written(parse.body(Snapshot))
+    given, writer = entities.written(parse.body(Snapshot)), headers.writer(None)
     with db.transaction() as conn:
-        return _share(conn, given, {})
+        return _share(conn, writer, given, {})
 
 
 @bp.post("/import.yaml")
@@ -95,8 +96,8 @@ def take_in() -> Response:
     given = yaml.read(parse.raw())
     sections = {key: given.pop(key) for key in Snapshot.__struct_fields__ if isinstance(given.get(key), dict)}
     values = {key: _checked(key, value) for key, value in given.items() if key not in IGNORED}
-    with db.transaction() as conn:
-        return _share(conn, sections, values)
+    writer = headers.writer(None)
+    return idempotency.once(lambda conn: _share(conn, writer, sections, values), in_transaction=True)
 
 
 @bp.get("/export.yaml")
@@ -113,10 +114,10 @@ def _snapshot(conn: db.Connection) -> Response:
     return answer.json({**_shown(config.in_force(own(), values)), "shared": shared})
 
 
-def _share(conn: db.Connection, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:
+def _share(conn: db.Connection, writer: Writer, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:
     here = dict(_settings(_shown(config.in_force(own(), config.values(conn)))))
     changed = {key: _checked(key, value) for key, value in _settings(sections) if key != DIFFERS and value != here[key]}
-    config.share(conn, headers.writer(None), {**changed, **values})
+    config.share(conn, writer, {**changed, **values})
     return _snapshot(conn)
 
 

@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import db, errors
-from loom.http import answer, events, headers, parse
+from loom.http import answer, events, headers, idempotency, parse
 from loom.http.parse import Count, Key, Keys, Reference, Tags
 from loom.state import entities
 from loom.state.entities import Action, Id, Versioned
@@ -110,10 +110,13 @@ def create(kind: Kind) -> Response:
             raise parse.missing(field)
     key = patch.pop("id", None)
     writer = headers.writer(f"{kind.name}:{key or ''}")
-    with db.connection() as conn:
-        expected = if_match() if kind.create == "upsert" else None
+    expected = if_match() if kind.create == "upsert" else None
+
+    def work(conn: db.Connection) -> Response:
         made = entities.change(conn, writer, kind.entity, key, kind.create, patch, expected=expected)
-    return versioned(made.entity, 201)
+        return versioned(made.entity, 201)
+
+    return idempotency.once(work)
 
 
 def change(kind: Kind, key: str) -> Response:

@@ -32,23 +32,23 @@ def _timeout() -> timedelta:
     return timedelta(seconds=settings().agents.file_lock_timeout)
 
 
-def _again(first: dict[str, Any]) -> FileLock:
+def _again(conn: db.Connection, first: dict[str, Any]) -> FileLock:
     """The lock that this request's first answer told of, extended. Raises LockLost when it has ended."""
-    with db.connection() as conn:
-        grant = locks.renew(conn, first["lock_name"], first["fencing_token"], _timeout(), extend=True)
-    return file_locks.of_grant(grant)
+    return file_locks.of_grant(locks.renew(conn, first["lock_name"], first["fencing_token"], _timeout(), extend=True))
 
 
 @bp.post("")
-@idempotency.checked(_again)
 def take() -> Response:
     body = parse.body(LockFile)
     file = File(body.project_id, parse.file_path(body.file_path))
     writer = headers.writer(file.lock_name, body.agent_id)
     dead_after = timedelta(seconds=settings().agents.dead_after)
-    with db.connection() as conn:
+
+    def work(conn: db.Connection) -> Response:
         lock, new = file_locks.take(conn, writer, file, body.agent_id, body.bead_id or None, _timeout(), dead_after)
-    return answer.json(lock, 201 if new else 200)
+        return answer.json(lock, 201 if new else 200)
+
+    return idempotency.once(work, again=_again)
 
 
 @bp.delete("/<name:_>")

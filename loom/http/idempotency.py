@@ -5,45 +5,48 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from flask import Response, current_app, request
+from flask import Response, request
 
 from loom import db, errors
 from loom.state import idempotency
 from loom.state.idempotency import Answer, Asked
 
-View = TypeVar("View", bound=Callable[..., Response])
+Work = Callable[[db.Connection], Response]
+Again = Callable[[db.Connection, Any], Any]
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
-class Check(msgspec.Struct, frozen=True):
-    """How a view's answer of before is looked at once more; see `checked`."""
+def once(work: Work, *, again: Again | None = None, in_transaction: bool = False, wait: bool = False) -> Response:
+    """Answers a POST: runs `work` or, if this is the retry of a request with a key, repeats its first answer.
 
-    again: Callable[..., Any] | None = None
-    by_itself: bool = False
+    A view calls it after it has checked the whole request, headers included. With a key, the look for an earlier
+    answer, `work` and the keeping of its answer are one transaction; only 2xx is kept. Without a key, `work` gets a
+    connection, or one in a transaction with `in_transaction`.
 
+    `again(conn, first)` is for an answer that may no longer be true when it is repeated. `first` is its JSON; it
+    returns the JSON to answer instead, or raises what has become of it: ClaimLost. An answer without a body is then not
+    kept.
 
-_checks: dict[Callable[..., Any], Check] = {}
+    `wait`: a twin in flight is waited for, instead of refused; for `work` that is short and is called again and again.
 
-
-def checked(again: Callable[..., Any], *, by_itself: bool = False) -> Callable[[View], View]:
-    """For a view whose answer may be true no longer when it is repeated: then `again(first)` is called.
-
-    `first` is the first answer's JSON. `again` returns what is answered in its stead, or None when it stands as it is,
-    and raises what has become of it: ClaimLost. An answer without a body is not kept.
-
-    `by_itself`: the view waits, so it may run in no transaction, and twins run it at once. It must find what it did
-    before by `owner()`. The twin that is later calls `again(first, made)`: the JSON of its own answer if it is a 201.
+    Raises InProgress, KeyReused, and Invalid for a bad key.
     """
-
-    def mark(view: View) -> View:
-        _checks[view] = Check(again, by_itself)
-        return view
-
-    return mark
+    asked = _asked()
+    if asked is None:
+        with db.transaction() if in_transaction else db.connection() as conn:
+            return work(conn)
+    with db.transaction() as conn:
+        first = idempotency.find(conn, asked, wait=wait)
+        if first is not None:
+            return _replay(conn, first, again)
+        response = work(conn)
+        if 200 <= response.status_code < 300 and (response.data or again is None):
+            idempotency.keep_and_commit(conn, asked, _answer(response))
+        return response
 
 
 def caller() -> str:
@@ -57,44 +60,6 @@ def owner() -> str | None:
     return None if asked is None else asked.scope
 
 
-def once(view: Callable[[], Response]) -> Response:
-    """What `view` answers or, if this is the retry of a POST with a key, what it answered the first time.
-
-    Only 2xx is kept. Raises Invalid, InProgress and KeyReused.
-    """
-    asked = _asked()
-    if asked is None:
-        return view()
-    check = _checks.get(current_app.view_functions[request.endpoint or ""], Check())
-    if check.by_itself:
-        return _by_itself(view, asked, check)
-    with db.transaction() as conn:
-        first = idempotency.find(conn, asked, alone=True)
-        if first is not None:
-            return _replay(first, check)
-        response = view()
-        if _is_kept(response, check):
-            idempotency.keep_and_commit(conn, asked, _answer(response))
-        return response
-
-
-def _by_itself(view: Callable[[], Response], asked: Asked, check: Check) -> Response:
-    with db.connection() as conn:
-        first = idempotency.find(conn, asked, alone=False)
-    if first is not None:
-        return _replay(first, check)
-    response = view()
-    if not _is_kept(response, check):
-        return response
-    with db.connection() as conn:
-        if idempotency.keep(conn, asked, _answer(response)):
-            return response
-        first = idempotency.find(conn, asked, alone=False)
-    if first is None:
-        return response
-    return _replay(first, check, msgspec.json.decode(response.data) if response.status_code == 201 else None)
-
-
 def _asked() -> Asked | None:
     """This request, if it is a POST with a key. Raises Invalid."""
     key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
@@ -106,18 +71,13 @@ def _asked() -> Asked | None:
     return Asked(key, request.method, request.path, caller(), said)
 
 
-def _is_kept(response: Response, check: Check) -> bool:
-    return 200 <= response.status_code < 300 and bool(check.again is None or response.data)
-
-
 def _answer(response: Response) -> Answer:
     headers = {name: value for name, value in response.headers.items() if name != "Content-Length"}
     return Answer(response.status_code, headers, response.data)
 
 
-def _replay(first: Answer, check: Check, *made: Any) -> Response:
+def _replay(conn: db.Connection, first: Answer, again: Again | None) -> Response:
     body = first.body
-    if check.again is not None:
-        now = check.again(msgspec.json.decode(body), *made)
-        body = body if now is None else msgspec.json.encode(now)
+    if again is not None:
+        body = msgspec.json.encode(again(conn, msgspec.json.decode(body)))
     return Response(body, first.status, {**first.headers, "Idempotency-Replayed": "true"})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db, errors, instances, locks
-from loom.http import answer, idempotency, parse, waiting
+from loom.http import answer, idempotency, parse, problems, waiting
 from loom.locks.queue import Queue, Waiter
 
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
@@ -40,67 +40,60 @@ class RenewLock(parse.Body):
 
 @functools.cache
 def _queue() -> Queue:
-    return Queue(waiting.room(), instances.own_id)
-
-
-def _again(first: dict[str, Any], made: dict[str, Any] | None = None) -> locks.Grant:
-    """The grant that this request's first answer told of, extended. Raises LockLost when it has ended."""
-    if made is not None and made["fencing_token"] != first["fencing_token"]:
-        with db.connection() as conn:
-            locks.take_back(conn, msgspec.convert(made, locks.Grant))
-    ttl = timedelta(seconds=parse.body(AcquireLock).ttl_seconds)
-    with db.connection() as conn:
-        return locks.renew(conn, first["lock_name"], first["fencing_token"], ttl, extend=True)
+    return Queue(waiting.room())
 
 
 @bp.post("/<name:_>")
-@idempotency.checked(_again, by_itself=True)
 def acquire(_: str) -> Response:
+    """Asks for the lock; with `wait_seconds`, again when it is our turn, and a last time when the wait is over.
+
+    Nothing that was granted is ever taken back: another request of the same owner may have been told of it. A grant
+    whose client has hung up ends as one whose holder has crashed.
+    """
     name, body = parse.lock_name(), parse.body(AcquireLock)
     owner, ttl = _owner(body.owner), timedelta(seconds=body.ttl_seconds)
     if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > METADATA_BYTES:
         raise errors.Invalid.field("metadata", f"must have at most {METADATA_BYTES} bytes")
 
-    def ask() -> locks.Attempt:
-        with db.connection() as conn:
-            return locks.acquire(
-                conn,
-                name,
-                owner,
-                ttl,
-                instance_id=instances.own_id(),
-                metadata=body.metadata,
-                wait=body.wait_seconds > 0,
-            )
-
-    attempt = ask()
-    if not attempt.granted and body.wait_seconds:
-        waiter = Waiter(name, owner, ttl, body.metadata, waiting.gone())
-        attempt = _wait(waiter, body.wait_seconds, attempt, ask)
-    if not attempt.granted:
-        raise errors.LockHeld(
-            "The lock is promised to a waiter." if attempt.grant is None else None,
-            lock_name=name,
-            owner=owner,
-            holder=attempt.grant,
-            waiting=attempt.waiting,
+    def ask(conn: db.Connection) -> Response:
+        attempt = locks.acquire(
+            conn,
+            name,
+            owner,
+            ttl,
+            instance_id=instances.own_id(),
+            metadata=body.metadata,
+            wait=body.wait_seconds > 0,
         )
-    return answer.json(attempt.grant, 201 if attempt.outcome == "new" else 200)
+        if attempt.granted:
+            return answer.json(attempt.grant, 201 if attempt.outcome == "new" else 200)
+        # A value: raised, it would undo the place in the queue that was taken.
+        return problems.answer(
+            errors.LockHeld(
+                "The lock is promised to a waiter." if attempt.grant is None else None,
+                lock_name=name,
+                owner=owner,
+                holder=attempt.grant,
+                waiting=attempt.waiting,
+            )
+        )
 
+    def again(conn: db.Connection, first: dict[str, Any]) -> locks.Grant:
+        """The grant that this request's first answer told of, extended. Raises LockLost when it has ended."""
+        return locks.renew(conn, name, first["fencing_token"], ttl, extend=True)
 
-def _wait(waiter: Waiter, seconds: int, first: locks.Attempt, ask: Callable[[], locks.Attempt]) -> locks.Attempt:
-    """The waiter's grant; else the state of things when it gave up, its place kept for 2 s more."""
-    queue = _queue()
-    if queue.full:
-        return first
-    granted = queue.wait(waiter, seconds)
-    db.default().start_request()
-    if not waiter.gone():
-        return granted or ask()
-    if granted is not None and granted.grant is not None and not waiter.shared:
-        with db.connection() as conn:
-            locks.take_back(conn, granted.grant)
-    return first
+    response = idempotency.once(ask, again=again, wait=True)
+    wait_ends = time.monotonic() + body.wait_seconds
+    while response.status_code == errors.LockHeld.status and time.monotonic() < wait_ends and not _queue().full:
+        waiter = Waiter(name, owner, waiting.gone())
+        is_our_turn = _queue().wait(waiter, wait_ends - time.monotonic())
+        if waiter.gone():
+            break
+        db.default().start_request()
+        response = idempotency.once(ask, again=again, wait=True)
+        if not is_our_turn:
+            break
+    return response
 
 
 @bp.put("/<name:_>")

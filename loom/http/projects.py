@@ -7,7 +7,7 @@ from typing import Any, Literal
 from flask import Response, request
 
 from loom import db, errors
-from loom.http import answer, entities, headers, parse
+from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.entities import versioned
 from loom.http.parse import Prefix
 from loom.state import comments, projects
@@ -61,10 +61,11 @@ class Remark(entities.Body):
 @bp.post("/<key>/agents")
 def assign(key: str) -> Response:
     """Moves an agent into the project, or out of it."""
-    body = parse.body(Assignment, required=("agent_id",))
+    key, body = parse.key(key), parse.body(Assignment, required=("agent_id",))
     writer = headers.writer(f"agent:{body.agent_id}")
-    with db.transaction() as conn:
-        get(conn, Project, parse.key(key))
+
+    def work(conn: db.Connection) -> Response:
+        get(conn, Project, key)
         try:
             if body.action == "assign":
                 change(conn, writer, Agent, body.agent_id, "put", {"project_id": key})
@@ -73,6 +74,8 @@ def assign(key: str) -> Response:
         except errors.NotFound:
             raise errors.Invalid.field("agent_id", f"{body.agent_id} does not exist") from None
         return versioned(get(conn, Project, key))
+
+    return idempotency.once(work, in_transaction=True)
 
 
 def _unassign(conn: db.Connection, writer: Writer, key: str, agent_id: str) -> None:
@@ -98,7 +101,8 @@ def reopen(key: str) -> Response:
 def _move(key: str, status: str) -> Response:
     body = parse.body(Remark, required=("author_id",))
     writer = headers.writer(f"project:{parse.key(key)}", body.author_id)
-    with db.transaction() as conn:
+
+    def work(conn: db.Connection) -> Response:
         state = projects.state(conn, key)
         if status == "closed" and not state.can_close:
             raise errors.Conflict("The project cannot be closed yet.", readiness_issues=state.readiness_issues)
@@ -107,6 +111,8 @@ def _move(key: str, status: str) -> Response:
             comments.on_project(conn, writer, key, body.author_id, body.comment)
             return versioned(get(conn, Project, key))
         return versioned(done.entity)
+
+    return idempotency.once(work, in_transaction=True)
 
 
 @bp.get("/<key>/state")
@@ -123,9 +129,11 @@ def remarks(key: str) -> Response:
 
 @bp.post("/<key>/comments")
 def remark(key: str) -> Response:
-    body = parse.body(Remark, required=("author_id", "comment"))
-    with db.transaction() as conn:
-        get(conn, Project, parse.key(key))
-        writer = headers.writer(f"project:{key}", body.author_id)
-        made = comments.on_project(conn, writer, key, body.author_id, body.comment)
-        return answer.json(made, 201)
+    key, body = parse.key(key), parse.body(Remark, required=("author_id", "comment"))
+    writer = headers.writer(f"project:{key}", body.author_id)
+
+    def work(conn: db.Connection) -> Response:
+        get(conn, Project, key)
+        return answer.json(comments.on_project(conn, writer, key, body.author_id, body.comment), 201)
+
+    return idempotency.once(work, in_transaction=True)

@@ -11,7 +11,6 @@ from loom.locks.grants import (
     history,
     release,
     renew,
-    take_back,
     waiting,
 )
 from loom.locks.hold import Hold, hold

@@ -53,11 +53,6 @@ class Attempt(msgspec.Struct, frozen=True):
         return self.outcome in ("new", "same")
 
 
-def attempt(row: db.Row) -> Attempt:
-    outcome, waiting = row.pop("outcome"), row.pop("waiting")
-    return Attempt(outcome, Grant(**row) if row["lock_name"] is not None else None, waiting)
-
-
 def acquire(
     conn: Connection,
     name: str,
@@ -82,7 +77,8 @@ def acquire(
         metadata=None if metadata is None else json.dumps(metadata),
         wait=wait,
     )
-    return attempt(row)
+    outcome, waiting = row.pop("outcome"), row.pop("waiting")
+    return Attempt(outcome, Grant(**row) if row["lock_name"] is not None else None, waiting)
 
 
 def renew(conn: Connection, name: str, token: int, ttl: timedelta, *, extend: bool = False) -> Grant:
@@ -104,17 +100,6 @@ def release(conn: Connection, name: str, token: int) -> None:
     past = _past(conn, name, token)
     if past is None or past["ended_how"] != "released":
         raise lost(conn, name, token, past)
-
-
-def take_back(conn: Connection, grant: Grant) -> None:
-    """Ends a grant of which its owner was not told, unless it has asked for the lock again since."""
-    db.run(
-        conn,
-        "SELECT take_back_lock(%(name)s, %(token)s, %(untouched)s)",
-        name=grant.lock_name,
-        token=grant.fencing_token,
-        untouched=grant.heartbeat_at,
-    )
 
 
 def force_release(conn: Connection, name: str, token: int, reason: str | None = None) -> None:

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from typing import Any
 
 import msgspec
 
 from loom import db, errors
 from loom.db import Connection
-
-INSERT = """
-    INSERT INTO idempotency_keys (scope, key, method, path, caller, fingerprint, status, headers, body)
-    VALUES (%(scope)s, %(key)s, %(method)s, %(path)s, %(caller)s, %(fingerprint)s, %(status)s, %(headers)s, %(body)s)
-"""
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -41,13 +35,12 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
 
 
-def find(conn: Connection, asked: Asked, *, alone: bool) -> Answer | None:
-    """What this request was answered before.
+def find(conn: Connection, asked: Asked, *, wait: bool = False) -> Answer | None:
+    """What this request was answered before, or None. Its twins cannot look until the transaction of `conn` ends.
 
-    `alone`: nobody else finds it until the transaction that `conn` is in ends. Raises InProgress when another is at it
-    alone, KeyReused when the key came with another request.
+    `wait` for a twin that is in flight. Raises InProgress without it, KeyReused when the key came with another request.
     """
-    row = db.one(conn, "SELECT * FROM find_answer(%(scope)s::uuid, %(alone)s)", scope=asked.scope, alone=alone)
+    row = db.one(conn, "SELECT * FROM find_answer(%(scope)s::uuid, %(wait)s)", scope=asked.scope, wait=wait)
     if row is None:
         return None
     if row["in_progress"]:
@@ -58,20 +51,18 @@ def find(conn: Connection, asked: Asked, *, alone: bool) -> Answer | None:
 
 
 def keep_and_commit(conn: Connection, asked: Asked, answer: Answer) -> None:
-    """Keeps the answer with what the transaction did, which this ends. `asked` is the one that it found alone."""
-    conn.execute(INSERT, _params(asked, answer), commit=True)
-
-
-def keep(conn: Connection, asked: Asked, answer: Answer) -> bool:
-    """Keeps the answer unless there is one already: then False."""
-    rows = conn.execute(f"{INSERT} ON CONFLICT (scope) DO NOTHING RETURNING true AS kept", _params(asked, answer))
-    return bool(rows)
-
-
-def _params(asked: Asked, answer: Answer) -> dict[str, Any]:
-    return {
-        "scope": asked.scope,
-        **msgspec.structs.asdict(asked),
-        **msgspec.structs.asdict(answer),
-        "headers": msgspec.json.encode(answer.headers).decode(),
-    }
+    """Keeps the answer with what the transaction did, which this ends; it is the transaction of `find`."""
+    conn.execute(
+        """
+        INSERT INTO idempotency_keys (scope, key, method, path, caller, fingerprint, status, headers, body)
+        VALUES (%(scope)s, %(key)s, %(method)s, %(path)s, %(caller)s, %(fingerprint)s,
+                %(status)s, %(headers)s, %(body)s)
+        """,
+        {
+            "scope": asked.scope,
+            **msgspec.structs.asdict(asked),
+            **msgspec.structs.asdict(answer),
+            "headers": msgspec.json.encode(answer.headers).decode(),
+        },
+        commit=True,
+    )

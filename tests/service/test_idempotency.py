@@ -30,7 +30,7 @@ from harness.locks import (
     wait_expired,
 )
 
-from loom import db, errors, http, locks
+from loom import db, errors, http
 from loom.config import Config
 from loom.db.connection import Connection
 from loom.http import answer, idempotency, parse, waiting
@@ -56,9 +56,12 @@ class Things:
         self.bp.post("/both")(self.both)
         self.bp.post("/after")(self.after)
         self.bp.put("")(self.make)
-        self.bp.post("/claim")(idempotency.checked(self.still)(claim))
+        self.bp.post("/claim")(lambda: idempotency.once(claim, again=self.still))
 
     def make(self, name: str = "") -> Response:
+        return idempotency.once(self._make)
+
+    def _make(self, conn: db.Connection) -> Response:
         """Two rows on two connections of their own; then fails if it is told to."""
         self.runs += 1
         body = parse.body(dict[str, Any])
@@ -73,6 +76,10 @@ class Things:
         return answer.json({"made": str(uuid.uuid4())}, 201, {"ETag": '"1"', "Location": "/things/1"})
 
     def both(self) -> Response:
+        how = parse.body(dict[str, Any])["how"]
+        return idempotency.once(self._both, in_transaction=how == "transaction")
+
+    def _both(self, conn: db.Connection) -> Response:
         """Counts up in two rows, in the order that the request tells: two such in two orders deadlock."""
         self.runs += 1
         body = parse.body(dict[str, Any])
@@ -87,6 +94,10 @@ class Things:
         return answer.json({}, 201)
 
     def after(self) -> Response:
+        commits_first = bool(parse.body(dict[str, Any]).get("first"))
+        return idempotency.once(self._after, in_transaction=not commits_first)
+
+    def _after(self, conn: db.Connection) -> Response:
         """Fails as it is told to, in a transaction; before that, if told to, it commits one row."""
         self.runs += 1
         body = parse.body(dict[str, Any])
@@ -97,18 +108,16 @@ class Things:
             db.run(conn, body["sql"])
         return answer.json({}, 201)
 
-    def still(self, first: dict[str, Any]) -> dict[str, Any] | None:
+    def still(self, conn: db.Connection, first: dict[str, Any]) -> dict[str, Any]:
         self.runs += 1
-        with db.connection() as conn:
-            row = db.one(conn, "SELECT n FROM things WHERE n = %(n)s", n=first["claimed"])
+        row = db.one(conn, "SELECT n FROM things WHERE n = %(n)s", n=first["claimed"])
         if row is None:
             raise errors.LockLost("The thing has gone.")
-        return {"claimed": row["n"], "again": True} if row["n"] < 10 else None
+        return {"claimed": row["n"], "again": True}
 
 
-def claim() -> Response:
-    with db.connection() as conn:
-        row = db.one(conn, "SELECT n FROM things ORDER BY n LIMIT 1")
+def claim(conn: db.Connection) -> Response:
+    row = db.one(conn, "SELECT n FROM things ORDER BY n LIMIT 1")
     return answer.json({"claimed": row["n"]}) if row else answer.nothing()
 
 
@@ -285,6 +294,62 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
+# Every POST takes a key, and is checked before its answer is looked for
+
+
+EVERY_POST = {
+    "/api/v1/locks/<name:_>": ("locks/build", {}),
+    "/api/v1/providers": ("providers", {"id": "gpt", "name": "gpt"}),
+    "/api/v1/projects": ("projects", {"id": "p2", "name": "p2", "git_repo": "r", "branch": "main"}),
+    "/api/v1/agents": ("agents", {"id": "a2", "persona_name": "x", "project_id": "p"}),
+    "/api/v1/beads": ("beads", {"title": "t", "project_id": "p"}),
+    "/api/v1/beads/bulk": ("beads/bulk", {"beads": [{"title": "t", "project_id": "p"}]}),
+    "/api/v1/beads/<key>/claim": ("beads/b1/claim", {"agent_id": "a"}),
+    "/api/v1/beads/claim": ("beads/claim", {"agent_id": "a"}),
+    "/api/v1/beads/<key>/complete": ("beads/b3/complete", {"fencing_token": "b3"}),
+    "/api/v1/beads/<key>/fail": ("beads/b4/fail", {"fencing_token": "b4"}),
+    "/api/v1/beads/<key>/redispatch": ("beads/b1/redispatch", {}),
+    "/api/v1/beads/<key>/comments": ("beads/b1/comments", {"content": "c"}),
+    "/api/v1/agents/<key>/heartbeat": ("agents/a/heartbeat", {}),
+    "/api/v1/projects/<key>/agents": ("projects/p/agents", {"agent_id": "a"}),
+    "/api/v1/projects/<key>/close": ("projects/empty/close", {"author_id": "me"}),
+    "/api/v1/projects/<key>/reopen": ("projects/empty/reopen", {"author_id": "me"}),
+    "/api/v1/projects/<key>/comments": ("projects/p/comments", {"author_id": "me", "comment": "c"}),
+    "/api/v1/file-locks": ("file-locks", {"file_path": "f", "project_id": "p", "agent_id": "a"}),
+    "/api/v1/config/import.yaml": ("config/import.yaml", b"team: red"),
+}
+
+
+def test_every_post_takes_a_key_and_bad_headers_are_refused_before_a_replay(app: Flask, client: AppClient) -> None:
+    rules = {rule.rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ())}
+    assert rules == EVERY_POST.keys()
+    for project in ("p", "empty"):
+        client.post("/api/v1/projects", {"id": project, "name": project, "git_repo": "r", "branch": "main"})
+    client.post("/api/v1/agents", {"id": "a", "persona_name": "x", "project_id": "p"})
+    tokens = {}
+    for bead in ("b1", "b2", "b3", "b4"):
+        client.post("/api/v1/beads", {"id": bead, "title": bead, "project_id": "p"})
+    for bead in ("b3", "b4"):
+        tokens[bead] = client.post(f"/api/v1/beads/{bead}/claim", {"agent_id": "a"}).json["fencing_token"]
+    for rule, (path, given) in EVERY_POST.items():
+        body = given
+        if isinstance(given, dict) and given.get("fencing_token") in tokens:
+            body = {"fencing_token": tokens[given["fencing_token"]]}
+        first = keyed(client, f"/api/v1/{path}", body, key=rule)
+        assert first.status in (200, 201), (rule, first)
+        again = keyed(client, f"/api/v1/{path}", body, key=rule)
+        assert (again.status, again.headers.get("Idempotency-Replayed")) == (first.status, "true"), (rule, again)
+        for name, value in (("Loom-Lock-Token", "none"), ("Loom-Lock-Token", "0"), ("Loom-Actor", "\x7f")):
+            refused = client.post(f"/api/v1/{path}", body, headers={"Idempotency-Key": rule, name: value})
+            if rule == "/api/v1/locks/<name:_>":
+                assert refused.status == 201, "an acquire writes under no lock, and for nobody"
+            else:
+                assert assert_problem(refused, 400, "invalid")["errors"][0]["field"] == name, rule
+        if rule in ("/api/v1/beads/bulk", "/api/v1/config/import.yaml"):
+            bare = client.post(f"/api/v1/{path}", body, headers={"Idempotency-Key": rule, "Loom-Lock-Token": "17"})
+            assert_problem(bare, 400, "invalid")
+
+
 # Never a success that is no longer true
 
 
@@ -296,7 +361,6 @@ def test_a_view_may_say_what_became_of_its_answer(client: AppClient, things: Thi
     assert again.headers["Idempotency-Replayed"] == "true"
     sql("UPDATE things SET n = 10")
     assert_problem(keyed(client, THINGS + "/claim", key="a"), 409, "lock-lost")
-    assert_replays(keyed(client, THINGS + "/claim", key="b"), keyed(client, THINGS + "/claim", key="b"))
 
 
 def test_that_there_was_nothing_to_claim_is_not_kept(client: AppClient, things: Things, sql: Sql) -> None:
@@ -375,22 +439,23 @@ def test_twins_that_wait_share_one_grant_and_no_transaction(client: AppClient, s
     assert client.get(BUILD).json["fencing_token"] == answers[0].json["fencing_token"]
 
 
-def test_the_late_twin_of_a_request_takes_nothing(client: AppClient, monkeypatch: pytest.MonkeyPatch, sql: Sql) -> None:
-    """It looked for its key before the first was answered, and asks for the lock when that has been released."""
-    real, first = locks.acquire, []
-
-    def late(*args: Any, **more: Any) -> locks.Attempt:
-        monkeypatch.setattr(locks, "acquire", real)
-        first.append(keyed(client, BUILD).json["fencing_token"])
-        release(client, first[0])
-        return real(*args, **more)
-
-    monkeypatch.setattr(locks, "acquire", late)
+def test_twins_of_an_acquire_are_told_the_same_grant(client: AppClient, sql: Sql, session: Session) -> None:
+    """The one that is later waits for the other's answer, and never asks for a grant of its own."""
+    blocker = session()
+    blocker.cursor().execute("SELECT pg_advisory_xact_lock(hashtextextended('build', 0))")
+    with ThreadPoolExecutor(2) as threads:
+        twins = [threads.submit(keyed, client, BUILD) for _ in range(2)]
+        wait_until(lambda: sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == [(2,)])
+        blocker.rollback()
+        answers = [twin.result(5) for twin in twins]
+    assert [answered.status for answered in answers] == [201, 201]
+    assert len({answered.json["fencing_token"] for answered in answers}) == 1
+    assert sorted("Idempotency-Replayed" in answered.headers for answered in answers) == [False, True]
+    release(client, answers[0].json["fencing_token"])
     assert_lost(keyed(client, BUILD), "released")
-    assert client.get(BUILD).status == 404
 
 
-def test_who_hung_up_when_its_grant_came_may_ask_again_with_its_key(
+def test_who_hung_up_as_its_grant_came_gets_that_grant_when_it_asks_again_with_its_key(
     client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = acquire(client, owner="holder")
@@ -400,8 +465,9 @@ def test_who_hung_up_when_its_grant_came_may_ask_again_with_its_key(
         wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
         release(client, held["fencing_token"])
         asked.result(5)
-    assert client.get(BUILD).status == 404, "the grant was taken back"
-    assert keyed(client, BUILD, {"wait_seconds": 20}).status == 201
+    token = client.get(BUILD).json["fencing_token"]
+    again = keyed(client, BUILD, {"wait_seconds": 20})
+    assert (again.status, again.json["fencing_token"]) == (201, token)
 
 
 def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(

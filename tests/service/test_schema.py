@@ -80,22 +80,6 @@ def test_applying_it_again_keeps_all_data(dsn: str, sql: Sql) -> None:
     assert sql("SELECT checksum FROM schema_version") == [(schema.CHECKSUM,)]
 
 
-def test_how_beads_are_vacuumed_reaches_a_table_of_before_but_an_operators_own_stays(dsn: str, sql: Sql) -> None:
-    insert, scale = "autovacuum_vacuum_insert_threshold", "autovacuum_vacuum_scale_factor"
-
-    def settings() -> set[str]:
-        sql("UPDATE schema_version SET checksum = 'of an earlier Loom'")
-        db.migrate(dsn)
-        return set(sql("SELECT reloptions FROM pg_class WHERE oid = 'beads'::regclass")[0][0])
-
-    new = settings()
-    assert {f"{insert}=100000", f"{scale}=0.02"} < new
-    sql(f"ALTER TABLE beads RESET ({insert}), SET ({scale} = 0.08)")
-    assert settings() == new
-    sql(f"ALTER TABLE beads SET ({insert} = 7, {scale} = 0.5)")
-    assert {f"{insert}=7", f"{scale}=0.5"} < settings()
-
-
 def test_it_may_be_applied_by_hand_and_again(empty: str) -> None:
     psql = [str(binaries() / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-1", "-d", empty]
     for _ in range(2):
