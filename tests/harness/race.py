@@ -23,8 +23,9 @@ from harness.processes import wait_until
 from harness.told import Ask, History, Release, Strike, Wish, violations
 
 WAIT = 1  # seconds: the shortest wait that there is
-CROWD = 16  # clients of short-lived names
-KINDS = ("leave", "leave", "ask again", "hang up", "hang up and leave", "two", "twins", "retry")  # of what they do
+WAITS = (1, 1, 1, 3)  # of those who want a short-lived name; the longest goes on for long after some have hung up
+CROWD = 24  # clients of short-lived names
+KINDS = ("leave", "ask again", "hang up", "hang up", "hang up and leave", "two", "twins", "retry")  # of what they do
 CONTENDED, CONTENDERS = 3, 4  # names, and clients of each
 # Seconds within which a contender that goes on asking is granted its lock. Each of the three others may die with it (a
 # TTL of 1 s) and then leave an abandoned place first in the queue (2 s): 9 s. A client that waits inside
@@ -60,7 +61,7 @@ class Race:
         self.strikes: list[Strike] = []
         self._cluster, self._prefix, self._seed, self._kinds = cluster, prefix, seed, strikes
         self._over, self._numbers = threading.Event(), itertools.count()
-        self._next_wait_ends = (0.0, 0)  # when, and in which instance
+        self._wait_ends: list[tuple[float, int]] = []  # when, and in which instance
 
     def run(self, seconds: float) -> None:
         """Until each client has done what it was at when the time is over."""
@@ -116,14 +117,15 @@ class Race:
     def _short_lived(self, chance: random.Random, number: int) -> None:
         """A lock is freed, by its holder or by its TTL, at about the moment at which the waits for it end."""
         name, there, by_release = f"{self._prefix}/{next(self._numbers)}", chance.randrange(3), chance.random() < 0.6
-        holder = self._wish(name, 30 if by_release else 1)
+        wait = chance.choice(WAITS)
+        holder = self._wish(name, 30 if by_release else wait)
         held = None
         while held is None and not self._over.is_set():
             held = self._ask(holder, chance.randrange(3), wait=0).token
         if held is None:
             return
-        ends = time.monotonic() + WAIT
-        self._next_wait_ends = (ends, there)
+        ends = time.monotonic() + wait
+        self._wait_ends.append((ends, there))
         waiters = []
         for _ in range(chance.choice((1, 1, 2, 3))):
             kind = chance.choice(KINDS)
@@ -132,38 +134,42 @@ class Race:
 
         def free() -> None:
             early, late = chance.choice(((-0.002, 0.004), (-0.002, 0.004), (-0.03, 0.05)))
-            time.sleep(WAIT / 2)  # they have asked
+            time.sleep(wait / 2)  # they have asked
             _, wish = chance.choice(waiters)
-            moment = wish.asks[0].sent + WAIT + chance.uniform(early, late)
+            moment = wish.asks[0].sent + wait + chance.uniform(early, late)
             time.sleep(max(0.0, moment - time.monotonic()))
             # Through the waiters' own instance, which looks at its waiters at once.
             self._release(holder, held, there)
 
-        jobs = [partial(self._wait, random.Random(chance.random()), *waiter, there, ends) for waiter in waiters]
+        jobs = [partial(self._wait, random.Random(chance.random()), *waiter, wait, there, ends) for waiter in waiters]
         several([*jobs, free] if by_release else jobs)
 
-    def _wait(self, chance: random.Random, kind: str, wish: Wish, there: int, ends: float) -> None:
+    def _wait(self, chance: random.Random, kind: str, wish: Wish, wait: int, there: int, ends: float) -> None:
         """What a client does whose wait ends at about this moment."""
+        hangs_up = kind in ("hang up", "hang up and leave", "retry")
+        ask = partial(self._ask_and_use, chance, wish, wait=chance.choice((wait, 3)) if hangs_up else wait)
         if chance.random() < 0.3:
             there = chance.randrange(3)
         if kind in ("two", "twins"):
             other = (there + chance.choice((1, 1, 1, 0))) % 3
-            several([partial(self._ask_and_use, random.Random(chance.random()), wish, i) for i in (there, other)])
+            several([partial(ask, there), partial(ask, other)])
             if kind == "twins" and chance.random() < 0.3:
-                self._ask_and_use(chance, wish, chance.randrange(3))
+                ask(chance.randrange(3))
             return
-        if kind in ("hang up", "hang up and leave", "retry"):
-            if chance.random() < 0.2:
-                ends += chance.uniform(-0.5, 0.3)
-            self._ask_and_use(chance, wish, there, until=ends + chance.uniform(-0.02, 0.04))
+        if hangs_up:
+            until = ends + chance.uniform(-0.03, 0.03)
+            if chance.random() < (0.8 if wait > WAIT else 0.2):
+                until = time.monotonic() + chance.uniform(0.05, wait / 2)
+            ask(there, until=until)
+            if kind == "hang up and leave":
+                return
             there = chance.choice((there, chance.randrange(3)))
         else:
-            self._ask_and_use(chance, wish, there)
-        while kind in ("ask again", "hang up", "retry") and not wish.told and not self._over.is_set():
-            self._ask_and_use(chance, wish, there)
+            ask(there)
+        for _ in range(0 if kind == "leave" else 3):
+            if not wish.told and not wish.asks[-1].lost:
+                ask(there)
             there = chance.choice((there, chance.randrange(3)))
-            if wish.asks[-1].lost:
-                return
 
     def _contend(self, chance: random.Random, number: int) -> None:
         """A client that wants one of the contended locks until it gets it."""
@@ -177,14 +183,20 @@ class Race:
             ask = self._ask_and_use(chance, wish, there, until=until, die=0.1)
             if ask.hung_up and chance.random() < 0.2:
                 return
-            if ask.status in (0, 503):
-                there = chance.randrange(3)
+            there = chance.choice((there, chance.randrange(3)))
 
     def _ask_and_use(
-        self, chance: random.Random, wish: Wish, there: int, until: float | None = None, die: float = 0.3
+        self,
+        chance: random.Random,
+        wish: Wish,
+        there: int,
+        *,
+        wait: int = WAIT,
+        until: float | None = None,
+        die: float = 0.3,
     ) -> Ask:
         """One request; who first hears of a grant reads it again, and releases it or (`die` in so many cases) not."""
-        ask = self._ask(wish, there, until=until)
+        ask = self._ask(wish, there, wait=wait, until=until)
         with wish.lock:
             first = ask.token is not None and len(wish.told[ask.token]) == 1
         if ask.token is None or not first:
@@ -195,7 +207,7 @@ class Race:
         if chance.random() >= die:
             self._release(wish, ask.token, chance.randrange(3))
             if wish.key is not None and chance.random() < 0.5:
-                self._ask(wish, chance.randrange(3))
+                self._ask(wish, chance.randrange(3), wait=wait)
         return ask
 
     # One request each ------------------------------------------------------------------------------------------------
@@ -268,9 +280,11 @@ class Race:
         for kind in self._kinds_in_turn(chance):
             if self._over.wait(chance.uniform(0.2, 0.7)):
                 return
-            ends, there = self._next_wait_ends
-            if chance.random() < 0.7 and ends > time.monotonic():  # else whenever it is
-                time.sleep(max(0.0, ends + chance.uniform(-0.02, 0.03) - time.monotonic()))
+            soon = time.monotonic() + 0.05
+            self._wait_ends = [wait for wait in self._wait_ends if wait[0] > soon]
+            if self._wait_ends and chance.random() < 0.7:
+                ends, there = min(self._wait_ends)
+                time.sleep(max(0.0, ends + chance.uniform(-0.04, 0.02) - time.monotonic()))
             else:
                 there = chance.randrange(3)
             strike = Strike(kind, there, time.monotonic())
