@@ -1,0 +1,24 @@
+"""A request whose client has hung up takes back what its owner holds, of which the owner's next request was told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app import app as app
+from loom import db, locks
+from loom.locks.queue import Queue, Waiter
+
+wait = Queue.wait
+
+
+def wait_and_take_back(queue: Queue, waiter: Waiter, seconds: float) -> Any:
+    told = wait(queue, waiter, seconds)
+    if waiter.gone():
+        with db.connection() as conn:
+            held = locks.get(conn, waiter.name)
+            if held is not None and held.owner == waiter.owner:
+                locks.release(conn, waiter.name, held.fencing_token)
+    return told
+
+
+Queue.wait = wait_and_take_back

@@ -1,0 +1,8 @@
+"""Nobody looks whether a waiting client has hung up: its request goes on waiting, and is granted the lock."""
+
+from __future__ import annotations
+
+from app import app as app
+from loom.http import waiting
+
+waiting.gone = lambda: lambda: False

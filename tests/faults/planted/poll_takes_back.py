@@ -1,0 +1,19 @@
+"""A poll grants, and takes back what it finds nobody to tell of, though the request has asked by itself meanwhile."""
+
+from __future__ import annotations
+
+from granting import WaiterForGrant, grant
+
+from app import app as app
+from loom import db, locks
+from loom.locks.queue import Queue
+
+
+def poll(queue: Queue, conn: db.Connection, waiters: list[WaiterForGrant]) -> None:
+    for made in grant(queue, conn, waiters):
+        now = locks.get(conn, made.lock_name)
+        if now is not None and now.heartbeat_at == made.heartbeat_at:
+            locks.release(conn, made.lock_name, made.fencing_token)
+
+
+Queue.poll = poll

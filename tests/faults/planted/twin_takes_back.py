@@ -1,0 +1,40 @@
+"""A key's answer is kept only after the grant; the twin that comes second takes back what the first one was told of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Response
+
+from app import app as app
+from loom import db, locks
+from loom.http import idempotency as http
+from loom.state import idempotency
+
+once = http.once
+
+
+def once_but_apart(work: http.Work, *, again: http.Again | None = None, wait: bool = False, **more: Any) -> Response:
+    asked = http._asked()
+    if asked is None or not wait:
+        return once(work, again=again, wait=wait, **more)
+    with db.transaction() as conn:
+        first = idempotency.find(conn, asked, wait=True)
+        if first is not None:
+            return http._replay(conn, first, again)
+    with db.connection() as conn:
+        response = work(conn)
+    if response.status_code == 409:
+        return response
+    with db.transaction() as conn:
+        first = idempotency.find(conn, asked, wait=True)
+        if first is None:
+            idempotency.keep_and_commit(conn, asked, http._answer(response))
+            return response
+    grant = response.get_json()
+    with db.connection() as conn:
+        locks.release(conn, grant["lock_name"], grant["fencing_token"])
+        return http._replay(conn, first, again)
+
+
+http.once = once_but_apart
