@@ -29,10 +29,11 @@ from loom.http import (
     work_graph,
 )
 from loom.http import config as shared_config
-from loom.http.parse import NameConverter, prepare
+from loom.http.parse import NameConverter, check_query, prepare
 
 MAX_BODY = 1024 * 1024  # bytes
 LARGER = {"config.take_in": shared_config.MAX_YAML}  # than that, by endpoint
+API = "/api/v1/"
 ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
 
@@ -72,8 +73,13 @@ class Application(Flask):
         pass
 
     def preprocess_request(self) -> None:
-        """Starts the clock that bounds the request, and refuses it when we may have been declared dead."""
+        """Starts the clock that bounds the request; refuses unknown query parameters.
+
+        Refuses every request while we may have been declared dead.
+        """
         db.default().start_request()
+        if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):
+            check_query(self.view_functions[request.endpoint])
         if request.endpoint in LARGER:
             request.max_content_length = LARGER[request.endpoint]
         me = registry.current

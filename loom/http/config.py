@@ -54,7 +54,7 @@ class Value(parse.Body):
 KIND = entities.Kind(Config, entities.Body, required=(), filters=(), original=frozenset())
 bp.add_url_rule("/<key>", "one", partial(entities.one, KIND))
 bp.add_url_rule("/<key>", "delete", partial(entities.delete, KIND), methods=["DELETE"])
-bp.add_url_rule("/<key>/history", "history", partial(entities.history, KIND))
+bp.add_url_rule("/<key>/history", "history", parse.query(*parse.PAGE)(partial(entities.history, KIND)))
 
 
 @bp.put("/<key>")
@@ -153,7 +153,7 @@ def _checked(key: str, value: Any) -> Any:
         try:
             return configuration.check(key, value)
         except ValueError as exc:
-            raise errors.Invalid.field(key, str(exc), allowed=configuration.allowed(key)) from None
+            raise errors.Invalid.field(key, str(exc), allowed=configuration.allowed(key) or None) from None
     if key in SETTINGS:
         raise errors.Invalid.field(key, "cannot be shared: it is each instance's own", allowed=sorted(SHAREABLE))
     word = key.partition(".")[0]

@@ -25,6 +25,7 @@ def _watch() -> Watch:
 
 
 @bp.get("")
+@parse.query("after", "limit", "wait_seconds", "type", "entity_id", "project_id")
 def feed() -> Response:
     after = parse.integer("after", least=0, most=parse.MAX_TOKEN) if "after" in request.args else None
     limit = parse.integer("limit", most=1000, default=100)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from werkzeug.routing import BaseConverter
 from loom import errors
 
 T = TypeVar("T")
+View = TypeVar("View", bound=Callable[..., Any])
 
 MAX_TOKEN = 2**53 - 1
 MIB = 1024 * 1024
@@ -35,6 +36,7 @@ Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
 Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
 
+PAGE = ("limit", "after")  # the parameters of every list that has pages
 MAX_ROWS = 10_000
 MAX_DEPTH = 100  # of JSON in JSON
 MAX_PATH = 2000  # bytes of a file's; percent-encoded, with a project, they still fit into a request line
@@ -113,7 +115,7 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
     named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
-    few = allowed(kind).get(re.sub(r"\[\d+\]", "[]", field), ())
+    few = allowed(kind).get(re.sub(r"\[\d+\]", "[]", field))
     return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:], allowed=few)
 
 
@@ -169,6 +171,29 @@ def _is_deeper(value: Any, levels: int) -> bool:
 def integer_of(text: str) -> int:
     """As int(), at a bounded cost: 21 characters are beyond 64 bits already."""
     return int(text[:21])
+
+
+def query(*names: str) -> Callable[[View], View]:
+    """Marks a view with the query parameters that it reads; a view without the mark reads none."""
+
+    def mark(view: View) -> View:
+        view.query = frozenset(names)  # type: ignore[attr-defined]
+        return view
+
+    return mark
+
+
+def check_query(view: Callable[..., Any]) -> None:
+    """Raises Invalid for a parameter that the view does not read, and for one that is given twice.
+
+    A misspelt filter would else answer everything, and of two values only the first would count.
+    """
+    known: frozenset[str] = getattr(view, "query", frozenset())
+    for name, values in request.args.lists():
+        if name not in known:
+            raise errors.Invalid.field(shown(name), "is not a known parameter", allowed=sorted(known))
+        if len(values) > 1:
+            raise errors.Invalid.field(name, "is given twice", allowed=sorted(known))
 
 
 def integer(name: str, *, least: int = 1, most: int, default: int | None = None) -> int:
