@@ -30,7 +30,7 @@ KIND = entities.Kind(
     Agent,
     AgentBody,
     required=("persona_name", "project_id"),
-    filters=("project_id", "status", "provider_id"),
+    filters=("project_id", "status", "provider_id", "persona_type", "capability"),
     original=frozenset({"POST", "PUT"}),
     adapt=_adapt,
 )
