@@ -47,7 +47,7 @@ class Snapshot(entities.Body):
     logging: Section = UNSET
 
 
-class Value(parse.Body):
+class Value(msgspec.Struct):
     value: Any
 
 
@@ -59,7 +59,7 @@ bp.add_url_rule("/<key>/history", "history", parse.query(*parse.PAGE)(partial(en
 
 @bp.put("/<key>")
 def set_one(key: str) -> Response:
-    value = _checked(parse.key(key), parse.body(Value).value)
+    value = _checked(parse.key(key), parse.body(Value, known=Config.__struct_fields__).value)
     writer = headers.writer(f"config:{key}")
     with db.connection() as conn:
         done = change(
@@ -104,7 +104,7 @@ def take_in() -> Response:
 def export() -> Response:
     with db.connection() as conn:
         values = config.values(conn)
-    text = yaml.write({key: json.loads(value, parse_int=_number) for key, value in values.items()})
+    text = yaml.write({key: json.loads(value) for key, value in values.items()})
     return Response(text, content_type="application/x-yaml")
 
 
@@ -165,9 +165,3 @@ def _checked(key: str, value: Any) -> Any:
     if len(msgspec.json.encode(value)) > MAX_VALUE:
         raise errors.Invalid.field(key, f"must have at most {MAX_VALUE // 1024} KiB")
     return value
-
-
-def _number(text: str) -> int | float:
-    """jsonb writes out 1e300, which is no number that is taken in, except as a float."""
-    number = parse.integer_of(text)
-    return float(text) if parse.flaw(number) else number

@@ -33,12 +33,16 @@ Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to what m
 Keys = Annotated[list[Key], Meta(max_length=1000)]
 Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=1000)]
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
-Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+MAX_NAME = 1000
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
 
 PAGE = ("limit", "after")  # the parameters of every list that has pages
 MAX_ROWS = 10_000
 MAX_DEPTH = 100  # of JSON in JSON
+# The greatest number that a reader with doubles only can take. Not 64 bits: PostgreSQL gives 1e19 back as an integer,
+# and what is answered must be accepted again. answerable() in schema.sql has the same bound.
+MAX_NUMBER = 17976931348623158 * 10**292
 MAX_PATH = 2000  # bytes of a file's; percent-encoded, with a project, they still fit into a request line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
@@ -83,7 +87,7 @@ def body(kind: type[T], known: Collection[str] | None = None, required: Collecti
     for key in found:
         if known is not None and key not in known:
             raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
-        if _is_deeper(found[key], MAX_DEPTH):
+        if key in kind.__struct_fields__ and _is_deeper(found[key], MAX_DEPTH):  # type: ignore[attr-defined]
             raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
     for key in required:
         if not getattr(value, key):
@@ -134,7 +138,7 @@ def allowed(kind: type) -> dict[str, list[Any]]:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond 64 bits, and one key twice."""
+    """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond a double, and one key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         times = Counter(key for key, _ in pairs)
@@ -157,20 +161,22 @@ def flaw(value: Any) -> str | None:
         return next(filter(None, map(flaw, value)), None)
     if isinstance(value, str) and "\x00" in value:
         return "holds a NUL character"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "holds a number that does not fit into 64 bits"
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return "holds a number beyond 1.797e308"
     return None
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
     """Merging is recursive, in PostgreSQL too."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inside) and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inside))
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inside)
 
 
 def integer_of(text: str) -> int:
-    """As int(), at a bounded cost: 21 characters are beyond 64 bits already."""
-    return int(text[:21])
+    """As int(), at a bounded cost: 311 characters are beyond MAX_NUMBER already."""
+    return int(text[:311])
 
 
 def query(*names: str) -> Callable[[View], View]:
