@@ -542,6 +542,15 @@ BEGIN
               DETAIL = format('Key (%s)=(%s) is not present.', field, value);
 END $$;
 
+-- Whether HTTP can answer a JSON value and accept it again: no number is beyond a double, and it has at most 100 levels. A single
+-- number of 5,000 digits, written by hand, made every list and the feed fail. What has fewer than 200 bytes cannot break
+-- either rule.
+CREATE OR REPLACE FUNCTION answerable(value jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT octet_length(value::text) < 200 OR NOT (
+        jsonb_path_exists(value, 'strict $.** ? (@ > 1.7976931348623158e308 || @ < -1.7976931348623158e308)')
+        OR jsonb_path_exists(value, 'strict $.**{100} ? (@.type() == "array" || @.type() == "object")'))
+$$;
+
 -- What a column may hold, where more than its type is asked. Domains, not CHECKs: those of a table are read and compiled anew
 -- by each UPDATE, whichever columns it writes, and took a sixth of a claim's time.
 DO $$
@@ -550,7 +559,7 @@ DECLARE
     definition text;
 BEGIN
     FOR name, definition IN VALUES
-        ('jsonb_object', 'jsonb CHECK (jsonb_typeof(VALUE) = ''object'')'),
+        ('jsonb_object', 'jsonb CHECK (jsonb_typeof(VALUE) = ''object'') CHECK (answerable(VALUE))'),
         ('texts', 'text[] CHECK (array_position(VALUE, NULL) IS NULL)'),
         ('moment', 'timestamptz CHECK (VALUE BETWEEN ''0001-01-01 00:00+00'' AND ''9999-12-31 23:59:59.999999+00'')'),
         ('counter', 'integer CHECK (VALUE >= 0)'),
@@ -701,6 +710,12 @@ CREATE TABLE IF NOT EXISTS config (
 CREATE OR REPLACE FUNCTION on_config_written() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     NEW.value := COALESCE(NEW.value, 'null'); -- JSON's null is a value, too
+    IF NOT answerable(NEW.value) THEN
+        RAISE EXCEPTION 'holds a number beyond 1.797e308, or is nested deeper than 100 levels'
+            USING ERRCODE = '23514', COLUMN = NEW.key;
+    ELSIF octet_length(NEW.value::text) > 65536 THEN -- as it is answered: 1e300 has 301 digits there
+        RAISE EXCEPTION 'must have at most 64 KiB' USING ERRCODE = '23514', COLUMN = NEW.key;
+    END IF;
     NEW.updated_by := COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user);
     RETURN NEW;
 END $$;

@@ -35,9 +35,9 @@ class Invalid(Error):
     status = 400
 
     @classmethod
-    def field(cls, field: str, problem: str, *, allowed: Sequence[Any] = (), **more: Any) -> Invalid:
+    def field(cls, field: str, problem: str, *, allowed: Sequence[Any] | None = None, **more: Any) -> Invalid:
         """The usual case: one field, what is wrong with it, and the values that it may have where they are few."""
-        named = {"allowed": list(allowed)} if allowed else {}
+        named = {} if allowed is None else {"allowed": list(allowed)}
         return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **named, **more}])
 
 

@@ -13,10 +13,11 @@ from loom import instances as registry
 from loom.config import Config
 from loom.db.connection import REPEATS
 from loom.http import problems
-from loom.http.parse import NameConverter
+from loom.http.parse import NameConverter, check_query
 from loom.http.waiting import Waiting
 
 MAX_BODY = 1024 * 1024  # bytes
+API = "/api/v1/"
 ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
 
@@ -65,8 +66,13 @@ class Application(Flask):
         pass
 
     def preprocess_request(self) -> None:
-        """Starts the clock that bounds the request, and refuses it when we may have been declared dead."""
+        """Starts the clock that bounds the request; refuses unknown query parameters.
+
+        Refuses every request while we may have been declared dead.
+        """
         db.default().start_request()
+        if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):
+            check_query(self.view_functions[request.endpoint])
         me = registry.current
         if me is not None and not me.fresh and not request.path.startswith(ALWAYS_SERVED):
             me.confirm()

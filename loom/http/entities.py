@@ -67,15 +67,15 @@ class Kind(NamedTuple):
 def blueprint(kind: Kind) -> Blueprint:
     """The routes under /api/v1/<kind>s."""
     bp = Blueprint(kind.name + "s", __name__, url_prefix=f"/api/v1/{kind.name}s")
-    for rule, view, methods in (
-        ("", some, ["GET"]),
-        ("", create, ["POST"]),
-        ("/<key>", one, ["GET"]),
-        ("/<key>", change, ["PUT", "PATCH"]),
-        ("/<key>", delete, ["DELETE"]),
-        ("/<key>/history", history, ["GET"]),
+    for rule, view, methods, query in (
+        ("", some, ["GET"], (*parse.PAGE, *kind.filters)),
+        ("", create, ["POST"], ()),
+        ("/<key>", one, ["GET"], ()),
+        ("/<key>", change, ["PUT", "PATCH"], ()),
+        ("/<key>", delete, ["DELETE"], ()),
+        ("/<key>/history", history, ["GET"], parse.PAGE),
     ):
-        bp.add_url_rule(rule, view.__name__, partial(view, kind), methods=methods)
+        bp.add_url_rule(rule, view.__name__, parse.query(*query)(partial(view, kind)), methods=methods)
     return bp
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from werkzeug.routing import BaseConverter
 from loom import errors
 
 T = TypeVar("T")
+View = TypeVar("View", bound=Callable[..., Any])
 
 MAX_TOKEN = 2**53 - 1
 MIB = 1024 * 1024
@@ -32,11 +33,16 @@ Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to what m
 Keys = Annotated[list[Key], Meta(max_length=1000)]
 Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=1000)]
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
-Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+MAX_NAME = 1000
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
 
+PAGE = ("limit", "after")  # the parameters of every list that has pages
 MAX_ROWS = 10_000
 MAX_DEPTH = 100  # of JSON in JSON
+# The greatest number that a reader with doubles only can take. Not 64 bits: PostgreSQL gives 1e19 back as an integer,
+# and what is answered must be accepted again. answerable() in schema.sql has the same bound.
+MAX_NUMBER = 17976931348623158 * 10**292
 MAX_PATH = 2000  # bytes of a file's; percent-encoded, with a project, they still fit into a request line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
@@ -81,7 +87,7 @@ def body(kind: type[T], known: Collection[str] | None = None, required: Collecti
     for key in found:
         if known is not None and key not in known:
             raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
-        if _is_deeper(found[key], MAX_DEPTH):
+        if key in kind.__struct_fields__ and _is_deeper(found[key], MAX_DEPTH):  # type: ignore[attr-defined]
             raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
     for key in required:
         if not getattr(value, key):
@@ -113,7 +119,7 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
     named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
-    few = allowed(kind).get(re.sub(r"\[\d+\]", "[]", field), ())
+    few = allowed(kind).get(re.sub(r"\[\d+\]", "[]", field))
     return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:], allowed=few)
 
 
@@ -132,7 +138,7 @@ def allowed(kind: type) -> dict[str, list[Any]]:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond 64 bits, and one key twice."""
+    """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond a double, and one key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         times = Counter(key for key, _ in pairs)
@@ -155,20 +161,45 @@ def flaw(value: Any) -> str | None:
         return next(filter(None, map(flaw, value)), None)
     if isinstance(value, str) and "\x00" in value:
         return "holds a NUL character"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "holds a number that does not fit into 64 bits"
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return "holds a number beyond 1.797e308"
     return None
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
     """Merging is recursive, in PostgreSQL too."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inside) and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inside))
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inside)
 
 
 def integer_of(text: str) -> int:
-    """As int(), at a bounded cost: 21 characters are beyond 64 bits already."""
-    return int(text[:21])
+    """As int(), at a bounded cost: 311 characters are beyond MAX_NUMBER already."""
+    return int(text[:311])
+
+
+def query(*names: str) -> Callable[[View], View]:
+    """Marks a view with the query parameters that it reads; a view without the mark reads none."""
+
+    def mark(view: View) -> View:
+        view.query = frozenset(names)  # type: ignore[attr-defined]
+        return view
+
+    return mark
+
+
+def check_query(view: Callable[..., Any]) -> None:
+    """Raises Invalid for a parameter that the view does not read, and for one that is given twice.
+
+    A misspelt filter would else answer everything, and of two values only the first would count.
+    """
+    known: frozenset[str] = getattr(view, "query", frozenset())
+    for name, values in request.args.lists():
+        if name not in known:
+            raise errors.Invalid.field(shown(name), "is not a known parameter", allowed=sorted(known))
+        if len(values) > 1:
+            raise errors.Invalid.field(name, "is given twice", allowed=sorted(known))
 
 
 def integer(name: str, *, least: int = 1, most: int, default: int | None = None) -> int:

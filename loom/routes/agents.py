@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from loom import errors
 from loom.http import entities
-from loom.http.parse import Name
+from loom.http.parse import MAX_NAME, Name
 from loom.state.agents import Agent
 
 AgentBody = entities.body_of(
@@ -22,6 +23,8 @@ def _adapt(patch: dict[str, Any], key: str | None) -> None:
             patch[field] = None
     if patch.get("persona_name") and "/" not in patch["persona_name"]:
         patch["persona_name"] = "default/" + patch["persona_name"]
+        if len(patch["persona_name"]) > MAX_NAME:
+            raise errors.Invalid.field("persona_name", f"must have at most {MAX_NAME} characters, default/ included")
     if key is None and not patch.get("name") and patch.get("persona_name"):
         patch["name"] = patch["persona_name"].rpartition("/")[2] or patch["persona_name"]
 
@@ -30,7 +33,7 @@ KIND = entities.Kind(
     Agent,
     AgentBody,
     required=("persona_name", "project_id"),
-    filters=("project_id", "status", "provider_id"),
+    filters=("project_id", "status", "provider_id", "persona_type", "capability"),
     original=frozenset({"POST", "PUT"}),
     adapt=_adapt,
 )

@@ -53,7 +53,7 @@ KIND = entities.Kind(
     Bead,
     BeadBody,
     required=("title", "project_id"),
-    filters=("project_id", "status", "type", "assigned_to"),
+    filters=("project_id", "status", "type", "assigned_to", "tags"),
     original=frozenset({"POST", "PATCH"}),
     adapt=_adapt,
 )

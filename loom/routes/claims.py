@@ -123,6 +123,7 @@ def renew(key: str) -> Response:
 
 
 @bp.delete("/beads/<key>/claim")
+@parse.query("fencing_token", "reason")
 def release(key: str) -> Response:
     key, token = parse.key(key), parse.integer("fencing_token", most=parse.MAX_TOKEN)
     reason, writer = parse.text("reason", 1000), headers.writer(f"bead:{key}")

@@ -47,19 +47,19 @@ class Snapshot(entities.Body):
     logging: Section = UNSET
 
 
-class Value(parse.Body):
+class Value(msgspec.Struct):
     value: Any
 
 
 KIND = entities.Kind(Config, entities.Body, required=(), filters=(), original=frozenset())
 bp.add_url_rule("/<key>", "one", partial(entities.one, KIND))
 bp.add_url_rule("/<key>", "delete", partial(entities.delete, KIND), methods=["DELETE"])
-bp.add_url_rule("/<key>/history", "history", partial(entities.history, KIND))
+bp.add_url_rule("/<key>/history", "history", parse.query(*parse.PAGE)(partial(entities.history, KIND)))
 
 
 @bp.put("/<key>")
 def set_one(key: str) -> Response:
-    value = _checked(parse.key(key), parse.body(Value).value)
+    value = _checked(parse.key(key), parse.body(Value, known=Config.__struct_fields__).value)
     writer, conditions = headers.writer(f"config:{key}"), headers.conditions()
     with db.connection() as conn:
         done = change(
@@ -106,7 +106,7 @@ def take_in() -> Response:
 def export() -> Response:
     with db.connection() as conn:
         values = config.values(conn)
-    text = yaml.write({key: json.loads(value, parse_int=_number) for key, value in values.items()})
+    text = yaml.write({key: json.loads(value) for key, value in values.items()})
     return Response(text, content_type="application/x-yaml")
 
 
@@ -155,7 +155,7 @@ def _checked(key: str, value: Any) -> Any:
         try:
             return configuration.check(key, value)
         except ValueError as exc:
-            raise errors.Invalid.field(key, str(exc), allowed=configuration.allowed(key)) from None
+            raise errors.Invalid.field(key, str(exc), allowed=configuration.allowed(key) or None) from None
     if key in SETTINGS:
         raise errors.Invalid.field(key, "cannot be shared: it is each instance's own", allowed=sorted(SHAREABLE))
     word = key.partition(".")[0]
@@ -167,9 +167,3 @@ def _checked(key: str, value: Any) -> Any:
     if len(msgspec.json.encode(value)) > MAX_VALUE:
         raise errors.Invalid.field(key, f"must have at most {MAX_VALUE // 1024} KiB")
     return value
-
-
-def _number(text: str) -> int | float:
-    """jsonb writes out 1e300, which is no number that is taken in, except as a float."""
-    number = parse.integer_of(text)
-    return float(text) if parse.flaw(number) else number

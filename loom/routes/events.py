@@ -18,6 +18,7 @@ LONGEST_WAIT = 25  # seconds; below the 30 for which many proxies wait
 
 
 @bp.get("")
+@parse.query("after", "limit", "wait_seconds", "type", "entity_id", "project_id")
 def feed() -> Response:
     after = parse.integer("after", least=0, most=parse.MAX_TOKEN) if "after" in request.args else None
     limit = parse.integer("limit", most=1000, default=100)

@@ -52,6 +52,7 @@ def take() -> Response:
 
 
 @bp.delete("/<name:_>")
+@parse.query("agent_id")
 def release(_: str) -> Response:
     project, _slash, path = parse.raw_path("/api/v1/file-locks/", "file_path").partition("/")
     file, agent = File(parse.key(project), parse.file_path(path)), parse.text("agent_id")
@@ -63,6 +64,7 @@ def release(_: str) -> Response:
 
 
 @bp.get("")
+@parse.query(*parse.PAGE, "project_id")
 def some() -> Response:
     project, after = parse.text("project_id") or None, parse.cursor(str) or ""
     with db.connection() as conn:

@@ -11,6 +11,7 @@ bp = Blueprint("grants", __name__, url_prefix="/api/v1/grants")
 
 
 @bp.get("")
+@parse.query(*parse.PAGE, "lock_name", "owner")
 def history() -> Response:
     name, owner, before = parse.text("lock_name"), parse.text("owner"), parse.cursor(int)
     with db.connection() as conn:

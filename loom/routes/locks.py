@@ -99,6 +99,7 @@ def renew(_: str) -> Response:
 
 
 @bp.delete("/<name:_>")
+@parse.query("fencing_token", "force", "reason")
 def release(_: str) -> Response:
     name, token, force = parse.lock_name(), parse.integer("fencing_token", most=parse.MAX_TOKEN), parse.flag("force")
     reason = parse.text("reason", 1000)
@@ -122,6 +123,7 @@ def inspect(_: str) -> Response:
 
 
 @bp.get("")
+@parse.query(*parse.PAGE, "prefix", "owner")
 def held() -> Response:
     prefix, owner, after = parse.text("prefix") or "", parse.text("owner"), parse.cursor(str)
     with db.connection() as conn:

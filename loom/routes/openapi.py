@@ -54,9 +54,11 @@ def document() -> dict[str, Any]:
     del parts["parameters"]["filter"]
     parts["responses"] = {}
     for path, item in _merged(paths, given["paths"]).items():
-        tag = path.split("/")[3] if path.startswith("/api/v1/") else "service"
+        api = path.startswith("/api/v1/")
+        tag, group = (path.split("/")[3], ["api"]) if api else ("service", [])
         for method in [key for key in item if key != "parameters"]:
-            item[method] = _operation(method, {"tags": [tag], **item[method]}, also, parts["responses"])
+            operation = _merged({"tags": [tag], "also": group}, item[method])
+            item[method] = _operation(method, operation, also, parts["responses"])
         paths[path] = item
     kinds = [pkgutil.resolve_name(place) for place in structs.values()]
     references, found = msgspec.json.schema_components(kinds, ref_template="{name}")

@@ -13,6 +13,7 @@ bp = Blueprint("work_graph", __name__, url_prefix="/api/v1/work-graph")
 
 
 @bp.get("")
+@parse.query(*parse.PAGE, "project_id")
 def graph() -> Response:
     """A page holds up to 10,000 beads with their edges; the pages together are the whole graph."""
     project, after = parse.text("project_id"), parse.cursor(str)

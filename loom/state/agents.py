@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from loom.db import Time
 from loom.state.entities import Entity, Id
@@ -10,6 +11,12 @@ from loom.state.entities import Entity, Id
 
 class Agent(Entity, kw_only=True):
     """An AI worker. `heartbeat_at` is absent until its first heartbeat: only then can it die of missing them."""
+
+    conditions: ClassVar[Mapping[str, str]] = {
+        "capability": "capabilities && %(capability)s",
+        # without its part before the last slash, too: backend is default/backend
+        "persona_type": "ARRAY[persona_name, regexp_replace(persona_name, '^.*/', '')] && %(persona_type)s",
+    }
 
     name: str
     role: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import graphlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
@@ -28,6 +28,7 @@ class Bead(Entity, kw_only=True):
         ("project_id", "status"),
         ("status",),
     )
+    conditions: ClassVar[Mapping[str, str]] = {"tags": "tags && %(tags)s"}
 
     type: str
     title: str

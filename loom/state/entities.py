@@ -28,6 +28,7 @@ class Versioned(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     statuses: ClassVar[tuple[str, ...]] = ()  # if lists are looked for by them
     orders: ClassVar[tuple[tuple[str, ...], ...]] = ()  # columns of its indexes before the id, the best first
+    conditions: ClassVar[Mapping[str, str]] = {}  # of further filters; %(filter)s is a list
 
     version: int
     created_at: Time
@@ -73,28 +74,40 @@ def some(
 
     Each combination of values is looked for by itself, in the order of an index if the kind has one for it: so a page
     costs the same wherever it is and however few there are. Too many combinations are looked for in all rows.
+
+    What meets the kind's `conditions` is looked for among the rows that the other filters leave: 50 ms a page when none
+    of 200,000 beads has the tag. A GIN index would be written by each claim, and did not help: for a page of 100 rows
+    PostgreSQL still went by ids.
     """
     table, key = _table(kind), _key(kind)
-    values = {column: list(dict.fromkeys(each)) for column, each in filters.items()}
+    conditions = [kind.conditions[name] for name in filters if name in kind.conditions]
+    params: dict[str, Any] = {name: list(values) for name, values in filters.items() if name in kind.conditions}
+    values = {column: list(dict.fromkeys(each)) for column, each in filters.items() if column not in params}
     if values and kind.statuses:
         values.setdefault("status", list(kind.statuses))
     order = next((each for each in kind.orders if set(each) <= set(values)), ())
     parts: list[tuple[str | list[str], ...]] = list(itertools.product(*values.values()))
     if len(parts) > MOST_PARTS:
         parts, order = [tuple(values.values())], ()
-    params: dict[str, Any] = {"after": after or "", "limit": limit}
-    selects = [
-        _select(table, key, order, part, n) for n, part in enumerate(dict(zip(values, p, strict=True)) for p in parts)
-    ]
+    params.update(after=after or "", limit=limit)
+    selects = []
     for n, part in enumerate(parts):
+        selects.append(_select(table, key, order, dict(zip(values, part, strict=True)), conditions, n))
         params.update((f"{column}_{n}", value) for column, value in zip(values, part, strict=True))
     found = f"SELECT * FROM ({' UNION ALL '.join(selects)}) AS parts ORDER BY {key} LIMIT %(limit)s"
     rows = db.all(conn, f"SELECT as_json(it)::text AS it FROM ({found}) AS found ORDER BY {key}", **params)
     return [msgspec.json.decode(row["it"], type=kind) for row in rows]
 
 
-def _select(table: str, key: str, order: Sequence[str], values: Mapping[str, str | list[str]], n: int) -> str:
-    """A page of those that have these values.
+def _select(
+    table: str,
+    key: str,
+    order: Sequence[str],
+    values: Mapping[str, str | list[str]],
+    conditions: Sequence[str],
+    n: int,
+) -> str:
+    """A page of those that have these values, and meet the conditions.
 
     Of the columns of `order` it is said without `=`: else PostgreSQL might go by ids, past all that come before.
     """
@@ -104,6 +117,7 @@ def _select(table: str, key: str, order: Sequence[str], values: Mapping[str, str
         for column, value in values.items()
         if column not in order
     ]
+    where += conditions
     columns, bounds = ", ".join([*order, key]), ", ".join([*(given[column] for column in order), "%(after)s"])
     where += [f"{column} IS NOT NULL" for column in order]  # which an index may be restricted to
     where.append(f"({columns}) > ({bounds})")

@@ -50,9 +50,10 @@ ACQUIRE: list[tuple[str, str]] = [  # the body, the field that the answer names
     ('{"metadata": {"a\\u0000": 1}}', "a\\u0000"),
     ('{"metadata": {"a": 1, "a": 2}}', "a"),
     ('{"owner": "a", "owner": "b"}', "owner"),
-    ('{"metadata": {"n": 18446744073709551616}}', "n"),
-    ('{"metadata": {"n": -9223372036854775809}}', "n"),
-    ('{"metadata": {"n": [1, {"m": -99999999999999999999999}]}}', "m"),
+    ('{"metadata": {"n": 1' + "0" * 309 + "}}", "n"),
+    ('{"metadata": {"n": -1' + "0" * 309 + "}}", "n"),
+    ('{"metadata": {"n": [1, {"m": -' + "9" * 4000 + "}]}}", "m"),
+    ('{"metadata": {"n": ' + "9" * 5000 + "}}", "metadata[...]"),
     ('{"metadata": {"n": 1e999}}', "metadata[...]"),
     ('{"unknown": 1}', "unknown"),
     ('{"fencing_token": 1}', "fencing_token"),
@@ -184,8 +185,8 @@ def test_a_huge_body_is_refused_unread(client: AppClient, sql: Sql) -> None:
 
 def test_what_is_just_allowed_is_stored_as_it_was_sent(client: AppClient) -> None:
     metadata = {
-        "text": "x" * 8000,
-        "numbers": [2**63 - 1, -(2**63), 0.1, 1e-7, 1e15],
+        "text": "x" * 7900,
+        "numbers": [2**63, -(10**100), 0.1, 1e-7, 1e15],
         "words": [True, False, None],
         "deep": [[[[[[[[["🔒 \u0001 \\ \" '"]]]]]]]]],
         "": {"empty key": {}},
