@@ -1,10 +1,11 @@
-"""Applies schema.sql: once, whoever starts first, and never over a newer one."""
+"""Applies schema.sql and loom/sql/: once, by the instance that starts first, and never over a newer schema."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import time
+from pathlib import Path
 
 import psycopg2
 from psycopg2 import errors as pg
@@ -12,7 +13,13 @@ from psycopg2 import errors as pg
 from loom import config, errors
 from loom.db.connection import Connection, translate
 
-TEXT = config.resource("schema.sql").read_text()
+
+def read(file: Path) -> str:
+    """A file of SQL, with the files that it includes by psql's \\ir."""
+    return re.sub(r"^\\ir (\S+)$", lambda include: read(file.parent / include[1]), file.read_text(), flags=re.MULTILINE)
+
+
+TEXT = read(config.resource("schema.sql"))
 VERSION = int(re.search(r"Schema version (\d+)", TEXT)[1])  # type: ignore[index]
 CHECKSUM = hashlib.sha256(TEXT.encode()).hexdigest()
 KEY = 0x4C6F6F6D  # the advisory lock under which the schema changes: "Loom"

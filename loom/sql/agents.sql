@@ -1,0 +1,106 @@
+-- Agents: heartbeats, and what ends with an agent.
+
+-- An agent that is gone has no beads: what it had claimed is open again.
+CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM give_back_beads_of(OLD.id, setting('beads.max_failures', 5), setting('beads.max_attempts', 20));
+    IF TG_OP = 'DELETE' THEN
+        UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS agent_deleted ON agents;
+CREATE TRIGGER agent_deleted AFTER DELETE ON agents FOR EACH ROW EXECUTE FUNCTION on_agent_ended();
+DROP TRIGGER IF EXISTS agent_died ON agents;
+CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
+    WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
+
+-- The order of locking: names, the graph of the beads, beads by id, agents by id, then what follows from the change. Who has
+-- an agent's row without its beads' only tries for beads, names and further agents, and passes over what others are at.
+
+-- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database was
+-- away meanwhile.
+CREATE OR REPLACE FUNCTION agent_is_dead(a agents, dead_after interval) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT a.status = 'dead' OR COALESCE(a.heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count(), false);
+$$;
+
+-- Gives back what a dead agent has claimed. What others are at, or hold from outside, is left to lapse at once.
+CREATE OR REPLACE FUNCTION give_back_beads_of(agent text, max_failures integer, max_attempts integer) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    b beads;
+BEGIN
+    FOR b IN SELECT * FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
+              ORDER BY id FOR NO KEY UPDATE
+    LOOP
+        IF try_name('bead:' || b.id) THEN
+            -- A lease that is over has lapsed: the agent may have been told so.
+            PERFORM give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
+                              NULL, NULL, max_failures, max_attempts);
+        ELSE
+            UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
+        END IF;
+    END LOOP;
+END $$;
+
+-- Marks an agent dead that has missed its heartbeats; what it had is open again. False when it lives, or others are at it.
+CREATE OR REPLACE FUNCTION end_dead_agent(agent text, dead_after interval, max_failures integer, max_attempts integer)
+RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    a agents;
+BEGIN
+    IF NOT try_name('agent:' || agent) THEN
+        RETURN false;
+    END IF;
+    PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status = 'in_progress'
+      ORDER BY id FOR NO KEY UPDATE;
+    SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE;
+    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a, dead_after) THEN
+        RETURN false;
+    END IF;
+    PERFORM give_back_beads_of(agent, max_failures, max_attempts);
+    UPDATE agents SET status = 'dead' WHERE id = agent;
+    RETURN true;
+END $$;
+
+-- An agent says that it lives, and which of its claims (bead -> token) it still works on: those are extended, each by its own
+-- lease. It takes no name: who holds agent:ID from outside must not let the agent die. extended: bead -> its new end; lost:
+-- bead -> how its claim ended, or null. outcome: 'alive', 'unknown-agent'.
+CREATE OR REPLACE FUNCTION heartbeat_agent(
+    agent text, new_status text, claims jsonb, fences jsonb, OUT outcome text, OUT extended jsonb, OUT lost jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    state text;
+    c record;
+    ends timestamptz;
+BEGIN
+    PERFORM enter_names('{}', fences);
+    IF NOT EXISTS (SELECT 1 FROM agents WHERE id = agent) THEN
+        outcome := 'unknown-agent';
+        RETURN;
+    END IF;
+    extended := '{}';
+    lost := '{}';
+    FOR c IN SELECT key AS bead, value::bigint AS token FROM jsonb_each_text(claims) ORDER BY key COLLATE "C" LOOP
+        PERFORM 1 FROM beads WHERE id = c.bead FOR NO KEY UPDATE;
+        UPDATE beads SET lease_expires_at = GREATEST(lease_expires_at, clock_timestamp() + make_interval(secs => lease_seconds))
+         WHERE id = c.bead AND fencing_token = c.token AND assigned_to = agent AND lease_expires_at > clock_timestamp()
+        RETURNING lease_expires_at INTO ends;
+        IF FOUND THEN
+            extended := extended || jsonb_build_object(c.bead, ends);
+        ELSE
+            lost := lost || jsonb_build_object(c.bead, COALESCE(
+                (SELECT ended_how FROM claims WHERE fencing_token = c.token AND bead_id = c.bead AND agent_id = agent),
+                (SELECT 'lapsed' FROM beads WHERE id = c.bead AND fencing_token = c.token AND assigned_to = agent)));
+        END IF;
+    END LOOP;
+    SELECT status INTO state FROM agents WHERE id = agent FOR NO KEY UPDATE;
+    IF state = 'dead' AND new_status IS NULL THEN
+        new_status := 'idle';
+    END IF;
+    IF state <> new_status THEN
+        UPDATE agents SET status = new_status WHERE id = agent;
+    END IF;
+    UPDATE agents SET heartbeat_at = clock_timestamp(), last_active = clock_timestamp() WHERE id = agent;
+    outcome := 'alive';
+END $$;

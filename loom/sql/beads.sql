@@ -1,0 +1,295 @@
+-- Beads: dependencies, and what follows from a change of a bead.
+
+-- Dependencies are changed by one transaction at a time, while none closes or reopens a bead: else two could make a
+-- cycle together, or a bead that is closed while another comes to wait for it would keep that one waiting for ever. It
+-- is taken before any bead's row.
+CREATE OR REPLACE FUNCTION lock_bead_graph(to_change boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF to_change THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended('loom:bead-graph', 0));
+    ELSE
+        PERFORM pg_advisory_xact_lock_shared(hashtextextended('loom:bead-graph', 0));
+    END IF;
+END $$;
+
+-- Locks what a change of a bead comes to, in one order: the others that it changes with what they wait for, its parent, and those
+-- that wait for it when it is closed or opened. Else who has one of their rows and wants its own, as a heartbeat may, deadlocks
+-- with it.
+CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], turns boolean) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    above text := (SELECT parent FROM beads WHERE id = bead);
+BEGIN
+    -- Step by step: one statement for all took 270 us more, most of it planning.
+    IF others <> '{}' THEN
+        others := others || ARRAY(SELECT unnest(b.blocked_by || b.parent) FROM beads b WHERE b.id = ANY (others));
+    END IF;
+    IF turns THEN
+        others := others || ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = bead);
+    END IF;
+    IF above IS NOT NULL THEN
+        others := others || above;
+    END IF;
+    IF others <> '{}' THEN
+        PERFORM 1 FROM beads WHERE id = ANY (others || bead) ORDER BY id FOR NO KEY UPDATE;
+    END IF;
+END $$;
+
+-- Raises L0002 when the bead waits for itself: for its blockers and its children, for theirs, and so on. Only one that
+-- has just come to wait for others can have closed a cycle, so every way back from it leads to it. Who changes several beads
+-- sets loom.cycles to 'later', and looks when all is done: in between there may be a cycle.
+CREATE OR REPLACE FUNCTION check_bead_cycle(start text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    came_from jsonb;
+    cycle text[] := ARRAY[start];
+BEGIN
+    IF current_setting('loom.cycles', true) = 'later' THEN
+        RETURN;
+    END IF;
+    WITH RECURSIVE waits (id, via) AS (
+        SELECT start COLLATE "C", NULL::text COLLATE "C"
+        UNION
+        SELECT next.id, waits.id FROM waits
+          CROSS JOIN LATERAL (
+              SELECT unnest(b.blocked_by) AS id FROM beads b WHERE b.id = waits.id
+              UNION ALL SELECT c.id FROM beads c WHERE c.parent = waits.id) AS next
+         WHERE waits.via IS NULL OR waits.id <> start)
+    -- The first way to each is the shortest, and never goes round another cycle of the same statement.
+    SELECT jsonb_object_agg(id, via ORDER BY n DESC) INTO came_from
+      FROM (SELECT id, via, row_number() OVER () AS n FROM waits) AS w WHERE via IS NOT NULL;
+    IF came_from ? start THEN
+        LOOP
+            cycle := (came_from ->> cycle[1]) || cycle;
+            EXIT WHEN cycle[1] = start;
+        END LOOP;
+        RAISE EXCEPTION 'beads would wait for each other: %', array_to_string(cycle, ' -> ')
+            USING ERRCODE = 'L0002', DETAIL = to_jsonb(cycle)::text;
+    END IF;
+END $$;
+
+-- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
+-- follow, and what it refers to is there. Raises L0003 for a bead that would come into a closed project.
+CREATE OR REPLACE FUNCTION on_bead_written() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    missing text;
+    closed boolean;
+BEGIN
+    IF TG_OP = 'INSERT' OR NEW.project_id <> OLD.project_id OR (OLD.status = 'closed' AND NEW.status <> 'closed') THEN
+        -- The foreign key takes this lock, too, but only after this trigger, and says nothing of the status.
+        SELECT p.status = 'closed' INTO closed FROM projects p WHERE p.id = NEW.project_id FOR KEY SHARE;
+        IF closed THEN
+            RAISE EXCEPTION 'project % is closed', NEW.project_id
+                USING ERRCODE = 'L0003', DETAIL = NEW.project_id, HINT = 'Reopen it: UPDATE projects SET status = ''reopened''.';
+        END IF;
+    END IF;
+    IF TG_OP = 'UPDATE' AND OLD.fencing_token IS NOT NULL
+       AND (NEW.status, NEW.assigned_to) IS DISTINCT FROM (OLD.status, OLD.assigned_to) THEN
+        IF NEW.status = OLD.status THEN
+            NEW.status := 'open';
+        ELSIF NEW.status <> 'closed' AND NEW.assigned_to = OLD.assigned_to THEN
+            NEW.assigned_to := NULL;
+        END IF;
+        IF OLD.lease_expires_at <= clock_timestamp() AND NEW.attempts = OLD.attempts THEN -- it had, and nobody had noticed
+            NEW.attempts := NEW.attempts + 1;
+        END IF;
+        NEW.fencing_token := NULL;
+        NEW.claimed_at := NULL;
+        NEW.lease_seconds := NULL;
+        NEW.lease_expires_at := NULL;
+    END IF;
+    IF TG_OP = 'INSERT' OR NEW.status <> OLD.status THEN
+        NEW.closed_at := CASE WHEN NEW.status = 'closed' THEN COALESCE(NEW.closed_at, clock_timestamp()) END;
+        NEW.not_before := NULL;
+        IF NEW.status <> 'closed' THEN
+            NEW.close_reason := NULL;
+        END IF;
+        IF TG_OP = 'UPDATE' AND OLD.status = 'blocked' THEN
+            NEW.blocked_reason := NULL;
+            NEW.attempts := 0;
+            NEW.failures := 0;
+        END IF;
+    END IF;
+    IF NEW.assigned_to IS NOT NULL
+       AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to OR (OLD.status = 'closed' AND NEW.status <> 'closed')) THEN
+        PERFORM 1 FROM agents WHERE id = NEW.assigned_to FOR KEY SHARE;
+        IF NOT FOUND AND TG_OP = 'UPDATE' AND NEW.assigned_to = OLD.assigned_to THEN
+            NEW.assigned_to := NULL; -- reopened, and who closed it is gone
+        ELSIF NOT FOUND THEN
+            PERFORM raise_unknown('assigned_to', NEW.assigned_to);
+        END IF;
+    END IF;
+    IF NEW.blocked_by <> COALESCE(OLD.blocked_by, '{}') THEN
+        PERFORM lock_bead_graph(true);
+        NEW.blocked_by := ARRAY(SELECT b FROM unnest(NEW.blocked_by) WITH ORDINALITY AS u (b, n) GROUP BY b ORDER BY min(n));
+        SELECT count(*) FILTER (WHERE locked.status <> 'closed') INTO NEW.open_blockers
+          FROM (SELECT status FROM beads WHERE id = ANY (NEW.blocked_by) AND id <> NEW.id ORDER BY id FOR SHARE) AS locked;
+        -- What is there now stays until we commit.
+        SELECT b INTO missing FROM unnest(NEW.blocked_by) AS b
+         WHERE b <> NEW.id AND NOT EXISTS (SELECT 1 FROM beads WHERE id = b);
+        IF FOUND THEN
+            PERFORM raise_unknown('blocked_by', missing);
+        END IF;
+    END IF;
+    -- No CHECK, which would cost the functions for claims 4 % and find nothing.
+    IF num_nulls(NEW.fencing_token, NEW.claimed_at, NEW.lease_seconds, NEW.lease_expires_at) NOT IN (0, 4)
+       OR (NEW.fencing_token IS NOT NULL AND (NEW.status <> 'in_progress' OR NEW.assigned_to IS NULL)) THEN
+        RAISE EXCEPTION 'half a claim: to end one, change status or assigned_to' USING ERRCODE = '23514';
+    END IF;
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_bead_inserted ON beads;
+CREATE TRIGGER a_bead_inserted BEFORE INSERT ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_written();
+DROP TRIGGER IF EXISTS a_bead_updated ON beads;
+CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, project_id, assigned_to, blocked_by, fencing_token, claimed_at,
+                                               lease_seconds, lease_expires_at ON beads FOR EACH ROW
+    WHEN (OLD.version = NEW.version) EXECUTE FUNCTION on_bead_written();
+
+CREATE OR REPLACE FUNCTION on_bead_blockers_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM bead_blockers WHERE bead_id = NEW.id AND blocker_id = ANY (CASE WHEN TG_OP = 'UPDATE' THEN OLD.blocked_by END)
+        AND blocker_id <> ALL (NEW.blocked_by);
+    INSERT INTO bead_blockers (bead_id, blocker_id) SELECT NEW.id, unnest(NEW.blocked_by) ON CONFLICT DO NOTHING;
+    IF TG_OP = 'UPDATE' OR NEW.parent IS NOT NULL OR NEW.id = ANY (NEW.blocked_by) THEN
+        PERFORM check_bead_cycle(NEW.id);
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS bead_inserted_with_blockers ON beads;
+CREATE TRIGGER bead_inserted_with_blockers AFTER INSERT ON beads FOR EACH ROW
+    WHEN (NEW.blocked_by <> '{}') EXECUTE FUNCTION on_bead_blockers_changed();
+DROP TRIGGER IF EXISTS bead_blockers_changed ON beads;
+CREATE TRIGGER bead_blockers_changed AFTER UPDATE OF blocked_by ON beads FOR EACH ROW
+    WHEN (NEW.blocked_by <> OLD.blocked_by) EXECUTE FUNCTION on_bead_blockers_changed();
+
+-- The counters of those that wait for a bead, when it is closed, reopened, moved or gone; and its claim, if it ended. One trigger for
+-- both, with a short condition: each is read and compiled anew by each UPDATE.
+CREATE OR REPLACE FUNCTION on_bead_turned() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    me text := CASE TG_OP WHEN 'DELETE' THEN OLD.id ELSE NEW.id END;
+    was_open boolean := TG_OP <> 'INSERT' AND OLD.status <> 'closed';
+    is_open boolean := TG_OP <> 'DELETE' AND NEW.status <> 'closed';
+    old_parent text := CASE WHEN was_open THEN OLD.parent END;
+    new_parent text := CASE WHEN is_open THEN NEW.parent END;
+    turned boolean := TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND was_open <> is_open);
+BEGIN
+    IF TG_OP <> 'UPDATE' OR turned OR OLD.parent IS DISTINCT FROM NEW.parent THEN
+        -- Their rows first, in one order, and only then who waits: one that was waited for here may wait for others by now.
+        PERFORM 1 FROM beads WHERE id IN (
+            SELECT bead_id FROM bead_blockers WHERE turned AND blocker_id = me UNION ALL SELECT unnest(ARRAY[old_parent, new_parent]))
+          ORDER BY id FOR NO KEY UPDATE;
+        IF FOUND AND TG_OP = 'DELETE' THEN
+            UPDATE beads SET blocked_by = array_remove(blocked_by, me)
+             WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = me);
+        ELSIF FOUND AND turned THEN
+            UPDATE beads SET open_blockers = open_blockers + CASE WHEN is_open THEN 1 ELSE -1 END
+             WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = me);
+        END IF;
+        IF old_parent IS DISTINCT FROM new_parent THEN
+            UPDATE beads SET open_children = open_children - 1 WHERE id = old_parent;
+            UPDATE beads SET open_children = open_children + 1 WHERE id = new_parent;
+        END IF;
+        IF TG_OP = 'DELETE' THEN
+            DELETE FROM bead_blockers WHERE blocker_id = ANY (OLD.blocked_by) AND bead_id = me;
+        ELSIF NEW.parent IS NOT NULL AND (NEW.parent = me OR (TG_OP = 'UPDATE' AND NEW.parent IS DISTINCT FROM OLD.parent)) THEN
+            PERFORM check_bead_cycle(NEW.parent);
+        END IF;
+    END IF;
+    IF TG_OP <> 'INSERT' AND OLD.fencing_token <> COALESCE(CASE TG_OP WHEN 'UPDATE' THEN NEW.fencing_token END, 0) THEN
+        PERFORM note_claim_ended(OLD, CASE WHEN TG_OP = 'UPDATE' AND NEW.attempts > OLD.attempts
+                                            AND OLD.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'changed' END);
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS bead_inserted_with_parent ON beads;
+CREATE TRIGGER bead_inserted_with_parent AFTER INSERT ON beads FOR EACH ROW
+    WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION on_bead_turned();
+DROP TRIGGER IF EXISTS bead_turned ON beads;
+CREATE TRIGGER bead_turned AFTER UPDATE ON beads FOR EACH ROW
+    WHEN (OLD.claimed_at IS NOT NULL OR NEW.claimed_at IS NULL) -- not for a new claim
+    EXECUTE FUNCTION on_bead_turned();
+DROP TRIGGER IF EXISTS bead_deleted ON beads;
+CREATE TRIGGER bead_deleted AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_turned();
+
+-- By hand, too, the graph is locked before the rows.
+CREATE OR REPLACE FUNCTION on_beads_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM lock_bead_graph(true);
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS beads_deleted ON beads;
+CREATE TRIGGER beads_deleted BEFORE DELETE ON beads FOR EACH STATEMENT EXECUTE FUNCTION on_beads_deleted();
+
+-- Creates beads, all or none. given: with ids and their `place` in the answer, in an order in which each comes after those that
+-- it is blocked by; `blocks` and `children` name only beads that are there already. outcome: 'created', 'taken' (detail: the
+-- id), 'lock-held' (detail: the grant).
+CREATE OR REPLACE FUNCTION create_beads(given jsonb, fences jsonb, OUT outcome text, OUT entities jsonb, OUT detail jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+    made text[] := ARRAY(SELECT it ->> 'id' FROM jsonb_array_elements(given) AS it);
+    linked jsonb := (SELECT COALESCE(jsonb_agg(jsonb_build_object(
+                           'field', field, 'bead', it -> 'id', 'other', other, 'place', it -> 'place')), '[]')
+                       FROM jsonb_array_elements(given) AS it CROSS JOIN unnest('{blocks, children}'::text[]) AS field
+                       CROSS JOIN jsonb_array_elements_text(it -> field) AS other);
+    others text[] := ARRAY(SELECT DISTINCT x ->> 'other' FROM jsonb_array_elements(linked) AS x);
+    held distributed_locks := enter_names(ARRAY(
+        SELECT 'bead:' || o FROM unnest(others) AS o
+        UNION ALL SELECT 'agent:' || (it ->> 'assigned_to') FROM jsonb_array_elements(given) AS it), fences);
+    names text;
+    values_given text;
+    missing record;
+BEGIN
+    IF held.lock_name IS NULL THEN -- the names of new beads are only looked at: nobody else can be at what is not there
+        SELECT l.* INTO held FROM distributed_locks l
+         WHERE l.lock_name = ANY (ARRAY(SELECT 'bead:' || m FROM unnest(made) AS m)) AND l.expires_at > clock_timestamp()
+           AND NOT COALESCE(fences ? l.lock_name, false) LIMIT 1;
+    END IF;
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    PERFORM lock_bead_graph(true);
+    PERFORM lock_beads(NULL, others || ARRAY(
+        SELECT it ->> 'parent' FROM jsonb_array_elements(given) AS it
+        UNION ALL SELECT jsonb_array_elements_text(it -> 'blocked_by') FROM jsonb_array_elements(given) AS it), false);
+    SELECT to_jsonb(b.id) INTO detail FROM beads b WHERE b.id = ANY (made) LIMIT 1;
+    IF FOUND THEN
+        outcome := 'taken';
+        RETURN;
+    END IF;
+    SELECT x ->> 'field' AS field, x ->> 'other' AS id INTO missing FROM jsonb_array_elements(linked) AS x
+     WHERE NOT EXISTS (SELECT 1 FROM beads b WHERE b.id = x ->> 'other') LIMIT 1;
+    IF FOUND THEN
+        PERFORM raise_unknown(missing.field, missing.id);
+    END IF;
+
+    PERFORM set_config('loom.cycles', 'later', true);
+    -- In one statement, so that parents may come after their children. Absent keys get their columns' defaults.
+    SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum),
+           string_agg(format('COALESCE(r.%I, %s)', a.attname, COALESCE(pg_get_expr(d.adbin, d.adrelid), 'NULL')), ', ' ORDER BY a.attnum)
+      INTO names, values_given
+      FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
+     WHERE a.attrelid = 'beads'::regclass AND a.attnum > 0 AND NOT a.attisdropped;
+    EXECUTE format('INSERT INTO beads (%s) SELECT %s FROM jsonb_array_elements($1) WITH ORDINALITY AS g (it, n)'
+                   ' CROSS JOIN LATERAL jsonb_populate_record(NULL::beads, g.it) AS r ORDER BY g.n', names, values_given)
+      USING (SELECT jsonb_agg(g.it || jsonb_build_object('created_at', w.at, 'updated_at', w.at) ORDER BY g.n)
+               FROM jsonb_array_elements(given) WITH ORDINALITY AS g (it, n)
+               CROSS JOIN LATERAL (SELECT t + (g.it ->> 'place')::int * INTERVAL '1 us' AS at) AS w);
+    UPDATE beads b SET blocked_by = b.blocked_by || l.added
+      FROM (SELECT x ->> 'other' AS other, array_agg(x ->> 'bead' ORDER BY (x ->> 'place')::int) AS added
+              FROM jsonb_array_elements(linked) AS x
+             WHERE x ->> 'field' = 'blocks' GROUP BY 1) AS l WHERE b.id = l.other;
+    UPDATE beads b SET parent = x ->> 'bead' FROM jsonb_array_elements(linked) AS x
+     WHERE x ->> 'field' = 'children' AND b.id = x ->> 'other';
+    PERFORM set_config('loom.cycles', '', true);
+    -- A cycle of new beads by blocked_by alone would have no order; another one leads to a new bead from what is waiting for it
+    -- already, or from its parent.
+    PERFORM check_bead_cycle(b.id) FROM beads b
+      WHERE b.id = ANY (made) AND (b.parent IS NOT NULL OR linked @> jsonb_build_array(jsonb_build_object('bead', b.id)));
+    outcome := 'created';
+    SELECT jsonb_agg(as_json(b) ORDER BY b.created_at) INTO entities FROM beads b WHERE b.id = ANY (made);
+END $$;
+
+CREATE OR REPLACE FUNCTION open_children_of(bead text) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT to_jsonb(ARRAY(SELECT c.id FROM beads c WHERE c.parent = bead AND c.status <> 'closed' ORDER BY c.id));
+$$;

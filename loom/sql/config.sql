@@ -1,0 +1,50 @@
+-- Shared configuration.
+
+CREATE OR REPLACE FUNCTION on_config_written() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.value := COALESCE(NEW.value, 'null'); -- JSON's null is a value, too
+    IF NOT answerable(NEW.value) THEN
+        RAISE EXCEPTION 'holds a number beyond 1.797e308, or is nested deeper than 100 levels'
+            USING ERRCODE = '23514', COLUMN = NEW.key;
+    ELSIF octet_length(NEW.value::text) > 65536 THEN -- as it is answered: 1e300 has 301 digits there
+        RAISE EXCEPTION 'must have at most 64 KiB' USING ERRCODE = '23514', COLUMN = NEW.key;
+    END IF;
+    NEW.updated_by := COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user);
+    RETURN NEW;
+END $$;
+DROP TRIGGER IF EXISTS a_config_written ON config;
+CREATE TRIGGER a_config_written BEFORE INSERT OR UPDATE OF value ON config FOR EACH ROW
+    EXECUTE FUNCTION on_config_written();
+
+CREATE OR REPLACE FUNCTION on_config_grown() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF (SELECT count(*) > 1000 OR sum(octet_length(value::text)) > 1048576 FROM config) THEN
+        RAISE EXCEPTION 'no room: all keys together are at most 1000, and their values 1 MiB'
+            USING ERRCODE = '23514', COLUMN = 'value';
+    END IF;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS config_grown ON config;
+CREATE TRIGGER config_grown AFTER INSERT OR UPDATE ON config FOR EACH STATEMENT EXECUTE FUNCTION on_config_grown();
+
+-- A shared setting that is a whole number from 1 to 1000; or else the fallback, as for one put there by hand that is none.
+CREATE OR REPLACE FUNCTION setting(name text, fallback integer) RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT COALESCE((SELECT (value #>> '{}')::integer FROM config
+                      WHERE key = name AND value::text ~ '^([1-9][0-9]{0,2}|1000)$'), fallback);
+$$;
+
+-- Sets shared values, key -> value, all or none; one that is as it was makes no version. outcome: 'shared', 'lock-held'
+-- (detail: the grant).
+CREATE OR REPLACE FUNCTION share_values(given jsonb, fences jsonb, OUT outcome text, OUT detail jsonb) LANGUAGE plpgsql AS $$
+DECLARE
+    held distributed_locks := enter_names(ARRAY(SELECT 'config:' || k FROM jsonb_object_keys(given) AS k), fences);
+BEGIN
+    IF held.lock_name IS NOT NULL THEN
+        outcome := 'lock-held';
+        detail := to_jsonb(held);
+        RETURN;
+    END IF;
+    INSERT INTO config AS c (key, value) SELECT g.key, g.value FROM jsonb_each(given) AS g ORDER BY g.key COLLATE "C"
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE c.value <> excluded.value;
+    outcome := 'shared';
+END $$;

@@ -1,0 +1,137 @@
+-- Events: one per version of an entity, and the order in which a reader sees them.
+
+-- Numbers what has been committed, in the order of insertion, at most so much at a time; returns how many. Whoever reads
+-- calls it first, in a transaction that has not written; if another is at it, that will do. The order is the promise: the
+-- lock, and then each statement sees what all who had the lock before have committed. One entity's later version is seen
+-- only together with the earlier ones.
+CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
+DECLARE
+    set_back boolean;
+    greatest_id bigint;
+    oldest_running bigint;
+    n integer;
+BEGIN
+    -- Ours must be greater than the xid of whoever has inserted into a gap: from a snapshot's xmax, that of a transaction
+    -- that runs cannot be told.
+    IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(hashtextextended('loom:events', 0)) THEN
+        RETURN 0;
+    END IF;
+    set_back := (SELECT fencing_identity FROM cluster) IS DISTINCT FROM fencing_identity_now();
+    IF set_back THEN
+        PERFORM compare_fencing_identity(); -- lifts what must not repeat itself, ids of events included
+        UPDATE event_gaps SET xid = NULL; -- of another server, perhaps
+    END IF;
+    SELECT GREATEST((SELECT max(id) FROM event_numbers), events_forgotten, fencing_base) INTO greatest_id FROM cluster;
+    oldest_running := txid_snapshot_xmin(txid_current_snapshot());
+    WITH fresh AS MATERIALIZED (
+        SELECT e.place, g.first, g.last FROM event_gaps g
+         CROSS JOIN LATERAL (SELECT place FROM events WHERE place BETWEEN g.first AND g.last ORDER BY place LIMIT most) AS e
+         ORDER BY e.place LIMIT most),
+    numbered AS (
+        INSERT INTO event_numbers (id, place) SELECT greatest_id + row_number() OVER (ORDER BY place), place FROM fresh
+            ON CONFLICT (place) DO NOTHING), -- rows may have been restored without event_gaps
+    filled AS (
+        DELETE FROM event_gaps g USING (SELECT DISTINCT first, last FROM fresh) AS f WHERE (g.first, g.last) = (f.first, f.last)),
+    split AS (
+        INSERT INTO event_gaps
+            SELECT r.first, r.last, CASE WHEN NOT set_back THEN txid_current() END
+              FROM (SELECT COALESCE(lag(place) OVER (PARTITION BY first, last ORDER BY place) + 1, first) AS first, place - 1 AS last
+                      FROM fresh
+                    UNION ALL SELECT max(place) + 1, last FROM fresh GROUP BY first, last) AS r
+             WHERE r.first <= r.last)
+    SELECT count(*) INTO n FROM fresh;
+    IF n < most AND NOT set_back THEN
+        UPDATE event_gaps SET xid = txid_current() WHERE xid IS NULL AND last < 9223372036854775807;
+        -- Of these all transactions had ended before the numbering looked.
+        DELETE FROM event_gaps WHERE xid <= oldest_running AND last < 9223372036854775807;
+    END IF;
+    RETURN n;
+END $$;
+
+-- What is deleted, by retention or by hand, is remembered: its ids are not given again.
+CREATE OR REPLACE FUNCTION on_events_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    forgotten bigint;
+BEGIN
+    WITH gone AS (DELETE FROM event_numbers n USING deleted d WHERE n.place = d.place RETURNING n.id)
+    SELECT max(id) INTO forgotten FROM gone;
+    UPDATE cluster SET events_forgotten = forgotten WHERE events_forgotten < forgotten;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS events_deleted ON events;
+CREATE TRIGGER events_deleted AFTER DELETE ON events REFERENCING OLD TABLE AS deleted
+    FOR EACH STATEMENT EXECUTE FUNCTION on_events_deleted();
+
+CREATE OR REPLACE FUNCTION on_events_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE cluster SET events_forgotten = GREATEST(events_forgotten, (SELECT max(id) FROM event_numbers));
+    TRUNCATE event_numbers, event_gaps;
+    INSERT INTO event_gaps VALUES (1, 9223372036854775807);
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS events_truncated ON events;
+CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXECUTE FUNCTION on_events_truncated();
+
+-- Who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request, and that no client can
+-- choose (Loom-Proxy-Request-ID). A proxy that lost the answer to a write sends it once more with the same id: what that id
+-- made, in events and grants, is then answered as the first time.
+CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
+            set_config('loom.instance_id', COALESCE(instance::text, ''), true),
+            set_config('loom.request_id', COALESCE(request, ''), true),
+            set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true);
+END $$;
+
+-- The types are those of the original.
+CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT kind || '.' || CASE
+        WHEN op = 'DELETE' THEN 'deleted'
+        WHEN kind = 'config' THEN 'updated'
+        WHEN op = 'INSERT' THEN CASE kind WHEN 'agent' THEN 'spawned' WHEN 'provider' THEN 'registered' ELSE 'created' END
+        WHEN kind = 'bead' AND becomes ->> 'status' = 'closed' AND was ->> 'status' <> 'closed' THEN 'completed'
+        WHEN kind = 'bead' AND becomes ->> 'assigned_to' <> COALESCE(was ->> 'assigned_to', '') THEN 'assigned'
+        WHEN kind IN ('bead', 'agent') AND becomes ->> 'status' <> was ->> 'status' THEN 'status_change'
+        ELSE 'updated' END;
+$$;
+
+-- The version and the event of a change. Arguments: the kind, and the columns that have no version.
+CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
+DECLARE
+    kind text := TG_ARGV[0];
+    silent text[] := TG_ARGV[1]::text[];
+    was jsonb := '{}';
+    becomes jsonb := '{}';
+    entity jsonb;
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        NEW.version := OLD.version + 1;
+        NEW.updated_at := clock_timestamp();
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        was := to_jsonb(OLD);
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        becomes := to_jsonb(NEW);
+    END IF;
+    entity := was || becomes;
+    INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes) VALUES (
+        event_type(kind, TG_OP, was, becomes), kind, COALESCE(entity ->> 'id', entity ->> 'key'),
+        (entity ->> 'version')::bigint + (TG_OP = 'DELETE')::int,
+        CASE kind WHEN 'project' THEN entity ->> 'id' ELSE entity ->> 'project_id' END,
+        CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END,
+        (SELECT COALESCE(jsonb_object_agg(e.key, e.value), '{}') FROM jsonb_each(becomes) AS e
+          WHERE e.value IS DISTINCT FROM COALESCE(was -> e.key, 'null') AND e.key <> ALL (silent)));
+    RETURN NEW;
+END $$;
+
+-- What has changed of an entity since a version, and who did it; NULL when the events of that time are gone.
+CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, until bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN count(DISTINCT e.version) = until - since THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place)
+           FILTER (WHERE c.field IS NOT NULL), '{}') END
+      FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
+     WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
+       AND e.place > COALESCE( -- its creation: before, the id may have been another's
+           (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);
+$$;

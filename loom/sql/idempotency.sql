@@ -1,0 +1,18 @@
+-- Idempotency keys.
+
+-- The answer that a request with this scope got, if there is one. Its twins cannot look until our transaction ends: one
+-- in flight is waited for with `wait`, else told. The lock first, then a look with a new snapshot: in one statement the
+-- look would miss an answer that was committed in between.
+CREATE OR REPLACE FUNCTION find_answer(wanted uuid, wait boolean)
+RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
+        IF NOT wait THEN
+            RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
+            RETURN;
+        END IF;
+        PERFORM pg_advisory_xact_lock(hashtextextended(wanted::text, 0));
+    END IF;
+    RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k WHERE k.scope = wanted;
+END $$;

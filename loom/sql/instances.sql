@@ -1,0 +1,60 @@
+-- Instances: heartbeats, outages, and what ends with an instance.
+
+-- When everybody has been silent for three heartbeats, it is the database that was away, not they.
+CREATE OR REPLACE FUNCTION note_outage() RETURNS void LANGUAGE sql AS $$
+    UPDATE cluster SET outage_ended_at = clock_timestamp()
+     WHERE (SELECT max(last_heartbeat) FROM instances WHERE status <> 'dead') < clock_timestamp() - INTERVAL '15 seconds';
+$$;
+
+CREATE OR REPLACE FUNCTION register_instance(id uuid, host text, about jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM note_outage();
+    INSERT INTO instances (instance_id, hostname, metadata) VALUES (id, host, about);
+END $$;
+
+-- False: removed or declared dead. The caller takes a new identity; nothing brings a row back to life.
+CREATE OR REPLACE FUNCTION heartbeat_instance(id uuid, new_status text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM note_outage();
+    UPDATE instances SET last_heartbeat = clock_timestamp(), status = new_status
+     WHERE instance_id = id AND status <> 'dead';
+    RETURN FOUND;
+END $$;
+
+-- Whether a missed heartbeat means anything: not in the first minute after the database came back.
+CREATE OR REPLACE FUNCTION heartbeats_count() RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT GREATEST(pg_postmaster_start_time(), (SELECT outage_ended_at FROM cluster))
+           < clock_timestamp() - INTERVAL '60 seconds';
+$$;
+
+CREATE OR REPLACE FUNCTION instance_status(status text, last_heartbeat timestamptz) RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN last_heartbeat < clock_timestamp() - INTERVAL '60 seconds' AND heartbeats_count()
+                THEN 'dead' ELSE status END;
+$$;
+
+-- What an instance holds for itself ends with it.
+CREATE OR REPLACE FUNCTION end_grants_of_instance(id uuid, how text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('loom.ended_how', how, true);
+    DELETE FROM distributed_locks WHERE owner = 'instance:' || id AND expires_at > clock_timestamp();
+    PERFORM set_config('loom.ended_how', '', true);
+END $$;
+
+CREATE OR REPLACE FUNCTION on_instance_ended() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM end_grants_of_instance(OLD.instance_id, 'owner-died');
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS instance_deleted ON instances;
+CREATE TRIGGER instance_deleted AFTER DELETE ON instances FOR EACH ROW EXECUTE FUNCTION on_instance_ended();
+DROP TRIGGER IF EXISTS instance_died ON instances;
+CREATE TRIGGER instance_died AFTER UPDATE OF status ON instances FOR EACH ROW
+    WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_instance_ended();
+
+CREATE OR REPLACE FUNCTION leave_instance(id uuid) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    -- Its row first, as the trigger of one that is declared dead has it: two orders would deadlock.
+    PERFORM 1 FROM instances WHERE instance_id = id FOR UPDATE;
+    PERFORM end_grants_of_instance(id, 'released');
+    DELETE FROM instances WHERE instance_id = id;
+END $$;

@@ -1,0 +1,218 @@
+-- Locks: acquire, wait, renew, release, fence; the automatic locks of changes.
+
+-- How a grant ended. Who ends one on purpose, and in time, says so in two settings of its transaction; a row deleted or
+-- truncated by hand says nothing, and a grant that had expired has expired, whoever cleans it up.
+CREATE OR REPLACE FUNCTION end_grant(g distributed_locks) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+BEGIN
+    INSERT INTO grants VALUES (
+        g.lock_name, g.instance_id, g.owner, g.fencing_token, g.acquired_at, g.expires_at, g.heartbeat_at, g.metadata,
+        LEAST(t, g.expires_at),
+        COALESCE(NULLIF(current_setting('loom.ended_how', true), ''),
+                 CASE WHEN g.expires_at <= t THEN 'expired' ELSE 'forced' END),
+        NULLIF(current_setting('loom.reason', true), ''));
+END $$;
+
+-- A grant ends when its row is deleted, or when the next grant takes the row over.
+CREATE OR REPLACE FUNCTION on_grant_ended() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM end_grant(OLD);
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS grant_ended ON distributed_locks;
+CREATE TRIGGER grant_ended AFTER DELETE OR UPDATE OF fencing_token ON distributed_locks FOR EACH ROW
+    EXECUTE FUNCTION on_grant_ended();
+
+CREATE OR REPLACE FUNCTION on_locks_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM end_grant(l) FROM distributed_locks l;
+    RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS locks_truncated ON distributed_locks;
+CREATE TRIGGER locks_truncated BEFORE TRUNCATE ON distributed_locks FOR EACH STATEMENT EXECUTE FUNCTION on_locks_truncated();
+
+-- Takes the lock if it is free and no waiter comes before us. The order is the promise: name, row, only then the clock.
+-- outcome: 'new' grant; 'same': the grant that this owner already holds, extended; 'held' by another, whose grant is
+-- answered; 'promised' to a waiter. A refused caller writes nothing to the row, and waits for nobody.
+CREATE OR REPLACE FUNCTION acquire_lock(name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
+RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
+               acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    held distributed_locks;
+    first text;
+    t timestamptz;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
+    IF held.owner = new_owner THEN
+        -- NO KEY UPDATE, as in a renewal: it does not wait for the transactions that this grant fences.
+        SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR NO KEY UPDATE;
+    END IF;
+    t := clock_timestamp();
+
+    IF held.owner = new_owner AND held.expires_at > t THEN
+        RETURN QUERY
+            UPDATE distributed_locks AS l
+               SET expires_at = GREATEST(l.expires_at, t + ttl), heartbeat_at = t, metadata = COALESCE(about, l.metadata)
+             WHERE l.lock_name = name
+            RETURNING 'same', 0::bigint, l.*;
+        RETURN;
+    END IF;
+
+    IF held.expires_at > t THEN
+        outcome := 'held';
+    ELSE
+        SELECT w.owner INTO first FROM lock_waiters w
+         WHERE w.lock_name = name AND keeps_place(w.asked_at, t) ORDER BY w.place LIMIT 1;
+        -- An expired row is taken FOR UPDATE: the upsert's own row lock would not conflict with the KEY SHARE of
+        -- loom_fence(). While a transaction that the grant fences is running, the lock is still held.
+        IF first <> new_owner THEN
+            outcome := 'promised';
+            held := NULL;
+        ELSIF held.lock_name IS NOT NULL AND NOT EXISTS (
+            SELECT 1 FROM distributed_locks l WHERE l.lock_name = name FOR UPDATE SKIP LOCKED) THEN
+            outcome := 'held';
+        ELSE
+            IF first IS NOT NULL THEN
+                DELETE FROM lock_waiters w WHERE w.lock_name = name AND w.owner = new_owner;
+            END IF;
+            t := clock_timestamp();
+            RETURN QUERY
+                INSERT INTO distributed_locks AS l
+                VALUES (name, instance, new_owner, next_fencing_token(), t, t + ttl, t, COALESCE(about, '{}'))
+                    ON CONFLICT ON CONSTRAINT distributed_locks_pkey DO UPDATE
+                   SET (instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata)
+                     = (excluded.instance_id, excluded.owner, excluded.fencing_token, excluded.acquired_at,
+                        excluded.expires_at, excluded.heartbeat_at, excluded.metadata)
+                 WHERE l.expires_at <= excluded.acquired_at
+                RETURNING 'new', 0::bigint, l.*;
+            RETURN;
+        END IF;
+    END IF;
+
+    IF wait THEN
+        -- A place that lapsed is lost: its owner stands at the end again.
+        INSERT INTO lock_waiters AS w (lock_name, owner, asked_at) VALUES (name, new_owner, t)
+            ON CONFLICT ON CONSTRAINT lock_waiters_pkey DO UPDATE
+               SET asked_at = t,
+                   place = CASE WHEN keeps_place(w.asked_at, t) THEN w.place ELSE excluded.place END;
+    END IF;
+    SELECT count(*) INTO waiting FROM lock_waiters w WHERE w.lock_name = name AND keeps_place(w.asked_at, t);
+    RETURN QUERY SELECT outcome, waiting, held.*;
+END $$;
+
+-- One poll for all requests that wait in one worker: keeps their places, and returns those that are first in line for a
+-- lock that is free. It grants nothing and waits for nobody: each of them then asks by acquire_lock(). A lock that has
+-- expired is not free while a transaction that it fences is still running.
+CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[]) RETURNS TABLE (lock_name text, owner text)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    t timestamptz := clock_timestamp();
+BEGIN
+    -- A place is written at most every half second. One owner may wait in two requests.
+    INSERT INTO lock_waiters AS w (lock_name, owner, asked_at)
+        SELECT DISTINCT m.name, m.owner, t FROM unnest(names, owners) AS m (name, owner)
+         WHERE NOT EXISTS (SELECT 1 FROM lock_waiters x WHERE x.lock_name = m.name AND x.owner = m.owner
+                              AND x.asked_at > t - INTERVAL '0.5 seconds')
+         ORDER BY m.name, m.owner
+        ON CONFLICT ON CONSTRAINT lock_waiters_pkey DO UPDATE
+           SET asked_at = t,
+               place = CASE WHEN keeps_place(w.asked_at, t) THEN w.place ELSE excluded.place END;
+
+    RETURN QUERY
+        WITH wanted AS MATERIALIZED (
+            SELECT DISTINCT n.name COLLATE "C" AS name FROM unnest(names) AS n (name)),
+        expired AS MATERIALIZED (
+            SELECT l.lock_name FROM distributed_locks l
+             WHERE l.lock_name IN (SELECT name FROM wanted) AND l.expires_at <= t FOR UPDATE SKIP LOCKED)
+        SELECT wanted.name, first.owner FROM wanted
+         CROSS JOIN LATERAL (SELECT w.owner FROM lock_waiters w
+                              WHERE w.lock_name = wanted.name AND keeps_place(w.asked_at, t)
+                              ORDER BY w.place LIMIT 1) AS first
+         WHERE NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = wanted.name)
+            OR EXISTS (SELECT 1 FROM expired e WHERE e.lock_name = wanted.name);
+END $$;
+
+-- Never inserts, never revives; never shortens with `extend`. The order is the promise: name, row, only then the clock (an
+-- UPDATE that waits for the row after reading the clock revives a lock that ended meanwhile).
+CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, extend boolean) RETURNS SETOF distributed_locks
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR NO KEY UPDATE;
+    RETURN QUERY
+        UPDATE distributed_locks SET expires_at = GREATEST(CASE WHEN extend THEN expires_at END, clock_timestamp() + ttl),
+                                     heartbeat_at = clock_timestamp()
+         WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp()
+        RETURNING *;
+END $$;
+
+-- Ends one grant, if it still is one. how: 'released' by its holder, 'forced' by an operator who says why.
+CREATE OR REPLACE FUNCTION release_lock(name text, token bigint, how text, why text) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    done boolean;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR UPDATE;
+    PERFORM set_config('loom.ended_how', how, true), set_config('loom.reason', COALESCE(why, ''), true);
+    DELETE FROM distributed_locks
+     WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp();
+    done := FOUND;
+    PERFORM set_config('loom.ended_how', '', true), set_config('loom.reason', '', true);
+    RETURN done;
+END $$;
+
+-- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
+-- keeps its row locked until commit, so that no later grant can be made, nor its holder write, before this commits.
+CREATE OR REPLACE FUNCTION loom_fence(name text, token bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    ends timestamptz;
+BEGIN
+    IF current_setting('transaction_isolation') = 'read committed' THEN
+        -- Whoever takes the lock or deletes its row waits for this; its holder's renewals do not.
+        SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
+    ELSE
+        -- An older snapshot must not hide a changed end: 40001 after a renewal, and the caller tries again.
+        SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
+    END IF;
+    IF ends IS NULL OR ends <= clock_timestamp() THEN
+        RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001', DETAIL = name;
+    END IF;
+END $$;
+
+-- Enters a change: takes the names of what it changes, in order, and fences it by the grants that the request presents.
+-- Returns a grant that holds one of the names from outside, if there is one.
+CREATE OR REPLACE FUNCTION enter_names(names text[], fences jsonb) RETURNS distributed_locks LANGUAGE plpgsql AS $$
+DECLARE
+    name text;
+    held distributed_locks;
+BEGIN
+    FOR name IN SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n WHERE n IS NOT NULL ORDER BY 1 LOOP
+        PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+        IF fences IS NULL OR NOT fences ? name THEN
+            SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp();
+            IF FOUND THEN
+                RETURN held;
+            END IF;
+        END IF;
+    END LOOP;
+    IF fences IS NOT NULL THEN
+        PERFORM loom_fence(f.key, f.value::bigint) FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- Takes the name of a change, for who has rows already and must not wait. False when others are at it or hold it from
+-- outside; a look in the same statement as the lock would miss a grant that was made in between.
+CREATE OR REPLACE FUNCTION try_name(name text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(name, 0)) THEN
+        RETURN false;
+    END IF;
+    RETURN NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp());
+END $$;
