@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+BY_TYPE: dict[str, type[Error]] = {}
+
 
 class Error(Exception):
     """Something went wrong on our side."""
@@ -17,6 +19,7 @@ class Error(Exception):
     def __init_subclass__(cls) -> None:
         """A class's `type` is its own name in small letters: LockHeld is lock-held."""
         cls.type = cls.__dict__.get("type") or re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+        BY_TYPE.setdefault(cls.type, cls)
 
     def __init__(self, detail: str | None = None, **members: Any) -> None:
         """`detail` says what happened this time; `members` are what the case needs, as they stand in the answer."""

@@ -20,7 +20,7 @@ import psycopg2
 import psycopg2.extensions as pgx
 import psycopg2.extras
 
-from loom import errors
+from loom import errors, refusals
 
 Row = dict[str, Any]
 Time = Annotated[datetime, msgspec.Meta(tz=True)]  # as the database gives it
@@ -59,12 +59,14 @@ _CLASSES: dict[str, type[errors.Error]] = {
     "22": errors.Invalid,  # data exception
     "23": errors.Invalid,  # a constraint
     "23505": errors.Conflict,  # unique
-    "L0001": errors.LockLost,  # loom_fence
 }
 
 
 def translate(exc: psycopg2.Error) -> errors.Error:
     """Our error for one of PostgreSQL's. The text of a fault of ours is for the log, not for the caller."""
+    refused = refusals.raised(exc)
+    if refused is not None:
+        return refused
     state = exc.pgcode or ""
     kind = _CLASSES.get(state) or _CLASSES.get(state[:2])
     if kind is None:

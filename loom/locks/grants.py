@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import psycopg2
 
-from loom import db, errors
+from loom import db, errors, refusals
 from loom.db import Connection, Time
 
 COLUMNS = "lock_name, owner, instance_id, fencing_token, acquired_at, expires_at, heartbeat_at, metadata"
@@ -124,9 +124,7 @@ def check(conn: Connection, name: str, token: int) -> None:
     try:
         db.run(conn, "SELECT loom_fence(%(name)s, %(token)s)", name=name, token=token)
     except psycopg2.DatabaseError as exc:
-        if exc.pgcode != "L0001":
-            raise
-        raise errors.LockLost(lock_name=name, fencing_token=token) from exc
+        raise refusals.raised(exc) or exc from exc
 
 
 def get(conn: Connection, name: str) -> Grant | None:
@@ -193,16 +191,18 @@ def history(
     return [PastGrant(**row) for row in rows]
 
 
-def lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.LockLost:
+def lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.Error:
     """LockLost with how and when the grant ended (None: never given) and who holds the lock now."""
     past = past or _past(conn, name, token) or {"ended_at": None, "ended_how": None}
-    return errors.LockLost(
-        f"This grant of the lock has ended: {past['ended_how']}." if past["ended_how"] else "No such grant was given.",
-        lock_name=name,
-        fencing_token=token,
-        ended_how=past["ended_how"],
-        ended_at=past["ended_at"],
-        holder=get(conn, name),
+    return refusals.error(
+        "lock-lost",
+        {
+            "lock_name": name,
+            "fencing_token": token,
+            "ended_how": past["ended_how"],
+            "ended_at": past["ended_at"],
+            "holder": get(conn, name),
+        },
     )
 
 

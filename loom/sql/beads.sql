@@ -62,12 +62,12 @@ BEGIN
             EXIT WHEN cycle[1] = start;
         END LOOP;
         RAISE EXCEPTION 'beads would wait for each other: %', array_to_string(cycle, ' -> ')
-            USING ERRCODE = 'L0002', DETAIL = to_jsonb(cycle)::text;
+            USING ERRCODE = 'L0002', DETAIL = jsonb_build_object('cycle', cycle);
     END IF;
 END $$;
 
 -- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
--- follow, and what it refers to is there. Raises L0003 for a bead that would come into a closed project.
+-- follow, and what it refers to is there. Raises L0005 for a bead that would come into a closed project.
 CREATE OR REPLACE FUNCTION on_bead_written() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     missing text;
@@ -78,7 +78,8 @@ BEGIN
         SELECT p.status = 'closed' INTO closed FROM projects p WHERE p.id = NEW.project_id FOR KEY SHARE;
         IF closed THEN
             RAISE EXCEPTION 'project % is closed', NEW.project_id
-                USING ERRCODE = 'L0003', DETAIL = NEW.project_id, HINT = 'Reopen it: UPDATE projects SET status = ''reopened''.';
+                USING ERRCODE = 'L0005', DETAIL = jsonb_build_object('project_id', NEW.project_id),
+                      HINT = 'Reopen it: UPDATE projects SET status = ''reopened''.';
         END IF;
     END IF;
     IF TG_OP = 'UPDATE' AND OLD.fencing_token IS NOT NULL
@@ -220,7 +221,7 @@ CREATE TRIGGER beads_deleted BEFORE DELETE ON beads FOR EACH STATEMENT EXECUTE F
 
 -- Creates beads, all or none. given: with ids and their `place` in the answer, in an order in which each comes after those that
 -- it is blocked by; `blocks` and `children` name only beads that are there already. outcome: 'created', 'taken' (detail: the
--- id), 'lock-held' (detail: the grant).
+-- id).
 CREATE OR REPLACE FUNCTION create_beads(given jsonb, fences jsonb, OUT outcome text, OUT entities jsonb, OUT detail jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -231,28 +232,20 @@ DECLARE
                        FROM jsonb_array_elements(given) AS it CROSS JOIN unnest('{blocks, children}'::text[]) AS field
                        CROSS JOIN jsonb_array_elements_text(it -> field) AS other);
     others text[] := ARRAY(SELECT DISTINCT x ->> 'other' FROM jsonb_array_elements(linked) AS x);
-    held distributed_locks := enter_names(ARRAY(
-        SELECT 'bead:' || o FROM unnest(others) AS o
-        UNION ALL SELECT 'agent:' || (it ->> 'assigned_to') FROM jsonb_array_elements(given) AS it), fences);
     names text;
     values_given text;
     missing record;
 BEGIN
-    IF held.lock_name IS NULL THEN -- the names of new beads are only looked at: nobody else can be at what is not there
-        SELECT l.* INTO held FROM distributed_locks l
-         WHERE l.lock_name = ANY (ARRAY(SELECT 'bead:' || m FROM unnest(made) AS m)) AND l.expires_at > clock_timestamp()
-           AND NOT COALESCE(fences ? l.lock_name, false) LIMIT 1;
-    END IF;
-    IF held.lock_name IS NOT NULL THEN
-        outcome := 'lock-held';
-        detail := to_jsonb(held);
-        RETURN;
-    END IF;
+    PERFORM enter_names(ARRAY(
+        SELECT 'bead:' || o FROM unnest(others) AS o
+        UNION ALL SELECT 'agent:' || (it ->> 'assigned_to') FROM jsonb_array_elements(given) AS it), fences);
+    -- The names of new beads are not taken: nobody else can change what is not there yet.
+    PERFORM refuse_held(ARRAY(SELECT 'bead:' || m FROM unnest(made) AS m), fences);
     PERFORM lock_bead_graph(true);
     PERFORM lock_beads(NULL, others || ARRAY(
         SELECT it ->> 'parent' FROM jsonb_array_elements(given) AS it
         UNION ALL SELECT jsonb_array_elements_text(it -> 'blocked_by') FROM jsonb_array_elements(given) AS it), false);
-    SELECT to_jsonb(b.id) INTO detail FROM beads b WHERE b.id = ANY (made) LIMIT 1;
+    SELECT jsonb_build_object('id', b.id) INTO detail FROM beads b WHERE b.id = ANY (made) LIMIT 1;
     IF FOUND THEN
         outcome := 'taken';
         RETURN;

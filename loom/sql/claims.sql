@@ -106,21 +106,14 @@ BEGIN
 END $$;
 
 -- Enters a claim: the names, the agent's among them, so that only one claim at a time adds to its counter.
--- outcome: null, or 'unknown-agent', 'lock-held' (detail: the grant).
-CREATE OR REPLACE FUNCTION enter_claim(agent text, names text[], fences jsonb, OUT outcome text, OUT detail jsonb)
-LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION enter_claim(agent text, names text[], fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    held distributed_locks := enter_names(ARRAY['agent:' || agent] || names, fences);
     state text;
 BEGIN
-    IF held.lock_name IS NOT NULL THEN
-        outcome := 'lock-held';
-        detail := to_jsonb(held);
-        RETURN;
-    END IF;
+    PERFORM enter_names(ARRAY['agent:' || agent] || names, fences);
     SELECT status INTO state FROM agents WHERE id = agent;
     IF NOT FOUND THEN
-        outcome := 'unknown-agent';
+        PERFORM raise_unknown('agent_id', agent);
     ELSIF state = 'dead' THEN -- it lives
         UPDATE agents SET status = 'idle', heartbeat_at = CASE WHEN heartbeat_at IS NOT NULL THEN clock_timestamp() END
          WHERE id = agent;
@@ -143,8 +136,9 @@ END $$;
 
 -- The agent's beads, when they are as many as it may have at once; else null.
 CREATE OR REPLACE FUNCTION busy_with(agent text, most integer) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT to_jsonb(ARRAY(SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status = 'in_progress'
-                             AND b.fencing_token IS NOT NULL ORDER BY b.id))
+    SELECT jsonb_build_object('beads', ARRAY(
+               SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status = 'in_progress'
+                  AND b.fencing_token IS NOT NULL ORDER BY b.id))
       FROM agents a WHERE a.id = agent AND a.open_claims >= most;
 $$;
 
@@ -174,10 +168,7 @@ BEGIN
     FOR n IN 1 .. 100 LOOP
         IF NOT plain AND NOT prepared THEN
             prepared := true;
-            SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, '{}', fences) AS e;
-            IF outcome IS NOT NULL THEN
-                RETURN json_build_object('outcome', outcome, 'detail', detail)::text;
-            END IF;
+            PERFORM enter_claim(agent, '{}', fences);
             PERFORM compare_fencing_identity();
             PERFORM lapse_before_claim(agent, max_failures, max_attempts);
             detail := busy_with(agent, most);
@@ -272,10 +263,7 @@ DECLARE
     b beads;
     dead boolean;
 BEGIN
-    SELECT e.outcome, e.detail INTO outcome, detail FROM enter_claim(agent, ARRAY['bead:' || wanted], fences) AS e;
-    IF outcome IS NOT NULL THEN
-        RETURN;
-    END IF;
+    PERFORM enter_claim(agent, ARRAY['bead:' || wanted], fences);
     SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         outcome := 'not-found';
@@ -300,7 +288,8 @@ BEGIN
         detail := jsonb_build_object('closed_at', b.closed_at);
     ELSIF b.assigned_to <> agent OR (b.status = 'in_progress' AND b.assigned_to IS NULL) THEN
         outcome := 'bead-claimed';
-        detail := jsonb_build_object('agent_id', b.assigned_to, 'alive', NOT dead, 'lease_expires_at', b.lease_expires_at);
+        detail := jsonb_build_object('holder', jsonb_build_object(
+            'agent_id', b.assigned_to, 'alive', NOT dead, 'lease_expires_at', b.lease_expires_at));
     ELSIF b.status = 'blocked' OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
@@ -348,21 +337,21 @@ END $$;
 
 -- Ends a claim by its holder. how: 'completed' (why: the close reason; more is merged into the context), 'failed' (delay: before
 -- it is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had ended in this way before),
--- 'claim-lost', 'open-children' (detail: their ids; nothing was done: the claim and its lease are as they were), 'lock-held'
--- (detail: the grant), 'not-found'.
+-- 'claim-lost', 'open-children' (detail: their ids; nothing was done: the claim and its lease are as they were), 'not-found'.
 CREATE OR REPLACE FUNCTION end_claim(
     wanted text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer,
     fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
-    held distributed_locks := enter_names(ARRAY['bead:' || wanted], fences);
     t timestamptz;
 BEGIN
-    IF held.lock_name IS NOT NULL THEN
-        outcome := 'lock-held';
-        detail := to_jsonb(held);
+    -- A repetition is told so even if the fences that it presents have ended with its first time.
+    IF EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how) THEN
+        outcome := 'repeated';
+        SELECT as_json(x) INTO bead FROM beads x WHERE x.id = wanted;
         RETURN;
     END IF;
+    PERFORM enter_names(ARRAY['bead:' || wanted], fences);
     IF how = 'completed' THEN
         PERFORM lock_bead_graph(false);
         PERFORM lock_beads(wanted, '{}', true);
@@ -373,14 +362,12 @@ BEGIN
         outcome := 'not-found';
         RETURN;
     ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= t THEN
-        outcome := CASE WHEN EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how)
-                        THEN 'repeated' ELSE 'claim-lost' END;
-        bead := as_json(b);
+        outcome := 'claim-lost';
         RETURN;
     ELSIF how = 'completed' AND b.open_children > 0 THEN
         -- A transaction that adds or reopens a child counts it in this row, which is locked here: none is added before the end.
         outcome := 'open-children';
-        detail := open_children_of(wanted);
+        detail := jsonb_build_object('bead_id', wanted, 'children', open_children_of(wanted));
         RETURN;
     END IF;
     outcome := 'ended';

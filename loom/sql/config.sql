@@ -33,18 +33,10 @@ CREATE OR REPLACE FUNCTION setting(name text, fallback integer) RETURNS integer 
                       WHERE key = name AND value::text ~ '^([1-9][0-9]{0,2}|1000)$'), fallback);
 $$;
 
--- Sets shared values, key -> value, all or none; one that is as it was makes no version. outcome: 'shared', 'lock-held'
--- (detail: the grant).
-CREATE OR REPLACE FUNCTION share_values(given jsonb, fences jsonb, OUT outcome text, OUT detail jsonb) LANGUAGE plpgsql AS $$
-DECLARE
-    held distributed_locks := enter_names(ARRAY(SELECT 'config:' || k FROM jsonb_object_keys(given) AS k), fences);
+-- Sets shared values, key -> value, all or none; one that is as it was makes no version.
+CREATE OR REPLACE FUNCTION share_values(given jsonb, fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    IF held.lock_name IS NOT NULL THEN
-        outcome := 'lock-held';
-        detail := to_jsonb(held);
-        RETURN;
-    END IF;
+    PERFORM enter_names(ARRAY(SELECT 'config:' || k FROM jsonb_object_keys(given) AS k), fences);
     INSERT INTO config AS c (key, value) SELECT g.key, g.value FROM jsonb_each(given) AS g ORDER BY g.key COLLATE "C"
         ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE c.value <> excluded.value;
-    outcome := 'shared';
 END $$;

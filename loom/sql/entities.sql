@@ -1,11 +1,10 @@
 -- What projects, providers, agents, beads, comments and config have in common.
 
--- A reference to what is not there, told as a foreign key tells it.
+-- A reference to what is not there.
 CREATE OR REPLACE FUNCTION raise_unknown(field text, value text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION '% % does not exist', field, value
-        USING ERRCODE = '23503', CONSTRAINT = 'entity_' || field || '_fkey',
-              DETAIL = format('Key (%s)=(%s) is not present.', field, value);
+        USING ERRCODE = 'L0004', DETAIL = jsonb_build_object('field', field, 'value', value);
 END $$;
 
 CREATE OR REPLACE FUNCTION on_provider_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -138,7 +137,7 @@ $$;
 -- given replaces), 'patch' (objects are merged), 'delete'. if_match, if_none_match: conditions, see version_matches(), or
 -- null; with merge, changes of other fields since the versions of if_match do no harm.
 -- outcome: 'created', 'updated', 'deleted'; 'repeated' (the proxy sends the request once more, and its first time made the
--- current version, or the deletion); 'lock-held' (detail: the grant), 'not-found', 'taken', 'stale' (by if_match; detail: who
+-- current version, or the deletion); 'not-found', 'taken', 'stale' (by if_match; detail: who
 -- changed which field), 'there' (by if_none_match).
 CREATE OR REPLACE FUNCTION change_entity(
     kind text, key text, action text, patch jsonb, if_match jsonb, if_none_match jsonb, merge boolean, fences jsonb,
@@ -152,7 +151,6 @@ DECLARE
     others text[] := '{}';
     names text[];
     columns text;
-    held distributed_locks;
     found jsonb;
     proxy_request text := NULLIF(current_setting('loom.proxy_request_id', true), '');
     links boolean;
@@ -189,12 +187,7 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    held := enter_names(names, fences);
-    IF held.lock_name IS NOT NULL THEN
-        outcome := 'lock-held';
-        detail := to_jsonb(held);
-        RETURN;
-    END IF;
+    PERFORM enter_names(names, fences);
     IF kind = 'bead' THEN
         links := action = 'delete' OR patch ?| '{blocked_by, parent, blocks, children}';
         IF links OR patch ? 'status' THEN

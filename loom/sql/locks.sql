@@ -181,30 +181,42 @@ BEGIN
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
     END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN
-        RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001', DETAIL = name;
+        RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001',
+            DETAIL = jsonb_build_object('lock_name', name, 'fencing_token', token);
+    END IF;
+END $$;
+
+-- Raises L0003 (lock-held) when one of the names is held from outside, and no fence presents its token.
+CREATE OR REPLACE FUNCTION refuse_held(names text[], fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    held distributed_locks;
+BEGIN
+    SELECT * INTO held FROM distributed_locks l
+     WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp() AND (fences ? l.lock_name) IS NOT TRUE LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'lock % is held by %', held.lock_name, held.owner USING ERRCODE = 'L0003',
+            DETAIL = jsonb_build_object('lock_name', held.lock_name, 'holder', to_jsonb(held) - 'fencing_token');
     END IF;
 END $$;
 
 -- Enters a change: takes the names of what it changes, in order, and fences it by the grants that the request presents.
--- Returns a grant that holds one of the names from outside, if there is one.
-CREATE OR REPLACE FUNCTION enter_names(names text[], fences jsonb) RETURNS distributed_locks LANGUAGE plpgsql AS $$
+-- Raises L0003 (lock-held) and L0001 (lock-lost).
+CREATE OR REPLACE FUNCTION enter_names(names text[], fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     name text;
-    held distributed_locks;
 BEGIN
-    FOR name IN SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n WHERE n IS NOT NULL ORDER BY 1 LOOP
+    IF cardinality(names) > 1 THEN
+        names := ARRAY(SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n WHERE n IS NOT NULL ORDER BY 1);
+    END IF;
+    FOREACH name IN ARRAY names LOOP
         PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-        IF fences IS NULL OR NOT fences ? name THEN
-            SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp();
-            IF FOUND THEN
-                RETURN held;
-            END IF;
-        END IF;
     END LOOP;
+    IF names <> '{}' THEN -- a look that began before a name was locked would miss a grant made in between
+        PERFORM refuse_held(names, fences);
+    END IF;
     IF fences IS NOT NULL THEN
         PERFORM loom_fence(f.key, f.value::bigint) FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
     END IF;
-    RETURN NULL;
 END $$;
 
 -- Takes the name of a change, for who has rows already and must not wait. False when others are at it or hold it from

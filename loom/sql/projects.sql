@@ -21,19 +21,15 @@ CREATE OR REPLACE FUNCTION open_beads(project text) RETURNS bigint LANGUAGE sql 
     SELECT count(*) FROM beads WHERE project_id = project AND status IN ('open', 'in_progress', 'blocked');
 $$;
 
--- Closes a project that has no open beads and is not perpetual. outcome: 'closed'; 'not-ready' (detail: open_beads, is_perpetual); 'not-found'; 'lock-held' (detail: the grant).
+-- Closes a project that has no open beads and is not perpetual. outcome: 'closed'; 'not-ready' (detail: open_beads,
+-- is_perpetual); 'not-found'.
 CREATE OR REPLACE FUNCTION close_project(key text, fences jsonb, OUT outcome text, OUT entity jsonb, OUT detail jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE
-    held distributed_locks := enter_names(ARRAY['project:' || key], fences);
     p projects;
     unfinished bigint;
 BEGIN
-    IF held.lock_name IS NOT NULL THEN
-        outcome := 'lock-held';
-        detail := to_jsonb(held);
-        RETURN;
-    END IF;
+    PERFORM enter_names(ARRAY['project:' || key], fences);
     SELECT * INTO p FROM projects WHERE id = key FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         outcome := 'not-found';

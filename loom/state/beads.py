@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, get_args
 import msgspec
 import psycopg2
 
-from loom import db, errors
+from loom import db, errors, refusals
 from loom.db import Time
-from loom.state.entities import Entity, Id, cycle_of, refusal
+from loom.state.entities import Entity, Id
 from loom.state.writer import Writer, call
 
 Status = Literal["open", "in_progress", "blocked", "closed"]
@@ -78,11 +78,10 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
             "SELECT outcome, entities::text AS entities, detail FROM create_beads(%(beads)s, %(fences)s)",
             beads=msgspec.json.encode([beads[key] for key in order]).decode(),
         )
-    except (psycopg2.DatabaseError, graphlib.CycleError) as exc:
-        problem = refusal(exc) if isinstance(exc, psycopg2.DatabaseError) else cycle_of(exc.args[1][::-1])
-        raise _named(problem, given, refs) from exc
-    if row["outcome"] == "taken":
-        raise errors.Taken(f"The id {row['detail']} is taken.", id=row["detail"])
+    except graphlib.CycleError as exc:
+        raise _named(refusals.error("cycle", {"cycle": exc.args[1][::-1]}), given, refs) from exc
+    except psycopg2.DatabaseError as exc:
+        raise _named(refusals.raised(exc) or exc, given, refs) from exc
     return msgspec.json.decode(row["entities"], type=list[Bead])
 
 
@@ -131,7 +130,7 @@ def _in_order(waits_for: dict[str, Sequence[str]]) -> list[str]:
 def _named(problem: Exception, given: Sequence[dict[str, Any]], refs: dict[str, str]) -> Exception:
     """A problem of one of several beads, told in the caller's words."""
     if isinstance(problem, errors.Cycle):
-        return cycle_of([refs.get(key, key) for key in problem.members["cycle"]])
+        return refusals.error("cycle", {"cycle": [refs.get(key, key) for key in problem.members["cycle"]]})
     if isinstance(problem, errors.Invalid):
         for error in problem.members.get("errors", ()):
             for place, bead in enumerate(given):

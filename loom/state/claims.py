@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal
 
 import msgspec
 
-from loom import db, errors
+from loom import db, errors, refusals
 from loom.config import Config
 from loom.db import Time
 from loom.state.agents import Agent
@@ -78,7 +78,7 @@ def claim_next(
         return None
     if row["outcome"] == "unknown-project":
         raise errors.Invalid.field("project_id", f"{project} does not exist")
-    return _claimed(row, agent)
+    return _claim(row)
 
 
 def claim(conn: db.Connection, writer: Writer, config: Config, bead: str, agent: str, lease: timedelta) -> Claim:
@@ -102,7 +102,7 @@ def claim(conn: db.Connection, writer: Writer, config: Config, bead: str, agent:
     )
     if row["outcome"] == "not-found":
         raise not_found(Bead, bead)
-    return _claimed(row, agent)
+    return _claim(row)
 
 
 def renew(
@@ -172,14 +172,8 @@ def end(
     )
     if row["outcome"] == "claim-lost":
         raise _lost(conn, config, bead, token)
-    if row["outcome"] == "not-found":
+    if row["bead"] is None:
         raise not_found(Bead, bead)
-    if row["outcome"] == "open-children":
-        raise errors.OpenChildren(
-            "Its children are not closed: complete it after them, or fail or release it. The claim goes on.",
-            bead_id=bead,
-            children=row["detail"],
-        )
     return msgspec.json.decode(row["bead"], type=Bead)
 
 
@@ -246,52 +240,11 @@ def _dead_after(config: Config) -> timedelta:
     return timedelta(seconds=config.agents.dead_after)
 
 
-def _claimed(row: db.Row, agent: str) -> Claim:
-    """The claim; or raises why there is none."""
-    outcome, detail = row["outcome"], row["detail"]
-    if outcome in ("claimed", "same"):
-        return _claim(row)
-    if outcome == "unknown-agent":
-        raise errors.Invalid.field("agent_id", f"{agent} does not exist")
-    if outcome == "agent-busy":
-        raise errors.AgentBusy("Complete, fail or release one of its beads first.", beads=detail)
-    for name in ("closed_at", "not_before"):
-        if detail.get(name):
-            detail[name] = msgspec.convert(detail[name], datetime)
-    if outcome == "bead-closed":
-        raise errors.BeadClosed("PATCH its status to open if there is more to do.", **detail)
-    if outcome == "bead-blocked":
-        raise errors.BeadBlocked(_why_blocked(detail), **detail)
-    assert outcome == "bead-claimed"
-    holder = msgspec.convert(detail, Holder)
-    raise errors.BeadClaimed(_why_claimed(holder), holder=holder)
-
-
 def _claim(row: db.Row) -> Claim:
     bead = msgspec.json.decode(row["bead"], type=Bead)
     assert bead.fencing_token is not None
     assert bead.lease_expires_at is not None
     return Claim("claimed", bead, bead.fencing_token, bead.lease_expires_at)
-
-
-def _why_blocked(detail: Mapping[str, Any]) -> str:
-    if detail["blocked_reason"]:
-        return f"It {detail['blocked_reason']}. PATCH its status to open to have it tried again."
-    if detail["blocked_by"]:
-        return "It waits for other beads, in blocked_by: claim those, or wait."
-    if detail["children"]:
-        return "It waits for its children: claim those, or wait."
-    if detail["not_before"]:
-        return "It failed; claim it again after not_before."
-    return "Somebody blocked it. PATCH its status to open to have it tried."
-
-
-def _why_claimed(holder: Holder) -> str:
-    if holder.agent_id is None:
-        return "A person works on it, without a claim: PATCH its status to open to take it away."
-    if holder.lease_expires_at is None:
-        return f"It is for agent {holder.agent_id}: PATCH assigned_to to take it away."
-    return f"Agent {holder.agent_id} works on it: claim another, or POST .../redispatch to take it away."
 
 
 def _lost(conn: db.Connection, config: Config, bead: str, token: int) -> errors.Error:
@@ -316,14 +269,14 @@ def _lost(conn: db.Connection, config: Config, bead: str, token: int) -> errors.
     )
     if row is None:
         return not_found(Bead, bead)
-    how = row["ended_how"]
-    return errors.ClaimLost(
-        f"This claim has ended: {how}. Stop working on the bead; claim it again if it is open."
-        if how
-        else "No such claim was given.",
-        bead_id=bead,
-        fencing_token=token,
-        ended_how=how,
-        ended_at=row["ended_at"],
-        holder=Holder(row["agent_id"], row["alive"], row["lease_expires_at"]) if row["held"] else None,
+    holder = {name: row[name] for name in ("agent_id", "alive", "lease_expires_at")}
+    return refusals.error(
+        "claim-lost",
+        {
+            "bead_id": bead,
+            "fencing_token": token,
+            "ended_how": row["ended_how"],
+            "ended_at": row["ended_at"],
+            "holder": holder if row["held"] else None,
+        },
     )

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import psycopg2
 
 from loom import config, db
-from loom.state.entities import Versioned, refusal
+from loom.state.entities import Versioned
 from loom.state.writer import Writer, call
 
 log = logging.getLogger("loom.config")
@@ -37,15 +36,7 @@ def values(conn: db.Connection) -> dict[str, str]:
 
 def share(conn: db.Connection, writer: Writer, given: Mapping[str, Any]) -> None:
     """Sets values, all or none, in one round trip. Raises LockHeld, LockLost, and Invalid when there is no room."""
-    try:
-        call(
-            conn,
-            writer,
-            "SELECT outcome, detail FROM share_values(%(given)s, %(fences)s)",
-            given=json.dumps(given),
-        )
-    except psycopg2.DatabaseError as exc:
-        raise refusal(exc) from exc
+    call(conn, writer, "SELECT share_values(%(given)s, %(fences)s)", given=json.dumps(given))
 
 
 def in_force(own: config.Config, shared: Mapping[str, str]) -> config.Config:

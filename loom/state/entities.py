@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NewType, TypeVar
 
 import msgspec
 import psycopg2
 
-from loom import db, errors
+from loom import db, errors, refusals
 from loom.db import Time
 from loom.state.writer import Writer, call
 
@@ -162,12 +161,14 @@ def change(
             merge=merge,
         )
     except psycopg2.DatabaseError as exc:
-        raise refusal(exc, deleting=action == "delete") from exc
+        if action == "delete" and exc.pgcode in ("23503", "23001"):  # a foreign key that refers to it
+            raise refusals.error("in-use", {"used_by": exc.diag.table_name}) from exc
+        raise
     entity = None if row["entity"] is None else msgspec.json.decode(row["entity"], type=kind)
     if row["outcome"] == "not-found":
         raise not_found(kind, key or "")
     if row["outcome"] == "taken":
-        raise errors.Taken(f"The id {key} is taken.", id=key)
+        raise refusals.error("taken", {"id": key})
     if row["outcome"] == "stale":
         changed = row["detail"]
         conflicting = sorted(set(patch or {}) & set(changed)) if merge and changed is not None else None
@@ -231,33 +232,6 @@ def kind_name(kind: type[Versioned]) -> str:
 
 def not_found(kind: type[Versioned], key: str) -> errors.NotFound:
     return errors.NotFound(f"{kind.__name__} not found", id=key)
-
-
-def refusal(exc: psycopg2.DatabaseError, *, deleting: bool = False) -> Exception:
-    """What PostgreSQL refused of a change, as the caller's error; anything else stays as it is."""
-    if exc.pgcode == "L0002":
-        return cycle_of(json.loads(exc.diag.message_detail or "[]"))
-    if exc.pgcode == "L0003":
-        project = exc.diag.message_detail
-        return errors.ProjectClosed(f"Project {project} takes no beads until it is reopened.", project_id=project)
-    if exc.pgcode in ("23503", "23001"):
-        table, _, field = (exc.diag.constraint_name or "").removesuffix("_fkey").partition("_")
-        if deleting:
-            return errors.InUse(f"Some {table} still refer to it: move or delete them first.", used_by=table)
-        found = re.search(r"=\((.*)\)", exc.diag.message_detail or "", re.DOTALL)
-        value = found[1] if found else "it"
-        return errors.Invalid.field(field, f"{value} does not exist", value=value)
-    if exc.pgcode == "23505" and exc.diag.table_name in ("projects", "providers", "agents", "beads"):  # meanwhile
-        key = (exc.diag.message_detail or "").partition("=(")[2].rpartition(")")[0]
-        return errors.Taken(f"The id {key} is taken.", id=key)
-    if exc.pgcode == "23514" and exc.diag.column_name:  # a check of ours that names it; PostgreSQL's own do not
-        return errors.Invalid.field(exc.diag.column_name, exc.diag.message_primary or "is refused")
-    return exc
-
-
-def cycle_of(keys: Sequence[str]) -> errors.Cycle:
-    """keys: each waits for the next; the last is the first."""
-    return errors.Cycle(f"Beads would wait for each other: {' -> '.join(keys)}", cycle=list(keys))
 
 
 def _table(kind: type[Versioned]) -> str:

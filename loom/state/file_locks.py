@@ -7,13 +7,10 @@ import json
 from datetime import timedelta
 
 import msgspec
-import psycopg2
 
 from loom import db, errors, locks
 from loom.db import Time
 from loom.locks.grants import COLUMNS
-from loom.state.claims import Holder
-from loom.state.entities import refusal
 from loom.state.writer import Writer, call
 
 LONGEST_NAME = 255
@@ -73,29 +70,20 @@ def take(
     Raises LockHeld, ClaimLost, LockLost, Invalid for an unknown project, agent or bead.
     """
     about = {"file_path": file.path, "project_id": file.project_id, "agent_id": agent}
-    try:
-        row = call(
-            conn,
-            writer,
-            """
-            SELECT outcome, held, holder
-              FROM take_file_lock(%(name)s, %(about)s, %(instance)s, %(ttl)s, %(dead_after)s, %(fences)s)
-            """,
-            name=file.lock_name,
-            about=json.dumps(about if bead is None else {**about, "bead_id": bead}),
-            instance=writer.instance_id,
-            ttl=ttl,
-            dead_after=dead_after,
-        )
-    except psycopg2.DatabaseError as exc:
-        raise refusal(exc) from exc
+    row = call(
+        conn,
+        writer,
+        """
+        SELECT outcome, held, detail
+          FROM take_file_lock(%(name)s, %(about)s, %(instance)s, %(ttl)s, %(dead_after)s, %(fences)s)
+        """,
+        name=file.lock_name,
+        about=json.dumps(about if bead is None else {**about, "bead_id": bead}),
+        instance=writer.instance_id,
+        ttl=ttl,
+        dead_after=dead_after,
+    )
     outcome = row["outcome"]
-    if outcome == "claim-lost":
-        raise errors.ClaimLost(
-            f"Agent {agent} has no claim of bead {bead} now: claim the bead first.",
-            bead_id=bead,
-            holder=None if row["holder"] is None else msgspec.convert(row["holder"], Holder),
-        )
     if outcome == "promised":
         raise errors.LockHeld("file is promised to who waits for its lock", lock_name=file.lock_name, holder=None)
     grant = msgspec.convert(row["held"], locks.Grant)

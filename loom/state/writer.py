@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import msgspec
-import psycopg2
 
-from loom import db, errors, locks
+from loom import db, refusals
 
 ACTING = "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s, %(proxy_request_id)s); "
 
@@ -37,33 +36,22 @@ class Answer(msgspec.Struct):
 
 
 def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row:
-    """Runs one deciding function of schema.sql for the writer, in one round trip; `%(fences)s` are its grants.
+    """Runs one deciding function of loom/sql/ for the writer, in one round trip; `%(fences)s` are its grants.
 
-    Raises LockHeld when a name is held from outside, LockLost when a grant that the writer presents has ended.
+    Raises what the function refuses by its outcome, see refusals.py.
     """
-    fences = writer.fences
-    try:
-        row = db.row(
-            conn,
-            ACTING + sql,
-            actor=writer.actor,
-            instance_id=writer.instance_id,
-            request_id=writer.request_id,
-            proxy_request_id=writer.proxy_request_id,
-            fences=json.dumps(fences) if fences else None,
-            **params,
-        )
-    except psycopg2.DatabaseError as exc:
-        if exc.pgcode != "L0001":
-            raise
-        name = exc.diag.message_detail or ""
-        raise errors.LockLost(lock_name=name, fencing_token=fences.get(name)) from exc
+    row = db.row(
+        conn,
+        ACTING + sql,
+        actor=writer.actor,
+        instance_id=writer.instance_id,
+        request_id=writer.request_id,
+        proxy_request_id=writer.proxy_request_id,
+        fences=json.dumps(writer.fences) if writer.fences else None,
+        **params,
+    )
     if "answer" in row:
         row = msgspec.structs.asdict(msgspec.json.decode(row["answer"], type=Answer))
-    if row.get("outcome") == "lock-held":
-        raise errors.LockHeld(
-            "An automatic lock of this change is held from outside: present its token in Loom-Lock-Token, or wait.",
-            lock_name=row["detail"]["lock_name"],
-            holder=msgspec.convert(row["detail"], locks.Grant),
-        )
+    if row.get("detail") is not None:
+        refusals.check(row)
     return row

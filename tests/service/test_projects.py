@@ -88,7 +88,7 @@ def test_by_hand_a_closed_project_takes_no_beads_either(work: AppClient, sql: Sq
     sql("UPDATE projects SET status = 'closed' WHERE id = 'q'")
     with pytest.raises(psycopg2.DatabaseError, match="project q is closed") as refused:
         sql(write)
-    assert refused.value.pgcode == "L0003"
+    assert refused.value.pgcode == "L0005"
     sql("UPDATE projects SET status = 'open' WHERE id = 'q'")
     sql(write)
     assert_counted(sql)
@@ -273,7 +273,7 @@ def inserted(conn: psycopg2.extensions.connection, project: str) -> bool:
             "INSERT INTO beads (id, title, project_id) VALUES (%s, 't', %s)", (f"new-{project}", project)
         )
     except psycopg2.DatabaseError as exc:
-        if exc.pgcode != "L0003":
+        if exc.pgcode != "L0005":
             raise
         return False
     return True
