@@ -195,7 +195,10 @@ BEGIN
      WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp() AND (fences ? l.lock_name) IS NOT TRUE LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'lock % is held by %', held.lock_name, held.owner USING ERRCODE = 'L0003',
-            DETAIL = jsonb_build_object('lock_name', held.lock_name, 'holder', to_jsonb(held) - 'fencing_token');
+            DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object( -- its token is its own
+                'lock_name', held.lock_name, 'owner', held.owner, 'instance_id', held.instance_id,
+                'acquired_at', held.acquired_at, 'expires_at', held.expires_at, 'heartbeat_at', held.heartbeat_at,
+                'metadata', held.metadata));
     END IF;
 END $$;
 
