@@ -55,8 +55,14 @@ class Postgres:
         copy_of: Path | None = None,
         port: int | None = None,
         network: Network | None = None,
+        programs: Path | None = None,
     ) -> None:
-        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to take over; `network`: where it is."""
+        """Start it.
+
+        `settings` as in postgresql.conf; `copy_of`: a data folder to take over; `network`: where it is; `programs`: the
+        folder of another version's postgres and initdb.
+        """
+        self._programs = programs or binaries()
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", port or free_port()
         self.process: Process | None = None
@@ -95,7 +101,7 @@ class Postgres:
 
     def run(self, name: str, *arguments: str) -> str:
         """Run one of PostgreSQL's programs and return what it prints. Raises CalledProcessError."""
-        command = [*self._identity, str(binaries() / name), *arguments]
+        command = [*self._identity, str(self._programs / name), *arguments]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             print(run.stdout, run.stderr)
@@ -106,7 +112,15 @@ class Postgres:
         """Start the server and wait until it answers."""
         settings = {"unix_socket_directories": str(self.folder), "listen_addresses": self.address, **self._settings}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        command = [*self._identity, str(binaries() / "postgres"), "-D", str(self.data), "-p", str(self.port), *options]
+        command = [
+            *self._identity,
+            str(self._programs / "postgres"),
+            "-D",
+            str(self.data),
+            "-p",
+            str(self.port),
+            *options,
+        ]
 
         def answers() -> bool:
             if self.process is None or not self.process.runs:  # after a kill -9 the former back ends end by and by
