@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,8 @@ CONTENDED, CONTENDERS = 3, 4  # names, and clients of each
 PATIENCE = 45.0
 
 
-def several(jobs: Sequence[Callable[[], object]]) -> None:
-    """Runs all at once, and raises what one of them raised."""
+def several(jobs: Sequence[Callable[[], object]], beside: Callable[[], object] = lambda: None) -> None:
+    """Runs all jobs at once, and `beside` in this thread; raises what one of them raised."""
     faults: list[BaseException] = []
 
     def run(job: Callable[[], object]) -> None:
@@ -46,6 +46,7 @@ def several(jobs: Sequence[Callable[[], object]]) -> None:
     threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
     for thread in threads:
         thread.start()
+    run(beside)
     for thread in threads:
         thread.join()
     for fault in faults:
@@ -67,11 +68,11 @@ class Race:
         """Until each client has done what it was at when the time is over."""
         jobs = [partial(self._repeat, self._short_lived, n) for n in range(CROWD)]
         jobs += [partial(self._repeat, self._contend, n) for n in range(CROWD, CROWD + CONTENDED * CONTENDERS)]
-        jobs += [self._strike] if self._kinds else []
         timer = threading.Timer(seconds, self._over.set)
         timer.start()
         try:
-            several(jobs)
+            # In this thread: a gunicorn that is started anew dies with the thread that started it.
+            several(jobs, beside=self._strike)
         finally:
             self._over.set()
             timer.cancel()
@@ -260,7 +261,9 @@ class Race:
                 wish.seen.append((heard, f"{ask.token} was told, and then GET said {answer.status} {answer.json}"))
 
     def _insist(self, method: str, path: str, there: int) -> Answer:
+        give_up = time.monotonic() + PATIENCE
         for i in itertools.count(there):
+            assert time.monotonic() < give_up, f"{method} {path} was not answered within {PATIENCE} s"
             with contextlib.suppress(OSError, http.client.HTTPException):
                 answer = self._send(i % 3, 40.0, method, path)
                 if answer.status != 503:
@@ -277,24 +280,27 @@ class Race:
 
     def _strike(self) -> None:
         chance = random.Random(f"{self._seed}/strikes")
-        for kind in self._kinds_in_turn(chance):
-            if self._over.wait(chance.uniform(0.2, 0.7)):
-                return
-            soon = time.monotonic() + 0.05
-            self._wait_ends = [wait for wait in self._wait_ends if wait[0] > soon]
-            if self._wait_ends and chance.random() < 0.7:
-                ends, there = min(self._wait_ends)
-                time.sleep(max(0.0, ends + chance.uniform(-0.04, 0.02) - time.monotonic()))
-            else:
-                there = chance.randrange(3)
-            strike = Strike(kind, there, time.monotonic())
-            self.strikes.append(strike)
-            self._do(kind, there, chance)
-            strike.until = time.monotonic()
+        try:
+            for kind in itertools.cycle(chance.sample(self._kinds, len(self._kinds))):
+                if self._over.wait(chance.uniform(0.2, 0.7)):
+                    return
+                self._strike_once(kind, chance)
+        except BaseException:
+            self._over.set()
+            raise
 
-    def _kinds_in_turn(self, chance: random.Random) -> Iterator[str]:
-        while True:
-            yield from chance.sample(self._kinds, len(self._kinds))
+    def _strike_once(self, kind: str, chance: random.Random) -> None:
+        soon = time.monotonic() + 0.05
+        self._wait_ends = [wait for wait in self._wait_ends if wait[0] > soon]
+        if self._wait_ends and chance.random() < 0.7:
+            ends, there = min(self._wait_ends)
+            time.sleep(max(0.0, ends + chance.uniform(-0.04, 0.02) - time.monotonic()))
+        else:
+            there = chance.randrange(3)
+        strike = Strike(kind, there, time.monotonic())
+        self.strikes.append(strike)
+        self._do(kind, there, chance)
+        strike.until = time.monotonic()
 
     def _do(self, kind: str, i: int, chance: random.Random) -> None:
         if kind == "restart":
