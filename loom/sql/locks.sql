@@ -104,8 +104,8 @@ BEGIN
     RETURN QUERY SELECT outcome, waiting, held.*;
 END $$;
 
--- One poll for all requests that wait in one worker: keeps their places, and returns those that are first in line for a
--- lock that is free. It grants nothing and waits for nobody: each of them then asks by acquire_lock(). A lock that has
+-- One poll for all requests that wait in one worker: keeps their places, and returns the first waiter of each of the names
+-- whose lock is free, also when it waits in another worker. It grants nothing and waits for nobody: each of them then asks by acquire_lock(). A lock that has
 -- expired is not free while a transaction that it fences is still running.
 CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[]) RETURNS TABLE (lock_name text, owner text)
 LANGUAGE plpgsql AS $$

@@ -190,7 +190,7 @@ def _may_be_granted_until(ask: Ask, strikes: Sequence[Strike]) -> float:
     there = sorted((s for s in strikes if s.instance == ask.instance), key=lambda strike: strike.since)
     cut = ask.hung_up or ask.status == 503
     if ask.status == 0 and not cut:  # a drain cuts off nobody
-        cut = any(s.kind != "drain" and s.since - CLOCKS <= ask.ended <= s.until + CLOCKS for s in there)
+        cut = any(s.kind in ("kill", "freeze") and s.since - CLOCKS <= ask.ended <= s.until + CLOCKS for s in there)
     if not cut:
         return -math.inf
     until = ask.ended + GRACE
