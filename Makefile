@@ -1,4 +1,4 @@
-# Everything here needs Python >= 3.10 and make, nothing else; it all goes into .venv and var.
+# Needs only Python >= 3.10 and make; writes only to .venv and var.
 
 .DEFAULT_GOAL := help
 .PHONY: run test lint format bench faults psql clean help .venv
@@ -20,17 +20,17 @@ run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NG
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
-lint: .venv/test ## Check style, types, and who imports whom
+lint: .venv/test ## Check style, types, and which module imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv/test ## Format the code, mend what can be mended
+format: .venv/test ## Format the code, and fix what can be fixed automatically
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/bench ## Measure locks, or claims beside a job queue's; BENCH=beads ARGS="--seconds 10"
+bench: .venv/bench ## Measure locks, or claims compared with a job queue; BENCH=beads ARGS="--seconds 10"
 	$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 faults: .venv/test ## Run the long fault tests
@@ -39,7 +39,7 @@ faults: .venv/test ## Run the long fault tests
 psql: .venv/embedded ## Open psql on the configured database; ARGS="-c 'SELECT 1'"
 	@exec $(BIN)/loom psql $(ARGS)
 
-clean: ## Remove .venv, var and caches; not while a server runs in var
+clean: ## Remove .venv, var and caches; refused while a server runs in var
 	@test ! -e var/postgres/launcher || $(PYTHON) -c 'from fcntl import *; \
 	flock(open("var/postgres/launcher", "r+"), LOCK_EX | LOCK_NB)' 2>/dev/null || \
 	{ echo "A server runs in var/postgres: stop Loom first." >&2; exit 1; }
@@ -51,7 +51,7 @@ help: ## List the targets
 
 .venv: .venv/test
 
-# One stamp for each set of extras; touched last, so a failed installation is done again.
+# One stamp file for each set of extras; it is touched last, so that a failed installation is repeated.
 .venv/embedded .venv/test .venv/bench: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }

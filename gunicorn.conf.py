@@ -1,9 +1,9 @@
-"""gunicorn's settings, found by itself by `gunicorn app:app` here; `loom serve` names it. What to set: config.yaml."""
+"""gunicorn's settings. Read by `gunicorn app:app` here, and by `loom serve`. What users set is in config.yaml."""
 
 from loom import instances, log, upkeep
 from loom.server import hooks
 
-settings, logconfig_dict, dsn = hooks.read()
+settings, logconfig_dict, dsn = hooks.read_settings()
 
 host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
 bind = f"{host}:{settings.server.http_port}"
@@ -12,12 +12,12 @@ worker_class = "loom.server.worker.Worker"
 workers = settings.server.workers
 threads = settings.server.threads
 
-keepalive = 75  # seconds; above nginx's 1, so that nginx is the one who closes
+keepalive = 75  # seconds; above nginx's 1, so that nginx closes idle connections first
 # From SIGTERM to SIGKILL; systemd's TimeoutStopSec is above it.
 graceful_timeout = 20 + int(settings.server.drain_seconds)
-timeout = 30  # for a worker whose main thread is stuck; requests have bounds of their own
-limit_request_line = 8190  # 255 characters of four bytes, percent-encoded, are 3060; beside them a query
-forwarder_headers = ""  # none may rewrite SCRIPT_NAME or PATH_INFO: with it a lock's name
+timeout = 30  # for a worker whose main thread is stuck; requests have their own time limits
+limit_request_line = 8190  # a name of 255 characters of four bytes takes 3060, percent-encoded; the rest is for a query
+forwarder_headers = ""  # no header may change SCRIPT_NAME or PATH_INFO, and so the name of a lock
 control_socket_disable = True  # two gunicorns of one user would share it
 logger_class = "loom.server.worker.Logger"
 
@@ -30,7 +30,7 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     log.follow_syslog()
-    worker.cfg.set("graceful_timeout", 17)  # its own: it leaves the registry before the master's SIGKILL
+    worker.cfg.set("graceful_timeout", 17)  # the worker's own: it must leave the registry before the master's SIGKILL
     worker.upkeep = upkeep.Upkeep(settings, hooks.after_fork(worker, settings))
     worker.upkeep.start()
 

@@ -1,1 +1,1 @@
-"""Measurements: each prints figures of one run, side by side with the limit or the peer."""
+"""Benchmarks: each prints the figures of one run, beside those of the limit or of another system."""

@@ -1,4 +1,4 @@
-"""The framework's limit: a Flask route with the same statements as Loom's and nothing around them."""
+"""The framework's limit: Flask routes that run only Loom's statements."""
 
 from __future__ import annotations
 

@@ -1,23 +1,24 @@
-"""How fast beads are claimed, at sizes from 20 thousand to a million, beside procrastinate's fetch of a job.
+"""Speed of claims, at sizes from 20 thousand to a million beads, compared with procrastinate's fetch of a job.
 
     python -m bench.beads [--seconds 60] [--rounds 3] [--sizes 20k,100k,1m,blocked] [--claims 200000] [--clients 8]
 
-Both run on one PostgreSQL, all sizes of both in turns, each size in a database of its own: Loom's claim_next(), not
-prepared, as psycopg2 sends it, and procrastinate's fetch_job, its own schema.sql and statement, prepared as its driver
-does after five calls, in one round trip (its pool sends BEGIN and COMMIT, too). pgbench is the client, so that no
-Python is measured.
+Both run on one PostgreSQL, all sizes of both in turns, each size in its own database. Loom runs claim_next(), not
+prepared, as psycopg2 sends it. procrastinate runs its own schema.sql and its statement fetch_job, prepared, as its
+driver does after five calls, in one round trip (its pool would also send BEGIN and COMMIT). pgbench is the client, so
+that no Python code is measured.
 
-Only claims are counted. The number of ready ones stays: ten times a second a session of its own deletes what was
-claimed and inserts as many new ones at the end of the queue, on both sides with one statement in which triggers do not
-fire, so that neither pays for how the other creates its rows. After each run the tables are vacuumed, so that the next
-one finds nothing left of it; during a run that is autovacuum's task alone. A run is to be long enough for that: at a
-million, procrastinate's table is vacuumed after 100 thousand claims, and until then each steps over more that is dead.
+Only claims are counted. The number of ready beads stays the same: ten times a second another session deletes what was
+claimed and inserts as many new rows at the end of the queue. Both systems do this with one statement in which triggers
+do not fire, so that the cost of creating rows is not measured. After each run the tables are vacuumed, so that the next
+run finds no dead rows; during a run only autovacuum does this. A run must be long enough for it: at a million,
+procrastinate's table is vacuumed after 100 thousand claims, and until then each claim skips more dead rows.
 
-`blocked` is 100 thousand ready beads beside a million that wait for another one. procrastinate has no such thing: its
-table carries a million finished jobs instead, which its queue's index leaves out.
+`blocked` is 100 thousand ready beads and a million beads that wait for another one. procrastinate has no such state:
+its table has a million finished jobs instead, which the index of its queue leaves out.
 
-Then at 100 thousand: each once more while another session's snapshot is held; and `--claims` without a pause, the last
-fifth of them beside the first. At a million: the last page of the list, over HTTP, beside the first.
+Further, at 100 thousand: each system again while another session holds a snapshot; and `--claims` claims without a
+pause, the last fifth compared with the first. At a million: the last page of the list, over HTTP, compared with the
+first.
 """
 
 from __future__ import annotations
@@ -54,20 +55,20 @@ SIZES = {"20k": (20_000, 0), "100k": (100_000, 0), "1m": (1_000_000, 0), "blocke
 
 @dataclass(frozen=True)
 class Queue:
-    """One of the two: how it is filled, how it claims, and how what was claimed is replaced."""
+    """One of the two systems: how its tables are filled, how it claims, and how claimed rows are replaced."""
 
     name: str
     schema: str
     fill: str  # with %(ready)s and %(others)s
     claim: str  # pgbench's script
     protocol: str
-    replace: str  # all that was claimed after the event %(after)s; answers how many, and the last event
+    replace: str  # replaces all claims after the event %(after)s; returns their number, and the last event
     last_event: str
-    ready: str  # counts
+    ready: str  # counts the ready rows
     tables: str
 
 
-def loom() -> Queue:
+def loom_queue() -> Queue:
     return Queue(
         name="loom",
         schema=SCHEMA,
@@ -78,7 +79,7 @@ def loom() -> Queue:
             SELECT 'bd-' || n, 'Bead ' || n, repeat('x', 200), n %% 4, 'bench',
                    CASE WHEN n %% 10 = 0 THEN clock_timestamp() + INTERVAL '1 day' END, clock_timestamp()
               FROM generate_series(1, %(ready)s + %(others)s) n;
-            -- Those that wait do so for one that is in progress.
+            -- The beads that wait are blocked by one that is in progress.
             INSERT INTO beads (id, title, status, project_id) VALUES ('blocker', 'blocker', 'in_progress', 'bench');
             UPDATE beads SET blocked_by = '{blocker}', open_blockers = 1
              WHERE id <> 'blocker'
@@ -107,11 +108,11 @@ def loom() -> Queue:
     )
 
 
-def procrastinate() -> Queue:
-    """Raises SystemExit when it is not installed."""
+def procrastinate_queue() -> Queue:
+    """Raises SystemExit if procrastinate is not installed."""
     spec = find_spec("procrastinate")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The peer is not installed: pip install 'loom[bench]'")
+        raise SystemExit("procrastinate is not installed: pip install 'loom[bench]'")
     sql = Path(spec.submodule_search_locations[0], "sql")
     fetch = sql.joinpath("queries.sql").read_text().partition("-- fetch_job --")[2].partition(";")[0]
     return Queue(
@@ -164,10 +165,10 @@ def one(cursor: psycopg2.extensions.cursor, sql: str) -> Any:
 
 
 class Replacer(threading.Thread):
-    """Keeps the number of ready ones from `start()` until `finish()`; `replaced` counts."""
+    """Keeps the number of ready rows constant from `start()` to `finish()`; `replaced` counts the new rows."""
 
     PERIOD = 0.1  # seconds
-    OVERLAP = 100  # events that are looked at again, since a smaller number may commit after a greater one
+    OVERLAP = 100  # events that are read again, since a smaller number may be committed after a greater one
 
     def __init__(self, dsn: str, queue: Queue) -> None:
         super().__init__(daemon=True)
@@ -193,7 +194,7 @@ class Replacer(threading.Thread):
 
 
 class Bench:
-    """Both queues of one of SIZES, in a database of its own."""
+    """Both queues, at one of SIZES, in their own database."""
 
     def __init__(self, dsn: str, size: str, folder: Path, clients: int) -> None:
         self._server, self._folder, self._clients = dsn, folder, clients
@@ -224,7 +225,7 @@ class Bench:
             cursor.execute("CHECKPOINT")
 
     def claims(self, queue: Queue, *length: str) -> float:
-        """Claims per second. `length`: pgbench's options. Raises RuntimeError when they are not what was replaced."""
+        """Claims per second. `length`: options of pgbench. Raises RuntimeError if claims and replaced rows differ."""
         with connect(self.dsn) as cursor:
             replacer = Replacer(self.dsn, queue)
             replacer.start()
@@ -240,7 +241,7 @@ class Bench:
         return done.rate
 
     def fifths(self, queue: Queue, claims: int) -> list[float]:
-        """Claims per second in each fifth of so many claims without a pause."""
+        """Claims per second in each fifth of a number of claims without a pause."""
         each = claims // self._clients
         self.claims(queue, "-t", str(each), "-l", "--log-prefix=claims")
         ended: list[float] = []
@@ -254,7 +255,7 @@ class Bench:
         return [fifth / (ended[n + fifth] - ended[n]) for n in range(0, 5 * fifth, fifth)]
 
     def pages(self, requests: int = 200) -> tuple[float, float]:
-        """Milliseconds that the first and the last page of the list take, over HTTP; medians."""
+        """Milliseconds for the first and for the last page of the list, over HTTP; medians."""
         with connect(self.dsn) as cursor:
             start = one(cursor, "SELECT min(id) FROM (SELECT id FROM beads ORDER BY id DESC LIMIT 101) AS b")
         paths = ("/api/v1/beads?limit=100", f"/api/v1/beads?limit=100&after={encode_cursor(start)}")
@@ -275,7 +276,7 @@ class Bench:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Another session, as a backup's, that keeps what is dead from being cleaned up."""
+        """Another session that holds a snapshot, as a backup does, so that dead rows cannot be removed."""
         with connect(self.dsn) as cursor:
             cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             one(cursor, "SELECT count(*) FROM pg_class")
@@ -284,7 +285,7 @@ class Bench:
 
 
 def alternate(benches: dict[str, Bench], queues: list[Queue], rounds: int, *length: str) -> dict[str, dict[str, float]]:
-    """The median of claims per second, by size and queue, of runs that take turns, there and back again."""
+    """Median claims per second, by size and queue. The runs take turns; every second round is in reverse order."""
     turns = [(size, queue) for size in benches for queue in queues]
     rates: dict[tuple[str, str], list[float]] = {(size, queue.name): [] for size, queue in turns}
     for number in range(rounds):
@@ -300,9 +301,11 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--clients", type=int, default=8)
     options.add_argument("--sizes", default=",".join(SIZES))
-    options.add_argument("--claims", type=int, default=200_000, help="without a pause, for the decay; 0: none")
+    options.add_argument(
+        "--claims", type=int, default=200_000, help="claims without a pause, to see them slow down; 0: none"
+    )
     given = options.parse_args()
-    queues = [loom(), procrastinate()]
+    queues = [loom_queue(), procrastinate_queue()]
     length = ("-T", str(given.seconds))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loom-bench-")))

@@ -1,11 +1,11 @@
-"""How fast locks are: acquire and release over HTTP, beside the framework's limit and the database's.
+"""Speed of locks: acquire and release over HTTP, compared with the limits of the framework and of the database.
 
     python -m bench.locks [--seconds 8] [--rounds 3] [--connections 16] [--threads 8,32] [--worker ...]
 
-(a) Loom: one instance, its own gunicorn.conf.py;
+(a) Loom: one instance with its gunicorn.conf.py;
 (b) pgbench with the same two statements: the database's limit;
-(c) bench/bare.py in the same gunicorn set-up: the framework's limit.
-(a) and (c) take turns on one PostgreSQL, `--rounds` times; the medians are compared.
+(c) bench/bare.py with the same gunicorn settings: the framework's limit.
+(a) and (c) run in turns on one PostgreSQL, `--rounds` times; the medians are compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SELECT release_lock('bench-:name', :token, 'released', NULL);
 
 @dataclass
 class Client:
-    """One kept-alive connection that acquires and releases a lock of its own, over and over."""
+    """One kept-alive connection that repeatedly acquires and releases a lock of its own."""
 
     kind: str
     port: int
@@ -63,7 +63,7 @@ class Client:
         self.socket.sendall((head + body).encode())
 
     def receive(self) -> bool:
-        """Whether an answer is complete. Raises RuntimeError for one that is not a success."""
+        """Whether the response is complete. Raises RuntimeError if it is not a success."""
         self.buffer += self.socket.recv(65536)
         head, end, body = self.buffer.partition(b"\r\n\r\n")
         if not end:
@@ -113,14 +113,16 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=8)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--connections", type=int, default=16)
-    options.add_argument("--threads", default=str(config.ServerConfig.threads), help="one or more, with commas")
-    options.add_argument("--worker", help="another worker class, such as sync")
+    options.add_argument(
+        "--threads", default=str(config.ServerConfig.threads), help="one or more numbers, separated by commas"
+    )
+    options.add_argument("--worker", help="another gunicorn worker class, such as sync")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="loom-bench-") as name:
         folder = Path(name)
         dsn = os.environ.get("DATABASE_DSN") or embedded.use(folder / "postgres")
         db.migrate(dsn)
-        # Two requests in each transaction of the script.
+        # Each run of the script is two requests.
         rate = 2 * pgbench(dsn, PGBENCH, folder, "-T", str(int(given.seconds))).rate
         row("(b) pgbench, 8 connections", [rate], [])
         for threads in map(int, given.threads.split(",")):

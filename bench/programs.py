@@ -1,4 +1,4 @@
-"""The programs that measurements start: gunicorn with an application, and pgbench with a script."""
+"""The programs that benchmarks start: gunicorn with an application, and pgbench with a script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loom import config, embedded
 
 @contextlib.contextmanager
 def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folder: Path) -> Iterator[int]:
-    """One gunicorn with our gunicorn.conf.py's settings; for the bare application without our hooks."""
+    """Runs one gunicorn with the settings of gunicorn.conf.py, for the bare application without our hooks."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     settings = folder / "config.yaml"
@@ -48,23 +48,23 @@ def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folde
 
 @dataclass(frozen=True)
 class Run:
-    """What pgbench did: transactions, and how many of them a second."""
+    """The result of pgbench: the number of transactions, and transactions per second."""
 
     transactions: int
     rate: float
 
 
 def pgbench(dsn: str, script: str, folder: Path, *options: str, clients: int = 8) -> Run:
-    """Run the script in a loop as long as `options` say (`-T` seconds or `-t` times). Raises CalledProcessError."""
+    """Runs the script in a loop, for `-T` seconds or `-t` times (in `options`). Raises CalledProcessError."""
     path = folder / "script.sql"
     path.write_text(script)
-    said = subprocess.run(
+    output = subprocess.run(
         [embedded.binaries() / "pgbench", "-n", "-f", path, "-c", str(clients), "-j", "2", *options, dsn],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
     ).stdout
-    found = re.search(r"actually processed: (\d+)(?:.|\n)*tps = ([0-9.]+)", said)
+    found = re.search(r"actually processed: (\d+)(?:.|\n)*tps = ([0-9.]+)", output)
     assert found is not None
     return Run(int(found[1]), float(found[2]))

@@ -1,4 +1,4 @@
-"""Several instances on one machine, and nginx in front of them: what `make run` starts."""
+"""Several instances on one machine, with nginx in front of them; `make run` starts it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from loom import db, embedded
 from loom.config import Config, environment, mask, resource
 
-START_SECONDS = 30  # from the start of an instance to its first good /health
+START_SECONDS = 30  # from the start of an instance to its first successful /health
 STOP_SECONDS = {"nginx": 3, "instance": 25}  # 25: above gunicorn's graceful_timeout
-RESTART_SECONDS = 1  # at least, between two starts of the same process
+RESTART_SECONDS = 1  # the least time between two starts of the same process
 SBIN = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin"
 
 
@@ -33,7 +33,7 @@ class ClusterError(Exception):
 
 @dataclass
 class Member:
-    """A process that we keep up; `kind` is "instance" or "nginx"."""
+    """A process that is restarted when it ends; `kind` is "instance" or "nginx"."""
 
     kind: str
     port: int
@@ -47,12 +47,12 @@ class Member:
             self.command,
             env=environment(PORT=str(self.port)),
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us, who stop them in order
+            start_new_session=True,  # so that Ctrl-C reaches only us; we stop the processes in order
             preexec_fn=embedded.parent_bound(signal.SIGTERM),
         )
 
     def stop(self, number: signal.Signals) -> None:
-        """Signal the master, or if that is dead the workers that it left behind."""
+        """Signal the process, or the workers that it left behind if it has ended."""
         with suppress(ProcessLookupError):
             if self.process.poll() is None:
                 self.process.send_signal(number)
@@ -60,7 +60,7 @@ class Member:
                 os.killpg(self.process.pid, number)
 
     def wait(self, deadline: float) -> None:
-        """Wait for its end, and make it one at the deadline."""
+        """Wait for the end of the process, and kill it at the deadline."""
         try:
             self.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -73,9 +73,9 @@ class Member:
 
 
 def run(config: Config, instances: int, port: int, nginx_port: int, say: Callable[[str], None]) -> None:
-    """Run it until SIGINT, SIGTERM or SIGHUP; `say` prints a line. Call it from the main thread.
+    """Run the cluster until SIGINT, SIGTERM or SIGHUP; `say` prints a line. Call it from the main thread.
 
-    Raises ClusterError when a port is taken or a process does not come up, and what embedded.use and db.migrate raise.
+    Raises ClusterError when a port is taken or a process does not start, and the errors of embedded.use and db.migrate.
     """
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -96,7 +96,7 @@ def run(config: Config, instances: int, port: int, nginx_port: int, say: Callabl
             _start(members, host, stopping)
             if not stopping.is_set():
                 say(_welcome(config, members))
-            _keep_up(members, stopping, say)
+            _restart_ended(members, stopping, say)
         finally:
             _stop(members)
 
@@ -115,7 +115,7 @@ def _database(config: Config) -> Iterator[str]:
 
 
 def _start(members: list[Member], host: str, stopping: threading.Event) -> None:
-    """Start the instances together, nginx when all of them are healthy."""
+    """Start all instances, then nginx when all of them are healthy."""
     for kind in ("instance", "nginx"):
         starting = [member for member in members if member.kind == kind]
         for member in starting:
@@ -129,19 +129,19 @@ def _start(members: list[Member], host: str, stopping: threading.Event) -> None:
                 stopping.wait(0.05)
 
 
-def _keep_up(members: list[Member], stopping: threading.Event, say: Callable[[str], None]) -> None:
+def _restart_ended(members: list[Member], stopping: threading.Event, say: Callable[[str], None]) -> None:
     while not stopping.wait(0.2):
         for member in members:
             status = member.process.poll()
             if status is not None and time.monotonic() > member.started + RESTART_SECONDS:
                 how = signal.Signals(-status).name if status < 0 else f"status {status}"
-                say(f"The {member} ended (process {member.process.pid}, {how}) and is started again.")
+                say(f"The {member} ended (process {member.process.pid}, {how}) and is being restarted.")
                 member.stop(signal.SIGTERM)
                 member.start()
 
 
 def _stop(members: list[Member]) -> None:
-    """Stop what was started: first what takes requests, then who answers them."""
+    """Stop nginx, which accepts requests, then the instances, which answer them."""
     for kind, number in (("nginx", signal.SIGQUIT), ("instance", signal.SIGTERM)):
         running = [member for member in members if member.kind == kind and hasattr(member, "process")]
         for member in running:
@@ -186,7 +186,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _owner(port: int) -> str:
-    """Return the program and process that listens there, as far as /proc tells."""
+    """Return the process that listens on the port, as far as /proc shows it."""
     sockets = set()
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         rows = table.read_text().splitlines()[1:] if table.exists() else []
@@ -203,7 +203,7 @@ def _owner(port: int) -> str:
 
 
 def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> list[str]:
-    """Write our nginx/loom.conf, with these ports, and what must stand around it; return nginx's arguments."""
+    """Write nginx/loom.conf with these ports, and a configuration that includes it; return nginx's arguments."""
     folder = Path("var/nginx", str(port)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ours = resource("nginx/loom.conf").read_text()
@@ -214,15 +214,15 @@ def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> 
     ours = re.sub(r"\blisten [^;]*;", f"listen {_netloc(host, port)};", ours)
     (folder / "loom.conf").write_text(ours)
     temporary = " ".join(f"{kind}_temp_path {kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    # Otherwise the workers of root's nginx would be a user who may not reach these folders.
+    # Otherwise nginx, started by root, would run its workers as a user who may not read these folders.
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(
         f"daemon off; {user} pid nginx.pid; error_log stderr;\nevents {{ worker_connections 1024; }}\n"
         f"http {{ access_log off; {temporary}\ninclude loom.conf;\n}}\n"
     )
-    # Before it reads its configuration it complains in a log of its own, unless it knows -e (1.19.5).
-    knows = "-e filename" in subprocess.run([nginx, "-h"], capture_output=True, text=True, check=False).stderr
-    return ["-p", f"{folder}/", "-c", "nginx.conf", *(["-e", "stderr"] if knows else [])]
+    # -e (since 1.19.5) sends messages from before nginx reads its configuration to stderr instead of a log file.
+    has_e = "-e filename" in subprocess.run([nginx, "-h"], capture_output=True, text=True, check=False).stderr
+    return ["-p", f"{folder}/", "-c", "nginx.conf", *(["-e", "stderr"] if has_e else [])]
 
 
 def _welcome(config: Config, members: list[Member]) -> str:
@@ -235,6 +235,6 @@ def _welcome(config: Config, members: list[Member]) -> str:
         *(f"  {url}  {member.kind}" for url, member in zip(urls, members, strict=True)),
     ]
     if not front:
-        lines.append("No nginx here: for one address in front of all instances, apt-get install nginx.")
+        lines.append("nginx is not installed. For one address in front of all instances: apt-get install nginx.")
     lines += [f"Try: curl {urls[-1 if front else 0]}/health", "Ctrl-C stops everything.", ""]
     return "\n".join(lines)

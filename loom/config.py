@@ -1,4 +1,4 @@
-"""Settings: a YAML file, overridden by the environment. Nothing else in Loom reads either of them."""
+"""Settings: a YAML file, overridden by environment variables. No other module reads either of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
 
 @dataclass(frozen=True)
 class DatabaseConfig:
-    """`dsn` is what libpq takes, without `pool_*`, and "" when embedded; `timeout` is in seconds."""
+    """`dsn` is a DSN for libpq, without `pool_*`, or "" if the database is embedded; `timeout` is in seconds."""
 
     type: Annotated[Literal["postgres", "embedded"], Meta(description="postgres or embedded")] = "embedded"
     dsn: Annotated[str, Meta(min_length=1, description="a libpq connection string or URI")] = field(
@@ -38,7 +38,7 @@ class DatabaseConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where an instance listens; `drain_seconds` is how long it still accepts after SIGTERM."""
+    """Where an instance listens; `drain_seconds` is how long it still accepts connections after SIGTERM."""
 
     host: Text = "127.0.0.1"
     http_port: Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")] = 8080
@@ -59,7 +59,7 @@ class AgentsConfig:
 
 @dataclass(frozen=True)
 class BeadsConfig:
-    """After so many failures, or claims without success, a bead is given to nobody."""
+    """After this number of failures, or of claims without success, a bead is blocked."""
 
     max_failures: Count = 5
     max_attempts: Count = 20
@@ -103,7 +103,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that can be set; `sources` tells by dotted key where each value came from."""
+    """All settings; `sources` tells by dotted key where each value comes from."""
 
     database: DatabaseConfig = DatabaseConfig()
     server: ServerConfig = ServerConfig()
@@ -116,13 +116,13 @@ class Config:
 
 
 class ConfigError(Exception):
-    """One line that names the file or variable, the key, and what would be right."""
+    """A setting is wrong. The text is one line: the file or variable, the key, and what is expected."""
 
 
 class _Setting(NamedTuple):
     value: Any
     source: str
-    textual: bool = False  # from the environment, where numbers are text too
+    textual: bool = False  # from the environment, where every value is text
 
 
 def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -136,9 +136,9 @@ def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 _KEYS = dict(_walk(Config))
 _POOL = {"pool_max_conns": "database.pool_max", "pool_min_conns": "database.pool_min"}
 _IN_FILE = sorted(_KEYS.keys() - {"sources", *_POOL.values()})
-SECTIONS = frozenset(key for key, kind in _KEYS.items() if is_dataclass(kind))  # syslog's as logging.syslog
+SECTIONS = frozenset(key for key, kind in _KEYS.items() if is_dataclass(kind))  # including logging.syslog
 SETTINGS = _KEYS.keys() - SECTIONS - {"sources"}
-# Those that may differ from what an instance was started with: what it shares with the others beats that.
+# The settings that instances can share: a shared value overrides the one with which an instance was started.
 SHAREABLE = frozenset(
     {
         "agents.max_concurrent",
@@ -155,7 +155,7 @@ _VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DAT
 
 
 def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """Read the file (`path`, else LOOM_CONFIG, else ./config.yaml if it is there) and the environment.
+    """Read the file (`path`, else LOOM_CONFIG, else ./config.yaml if it exists) and the environment.
 
     An empty variable counts as unset. Raises ConfigError.
     """
@@ -168,7 +168,9 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
     values = {key: _convert(key, setting) for key, setting in given.items()}
     sources = {key: setting.source for key, setting in given.items()}
     if not values.get("server.enable_http", True):
-        raise ConfigError(f"{sources['server.enable_http']}: server.enable_http: expected true, HTTP is all there is")
+        raise ConfigError(
+            f"{sources['server.enable_http']}: server.enable_http: expected true, since Loom has no other interface"
+        )
     _choose_database(values, sources)
     tree: dict[str, Any] = {"sources": {key: sources.get(key, "default") for key in SETTINGS}}
     for key, value in values.items():
@@ -181,7 +183,7 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
 
 
 def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
-    """Return what the file sets, by dotted key, each with its `path:line`."""
+    """Return the settings of the file, by dotted key, each with its `path:line`."""
     given: dict[str, _Setting] = {}
 
     def read_section(node: yaml.Node | None, section: str) -> None:
@@ -214,7 +216,7 @@ def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from None
     except yaml.MarkedYAMLError as exc:
-        # What PyYAML quotes (and the excerpt in its str()) can be a piece of a password.
+        # What PyYAML quotes (and the excerpt in its str()) can be part of a password.
         problem = re.sub(r"'[^<].*'", "...", str(exc.problem), flags=re.DOTALL)
         line = f":{exc.problem_mark.line + 1}" if exc.problem_mark else ""
         raise ConfigError(f"{path}{line}: broken YAML: {problem}") from None
@@ -224,12 +226,12 @@ def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
 
 
 def _expand(text: str, where: str, environ: Mapping[str, str]) -> str:
-    """Replace `${NAME}`; after YAML was parsed, so that no value can bring keys of its own."""
+    """Replace `${NAME}`, after the YAML is parsed, so that a value cannot add keys."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ConfigError(f"{where}: between ${{ and }} stands the name of a variable and nothing else")
+            raise ConfigError(f"{where}: expected only the name of a variable between ${{ and }}")
         if name not in environ:
             raise ConfigError(f"{where}: environment variable {name} is not set")
         return environ[name]
@@ -238,7 +240,7 @@ def _expand(text: str, where: str, environ: Mapping[str, str]) -> str:
 
 
 def _nearest(key: str, valid: Iterable[str]) -> str:
-    """Return the valid key most like `key`, as a whole and in its last word."""
+    """Return the valid key that is most similar to `key`, as a whole and in its last word."""
 
     def likeness(candidate: str) -> float:
         pairs = (key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2])
@@ -255,7 +257,7 @@ def _convert(key: str, setting: _Setting) -> Any:
 
 
 def check(key: str, value: Any, *, textual: bool = False) -> Any:
-    """The value of a setting; one that is `textual` is converted. Raises ValueError, which tells what is expected."""
+    """The checked value of a setting; if `textual`, converted from text. Raises ValueError with what is expected."""
     try:
         return msgspec.convert(value, _KEYS[key], strict=not textual)
     except msgspec.ValidationError:
@@ -265,17 +267,17 @@ def check(key: str, value: Any, *, textual: bool = False) -> Any:
 
 
 def allowed(key: str) -> list[str]:
-    """The values that a setting may have, where they are few."""
+    """The values that a setting may have, if they are listed; otherwise an empty list."""
     return list(get_args(get_args(_KEYS[key])[0]))
 
 
 def nearest(key: str) -> str:
-    """The setting that is most like the key."""
+    """The setting whose key is most similar to this one."""
     return _nearest(key, sorted(SETTINGS))
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values, by dotted key."""
+    """The configuration with some values replaced, by dotted key."""
 
     def changed(section: Any, path: list[str], value: Any) -> Any:
         name, *rest = path
@@ -291,16 +293,18 @@ def _shown(text: str) -> str:
 
 
 def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Settle type, DSN and pool: a DSN alone means postgres; the environment outdoes the file on either."""
-    kind, by_hand = values.get("database.type"), sources.get("database.type", "")
+    """Settle type, DSN and pool: a DSN without a type means postgres; the environment overrides the file for both."""
+    kind, type_source = values.get("database.type"), sources.get("database.type", "")
     if "database.dsn" in values and kind == "embedded":
-        if by_hand.startswith("environment") == sources["database.dsn"].startswith("environment"):
-            raise ConfigError(f"{by_hand}: database.type: embedded, yet database.dsn is given too")
-        if by_hand.startswith("environment"):
+        if type_source.startswith("environment") == sources["database.dsn"].startswith("environment"):
+            raise ConfigError(f"{type_source}: database.type: embedded, but database.dsn is given too")
+        if type_source.startswith("environment"):
             del values["database.dsn"], sources["database.dsn"]
     if "database.dsn" not in values:
         if kind == "postgres":
-            raise ConfigError(f"{by_hand}: database.type: postgres, but database.dsn (or DATABASE_DSN) is not given")
+            raise ConfigError(
+                f"{type_source}: database.type: postgres, but database.dsn (or DATABASE_DSN) is not given"
+            )
         return
     source = sources["database.dsn"]
     if kind != "postgres":
@@ -324,12 +328,12 @@ def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment with changes, for a process that it starts."""
+    """Return the environment of this process with changes, for a child process."""
     return {**os.environ, **changes}
 
 
 def resource(name: str) -> Path:
-    """Find a file that ships beside the package: in the checkout, or where an installation puts it.
+    """Find a file that is shipped with the package: in the checkout, or where an installation puts it.
 
     Raises ConfigError when it is in neither.
     """

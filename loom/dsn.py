@@ -1,4 +1,4 @@
-"""Connection strings: what is ours in them, what libpq makes of them, and how they are shown."""
+"""Connection strings: take out our own parameters, parse them as libpq does, mask passwords."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECRET_QUOTE = re.compile(r"(invalid dsn: |percent-encoded (?:token|value): )[^
 
 
 def take_pool(dsn: str) -> tuple[str, dict[str, str]]:
-    """Take the `pool_*` parameters, which libpq refuses, out of a URI or a key=value string."""
+    """Split off the `pool_*` parameters, which libpq refuses, from a URI or a key=value string."""
     pool: dict[str, str] = {}
     uri = re.match(r"(postgres(?:ql)?://(?:[^@/]*@|(?![^@/]*@))[^?]*)\?(.*)", dsn, re.DOTALL)
     if uri:
@@ -38,7 +38,7 @@ def take_pool(dsn: str) -> tuple[str, dict[str, str]]:
 
 
 def parse(dsn: str) -> dict[str, str]:
-    """Split a DSN as libpq does. Raises ValueError, whose text tells nothing of the DSN."""
+    """Parse a DSN as libpq does. Raises ValueError, whose text contains no part of the DSN."""
     try:
         parameters = parse_dsn(dsn)
     except psycopg2.ProgrammingError as exc:
@@ -46,7 +46,7 @@ def parse(dsn: str) -> dict[str, str]:
         raise ValueError(f"libpq refuses it: {problem.strip()}") from None
     except ValueError:
         raise ValueError("libpq refuses it: not text in UTF-8") from None
-    # A raw @ or / in a password makes libpq take the rest of it for a host, a port or a database.
+    # If a password contains a raw @ or /, libpq reads the rest of it as a host, a port or a database.
     places = parameters.get("host", "") + (parameters.get("dbname", "") if "://" in dsn[:13] else "")
     if "@" in places or not re.fullmatch(r"[0-9,]*", parameters.get("port", "")):
         raise ValueError("a password's special characters need percent-encoding in a URI (@ is %40, / is %2F)")
@@ -54,10 +54,10 @@ def parse(dsn: str) -> dict[str, str]:
 
 
 def mask(text: str) -> str:
-    """Return a DSN, or any text that may hold one, with *** for each password.
+    """Return a DSN, or any text that may contain one, with *** in place of each password.
 
-    A sound DSN comes back as key=value with the rest unchanged. In other text, where a password's
-    end can't be known, more than the password may go.
+    A valid DSN is returned as key=value with the other values unchanged. In other text, where the end of a password
+    is unknown, more than the password may be replaced.
     """
     if "=" not in text and ":" not in text:
         return text

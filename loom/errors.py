@@ -1,4 +1,4 @@
-"""What can go wrong, one class a case: the docstring is the title that a client reads, the status stands beside it."""
+"""Errors, one class per case. The docstring is the title that a client reads; `status` is the HTTP status."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Error(Exception):
     retry_after: int | None = None
 
     def __init_subclass__(cls) -> None:
-        """A class's `type` is its own name in small letters: LockHeld is lock-held."""
+        """Derives `type` from the name of the class: LockHeld becomes lock-held."""
         cls.type = cls.__dict__.get("type") or re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
         BY_TYPE.setdefault(cls.type, cls)
 
     def __init__(self, detail: str | None = None, **members: Any) -> None:
-        """`detail` says what happened this time; `members` are what the case needs, as they stand in the answer."""
+        """`detail` says what happened this time; `members` are further members of the problem document."""
         super().__init__(detail or self.title)
         self.detail = detail
         self.members = members
@@ -39,7 +39,7 @@ class Invalid(Error):
 
     @classmethod
     def field(cls, field: str, problem: str, *, allowed: Sequence[Any] | None = None, **more: Any) -> Invalid:
-        """The usual case: one field, what is wrong with it, and the values that it may have where they are few."""
+        """The usual case: one field, what is wrong with it, and the allowed values if they can be listed."""
         named = {} if allowed is None else {"allowed": list(allowed)}
         return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **named, **more}])
 
@@ -51,7 +51,7 @@ class NotFound(Error):
 
 
 class CursorExpired(Error):
-    """The cursor is older than what is kept."""
+    """The cursor is older than the events that are kept."""
 
     status = 410
 
@@ -63,23 +63,23 @@ class TooLarge(Error):
 
 
 class Stalled(Error):
-    """The request did not come to its end."""
+    """The request was not received completely."""
 
     status = 408
 
 
 class Conflict(Error):
-    """The request conflicts with what is there."""
+    """The request conflicts with the current state."""
 
     status = 409
 
 
 class Taken(Conflict):
-    """The id is taken."""
+    """The id is already in use."""
 
 
 class InUse(Conflict):
-    """It is still in use."""
+    """The entity is still in use."""
 
 
 class ProjectClosed(Conflict):
@@ -87,7 +87,7 @@ class ProjectClosed(Conflict):
 
 
 class Cycle(Conflict):
-    """These would wait for each other for ever."""
+    """The beads would wait for each other for ever."""
 
 
 class Stale(Error):
@@ -97,7 +97,7 @@ class Stale(Error):
 
 
 class LockHeld(Conflict):
-    """The lock is held by another."""
+    """The lock is held by another owner."""
 
     retry_after = 1
 
@@ -107,7 +107,7 @@ class LockLost(Conflict):
 
 
 class BeadClaimed(Conflict):
-    """The bead is another's."""
+    """Somebody else has the bead."""
 
 
 class BeadBlocked(Conflict):
@@ -123,7 +123,7 @@ class OpenChildren(Conflict):
 
 
 class AgentBusy(Conflict):
-    """The agent has as many beads as it may have at once."""
+    """The agent has the maximum number of beads in progress."""
 
 
 class ClaimLost(Conflict):
@@ -131,13 +131,13 @@ class ClaimLost(Conflict):
 
 
 class InProgress(Conflict):
-    """A request with this Idempotency-Key is being answered now."""
+    """A request with this Idempotency-Key is in progress."""
 
     retry_after = 1
 
 
 class KeyReused(Error):
-    """This Idempotency-Key came with another request before."""
+    """This Idempotency-Key was used for another request."""
 
     status = 422
 
@@ -154,10 +154,10 @@ class Busy(Unavailable):
 
 
 class Undone(Busy):
-    """Others were at the same rows, each time; nothing was done."""
+    """The transaction was rolled back at each attempt; nothing was changed."""
 
     type = Busy.type
 
 
 class SchemaError(Exception):
-    """The database's schema and this Loom do not fit together; the text says what to do, in one line."""
+    """The database's schema does not fit this Loom; the text is one line that says what to do."""

@@ -1,4 +1,4 @@
-"""The registry: each gunicorn worker is an instance with a row, a heartbeat, and an end that somebody notices."""
+"""The registry: each gunicorn worker is an instance, with a row, a heartbeat, and an orderly or a noticed end."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from loom import __version__, db, embedded, errors
 from loom.config import Config
 from loom.db import Time
 from loom.log import set_level
-from loom.state import config as state
+from loom.state import config as shared_config
 
 log = logging.getLogger("loom.instances")
 
-HEARTBEAT_PERIOD = 5.0  # seconds, jittered by a fifth; note_outage() in schema.sql counts in threes of it
+HEARTBEAT_PERIOD = 5.0  # seconds, jittered by a fifth; note_outage() in loom/sql/instances.sql allows three of them
 RETRY_PERIOD = 1.0  # seconds, after a heartbeat that failed
-BRIEF = 3.0  # seconds for the schema while somebody waits: a start, a request
-TRUST = 30.0  # seconds since the last good heartbeat within which we believe that we are still registered
-BOOT_ERROR = 3  # the exit status that stops gunicorn instead of letting it fork for ever (its WORKER_BOOT_ERROR)
+SCHEMA_SECONDS = 3.0  # seconds to apply the schema while a start or a request waits for it
+TRUST = 30.0  # seconds after a successful heartbeat for which we assume that we are still registered
+BOOT_ERROR = 3  # the exit status that stops gunicorn; otherwise it forks for ever (its WORKER_BOOT_ERROR)
 
-# A clock that counts through sleep: a worker that was suspended must find out before it serves.
+# A clock that keeps counting while the machine sleeps: a worker that was suspended must notice before it serves.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @dataclass(frozen=True)
-class Row:
+class InstanceRow:
     """A row of the registry. status is 'active', 'draining' or 'dead'."""
 
     instance_id: str
@@ -57,19 +57,19 @@ class Instance:
         database: db.Database,
         metadata: dict[str, Any],
         instance_id: str | None = None,
-        tell: Callable[[bytes], object] = lambda message: None,
+        report_identity: Callable[[bytes], object] = lambda message: None,
         config: Config | None = None,
     ) -> None:
-        """`tell` passes on a later identity (16 bytes) or b"" (left in order) to whoever watches this process."""
+        """`report_identity` tells the parent process a later identity (16 bytes), or b"" after an orderly end."""
         self.instance_id = instance_id or str(uuid.uuid4())
         self.hostname = socket.gethostname()
         self.status = "active"
         self.started = time.monotonic()
         self.missed = 0
-        self.shared = state.Shared()
-        self.database, self._metadata, self._tell = database, metadata, tell
+        self.shared = shared_config.Shared()
+        self.database, self._metadata, self._report_identity = database, metadata, report_identity
         self._config = config or Config()
-        self._line = database.dedicated("heartbeat")
+        self._connection = database.dedicated("heartbeat")
         self._registered = False
         self._last_good = float("-inf")
         self._beating = threading.Lock()
@@ -86,24 +86,24 @@ class Instance:
         return time.clock_gettime(_CLOCK) - self._last_good <= TRUST
 
     def start(self) -> None:
-        """Migrates and registers, and goes on with heartbeats. Without a database it does so when there is one.
+        """Migrates, registers, and continues with heartbeats. Without a database it does so as soon as there is one.
 
         Raises SchemaError.
         """
         with contextlib.suppress(errors.Unavailable):
-            self.beat(BRIEF)
-        threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
+            self.beat(SCHEMA_SECONDS)
+        threading.Thread(target=self._run_heartbeats, name="heartbeat", daemon=True).start()
 
-    def beat(self, patience: float = 10.0) -> None:
-        """One heartbeat, with a new identity if ours was removed or declared dead. Raises Unavailable, SchemaError."""
+    def beat(self, schema_timeout: float = 10.0) -> None:
+        """Sends one heartbeat, as a new instance if ours was removed or is dead. Raises Unavailable, SchemaError."""
         sent = time.clock_gettime(_CLOCK)
         if not self._registered:
-            db.migrate(self.database.dsn, timeout=patience)
-        with self._line.connection() as conn:
+            db.migrate(self.database.dsn, timeout=schema_timeout)
+        with self._connection.use() as conn:
             if self._registered and not self._call(conn, "heartbeat_instance(%(id)s, %(status)s)", status=self.status):
                 log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
                 self.instance_id, self._registered = str(uuid.uuid4()), False
-                self._tell(uuid.UUID(self.instance_id).bytes)
+                self._report_identity(uuid.UUID(self.instance_id).bytes)
             if not self._registered:
                 about = msgspec.json.encode(self._metadata).decode()
                 self._call(conn, "register_instance(%(id)s, %(host)s, %(about)s)", host=self.hostname, about=about)
@@ -114,15 +114,15 @@ class Instance:
         self._last_good = sent
 
     def _call(self, conn: db.Connection, function: str, **params: Any) -> Any:
-        """What a function of the registry returns; the shared settings are read in the same round trip."""
-        sql = f"SELECT {function} AS returned, {state.COLUMN}"
-        row = db.row(conn, sql, id=self.instance_id, **params, **state.PARAMETERS)
+        """Calls a function of the registry, and reads the shared settings in the same round trip."""
+        sql = f"SELECT {function} AS returned, {shared_config.COLUMN}"
+        row = db.row(conn, sql, id=self.instance_id, **params, **shared_config.PARAMETERS)
         if self.shared.learn(row["shared"]):
             set_level(self.shared.over(self._config).logging.level)
         return row["returned"]
 
     def confirm(self) -> None:
-        """Before a request is served when we are not `fresh`: finds out whether we are still registered.
+        """Finds out whether we are still registered; called before a request if we are not `fresh`.
 
         Raises Unavailable.
         """
@@ -130,29 +130,29 @@ class Instance:
             raise errors.Unavailable()
         try:
             if not self.fresh:
-                self.beat(BRIEF)
+                self.beat(SCHEMA_SECONDS)
         finally:
             self._beating.release()
 
     def drain(self) -> None:
-        """Marks the instance as draining; safe in a signal handler. The heartbeat tells the others."""
-        if self.status == "draining":  # a second signal in the midst of this: Event.set would wait for itself
+        """Marks the instance as draining; safe in a signal handler. The next heartbeat writes it to the registry."""
+        if self.status == "draining":  # a second signal during the first: Event.set() would deadlock
             return
         self.status = "draining"
         self._wake.set()
 
     def leave(self) -> None:
-        """The last thing: our own grants end, the row goes. Bounded; without a database, the row ages."""
+        """Ends our own grants and removes our row, in bounded time. Without a database the row stays and ages."""
         self._leaving = True
         self._wake.set()
         with self._beating, contextlib.suppress(errors.Error):
             if self._registered and self.database.away is None:
-                with self._line.connection() as conn:
+                with self._connection.use() as conn:
                     db.run(conn, "SELECT leave_instance(%(id)s)", id=self.instance_id)
-                self._tell(b"")
-        self._line.close()
+                self._report_identity(b"")
+        self._connection.close()
 
-    def _beat_on(self) -> None:
+    def _run_heartbeats(self) -> None:
         while not self._leaving:
             period = HEARTBEAT_PERIOD * random.uniform(0.8, 1.2) if not self.missed else RETRY_PERIOD
             self._wake.wait(period)
@@ -170,8 +170,8 @@ class Instance:
                     log.warning("heartbeat-failed", extra={"fields": {"missed": self.missed, "reason": str(exc)}})
 
     def _warn_of_settings(self, conn: db.Connection) -> None:
-        """What is acknowledged survives a crash of the database only with these on."""
-        for row in db.all(
+        """Warns of settings without which acknowledged writes can be lost when the database crashes."""
+        for row in db.rows(
             conn,
             "SELECT name, setting FROM pg_settings"
             " WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes') AND setting = 'off'",
@@ -180,7 +180,7 @@ class Instance:
 
 
 def active(conn: db.Connection) -> int:
-    """How many instances are active, with a heartbeat of the last minute."""
+    """The number of active instances with a heartbeat in the last minute."""
     return db.value(
         conn,
         "SELECT count(*) FROM instances"
@@ -188,9 +188,9 @@ def active(conn: db.Connection) -> int:
     )
 
 
-def rows(conn: db.Connection) -> list[Row]:
+def rows(conn: db.Connection) -> list[InstanceRow]:
     """The registry, oldest instance first."""
-    found = db.all(
+    found = db.rows(
         conn,
         """
         SELECT instance_id, hostname, started_at, last_heartbeat, metadata,
@@ -199,10 +199,10 @@ def rows(conn: db.Connection) -> list[Row]:
           FROM instances ORDER BY started_at, instance_id
         """,
     )
-    return [Row(**row) for row in found]
+    return [InstanceRow(**row) for row in found]
 
 
-def get(conn: db.Connection, instance_id: str) -> Row:
+def get(conn: db.Connection, instance_id: str) -> InstanceRow:
     """One instance. Raises NotFound."""
     for row in rows(conn):
         if row.instance_id == instance_id.lower():
@@ -214,11 +214,11 @@ current: Instance | None = None
 
 
 def own_id() -> str | None:
-    """This process's, if it is an instance."""
+    """The instance id of this process, if it is an instance."""
     return None if current is None else current.instance_id
 
 
-def start(config: Config, dsn: str, instance_id: str, tell: Callable[[bytes], object]) -> Instance:
+def start(config: Config, dsn: str, instance_id: str, report_identity: Callable[[bytes], object]) -> Instance:
     """Opens the process's database and makes the process an instance. Raises SchemaError."""
     global current
     settings = config.database
@@ -228,28 +228,28 @@ def start(config: Config, dsn: str, instance_id: str, tell: Callable[[bytes], ob
         pool_max=settings.pool_max,
         timeout=settings.timeout,
         application_name=f"loom:{config.server.http_port}",
-        before_dial=partial(embedded.revive, Path(settings.folder)) if settings.type == "embedded" else None,
+        before_connect=partial(embedded.revive, Path(settings.folder)) if settings.type == "embedded" else None,
     )
     database.open()
     db.configure(database)
     metadata = {"pid": os.getpid(), "port": config.server.http_port, "version": __version__}
-    current = Instance(database, metadata, instance_id, tell, config)
+    current = Instance(database, metadata, instance_id, report_identity, config)
     current.start()
     return current
 
 
-def draining() -> None:
-    """The process is asked to end; safe in a signal handler."""
+def drain() -> None:
+    """Marks this process's instance, if any, as draining; safe in a signal handler."""
     if current is not None:
         current.drain()
 
 
 def leave() -> None:
-    """The process ends."""
+    """Removes this process's instance, if any, from the registry."""
     if current is not None:
         current.leave()
 
 
 def mark_dead(conn: db.Connection, instance_id: str) -> None:
-    """What a process's parent does when it has died."""
+    """Marks an instance as dead; its parent process does this when it has died."""
     db.run(conn, "UPDATE instances SET status = 'dead' WHERE instance_id = %(id)s AND status <> 'dead'", id=instance_id)

@@ -1,4 +1,4 @@
-"""Log lines: one event a line, JSON or text, with fields. A password never gets into one.
+"""Log lines: one event per line with its fields, as JSON or text. Passwords are masked.
 
 `logger.warning("lock-lost", extra={"fields": {"lock_name": name}})`
 """
@@ -23,21 +23,21 @@ from loom.dsn import mask
 log = logging.getLogger("loom.log")
 
 FACILITY_DAEMON = 3 << 3
-PATIENCE = 2.0  # seconds that setup() waits for the address of the syslog server
+LOOK_UP_SECONDS = 2.0  # for which setup() waits for the address of the syslog server
 LOOK_UP_PERIOD = 60.0  # seconds between two look-ups of that address in a worker
 RETRY_PERIOD = 2.0  # seconds, after a look-up that failed
 
-Destination = tuple[int, tuple[Any, ...]]  # an address family and what sendto() takes
+Destination = tuple[int, tuple[Any, ...]]  # an address family, and an address for sendto()
 
 
 def setup(config: LoggingConfig) -> dict[str, Any]:
-    """Send the root logger's lines where `config` says, and return what makes gunicorn do the same.
+    """Configure the root logger, and return the settings with which gunicorn does the same.
 
     Raises ConfigError when the file can't be opened.
     """
     destination, reason = None, ""
     if config.syslog.enabled:
-        destination, reason = _look_up_in_time(config.syslog.address)
+        destination, reason = _look_up_in_process(config.syslog.address)
     settings = dict_config(config, destination)
     try:
         logging.config.dictConfig(settings)
@@ -49,7 +49,7 @@ def setup(config: LoggingConfig) -> dict[str, Any]:
 
 
 def follow_syslog() -> None:
-    """In a worker, after its fork: look up the address of the syslog server again now and then."""
+    """In a worker, after its fork: look up the address of the syslog server from time to time."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, SyslogHandler):
             handler.follow()
@@ -61,7 +61,7 @@ def set_level(level: str) -> None:
 
 
 def dict_config(config: LoggingConfig, syslog_destination: Destination | None = None) -> dict[str, Any]:
-    """Return what logging.config.dictConfig takes, for our loggers and gunicorn's; no line per request."""
+    """Return settings for logging.config.dictConfig, for our loggers and gunicorn's; without a line per request."""
     handler: dict[str, Any] = {"class": "logging.StreamHandler", "stream": f"ext://sys.{config.output}"}
     if config.output not in ("stdout", "stderr"):
         handler = {"class": "logging.handlers.WatchedFileHandler", "filename": config.output, "encoding": "utf-8"}
@@ -87,7 +87,7 @@ def dict_config(config: LoggingConfig, syslog_destination: Destination | None = 
 
 
 class Formatter(logging.Formatter):
-    """Makes a record one line of ASCII: time (RFC 3339, UTC), level, event, pid, then its fields."""
+    """Formats a record as one line of ASCII: time (RFC 3339, UTC), level, event, pid, then its fields."""
 
     def __init__(self, style: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Formatter(logging.Formatter):
 
 
 def _clean(value: Any, name: str = "") -> Any:
-    """Return a field's value as JSON can hold it, without passwords."""
+    """Return a field's value as JSON types, with passwords masked."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Mapping):
@@ -118,7 +118,7 @@ def _as_json(fields: dict[str, Any]) -> str:
 
 
 def _as_text(fields: dict[str, Any]) -> str:
-    """Make `time level event name=value ...`, with JSON's quotes around what would not read as one word."""
+    """Return `time level event name=value ...`; a value that is not one plain word is quoted as in JSON."""
 
     def word(value: Any) -> str:
         plain = isinstance(value, str) and value.isascii() and value.isprintable() and not set(value) & set(' "=')
@@ -129,17 +129,17 @@ def _as_text(fields: dict[str, Any]) -> str:
     return " ".join([when, level, sentence, *(f"{name}={word(value)}" for name, value in fields.items())])
 
 
-UNKNOWN = (OSError, OverflowError, UnicodeError)  # what an address raises that leads nowhere
+LOOK_UP_ERRORS = (OSError, OverflowError, UnicodeError)  # raised for an address that does not resolve
 
 
 def look_up(address: str, flags: int = 0) -> Destination:
-    """Return where to send to. Raises one of UNKNOWN."""
+    """Resolve `host:port`. Raises one of LOOK_UP_ERRORS."""
     host, _, port = address.rpartition(":")
     family, _, _, _, sockaddr = socket.getaddrinfo(host.strip("[]"), int(port), 0, socket.SOCK_DGRAM, 0, flags)[0]
     return family, sockaddr
 
 
-# The same, for a process of its own that needs nothing of Loom.
+# The same, for another process, without Loom's code.
 _LOOK_UP = """
 import json, socket, sys
 host, port = sys.argv[1:]
@@ -148,22 +148,22 @@ print(json.dumps([family, sockaddr]))
 """
 
 
-def _look_up_in_time(address: str) -> tuple[Destination | None, str]:
-    """Return where to send to, or None and the reason, within PATIENCE.
+def _look_up_in_process(address: str) -> tuple[Destination | None, str]:
+    """Resolve `host:port` within LOOK_UP_SECONDS; return None and the reason if that fails.
 
-    A name server that does not answer can hold up getaddrinfo() for half a minute. It runs in a process of its own,
-    which can be ended: a thread would remain, and a gunicorn master must have none (see SyslogHandler).
+    getaddrinfo() can take half a minute if a name server does not answer. It runs in another process, which can be
+    killed: a thread would go on, and a gunicorn master must have none (see SyslogHandler).
     """
-    with contextlib.suppress(*UNKNOWN):
+    with contextlib.suppress(*LOOK_UP_ERRORS):
         return look_up(address, socket.AI_NUMERICHOST), ""
     host, _, port = address.rpartition(":")
     command = [sys.executable, "-I", "-S", "-c", _LOOK_UP, host.strip("[]"), port]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_UP_SECONDS, check=True)
         family, sockaddr = json.loads(run.stdout)
         return (family, tuple(sockaddr)), ""
     except subprocess.TimeoutExpired:
-        return None, f"no name server answered within {PATIENCE:.0f} s"
+        return None, f"no name server answered within {LOOK_UP_SECONDS:.0f} s"
     except subprocess.CalledProcessError as exc:
         return None, exc.stderr.strip().rpartition("\n")[2]
     except OSError as exc:
@@ -171,10 +171,10 @@ def _look_up_in_time(address: str) -> tuple[Destination | None, str]:
 
 
 class SyslogHandler(logging.Handler):
-    """Sends RFC 5424 lines by UDP, without ever waiting: what can't leave at once is lost to the syslog server.
+    """Sends RFC 5424 lines by UDP, and never waits: a line that cannot be sent at once does not reach the server.
 
-    Only looking up the server's address can take long. setup() does it once. A worker repeats it in a thread. A
-    gunicorn master must not have a thread: what that does while the master forks, importing a module for instance,
+    Only the look-up of the server's address can take long. setup() does it once, and a worker repeats it in a thread.
+    A gunicorn master must not have a thread: if it forks while the thread imports a module, for instance, the import
     stays half done in the worker for ever.
     """
 
@@ -183,14 +183,14 @@ class SyslogHandler(logging.Handler):
         self.address = address
         self.head = f"{socket.gethostname()} loom"
         self.closed = threading.Event()
-        self.reported: set[int | None] = set()  # errno of each failure to send that was logged
+        self.reported: set[int | None] = set()  # errno of each kind of failure that has been logged
         self.destination: Destination | None = None
         self.send: Callable[[bytes], object] | None = None
         if destination is not None:
             self._send_to(destination)
 
     def follow(self) -> None:
-        """Look up the address again now and then, in a thread. Not in a process that forks."""
+        """Look up the address from time to time, in a thread. Not in a process that forks."""
         threading.Thread(target=self._follow, name="syslog-address", daemon=True).start()
 
     def _follow(self) -> None:
@@ -199,7 +199,7 @@ class SyslogHandler(logging.Handler):
             try:
                 self._send_to(look_up(self.address))
                 failed = False
-            except UNKNOWN:  # the last address, if any, still stands
+            except LOOK_UP_ERRORS:  # the last address, if any, stays in use
                 failed = True
 
     def _send_to(self, destination: Destination) -> None:
@@ -218,11 +218,11 @@ class SyslogHandler(logging.Handler):
                 self.send(line.encode())
         except OSError as exc:
             self._report(exc)
-        except Exception:  # as every handler of logging: a line that can't be made must not stop who wrote it
+        except Exception:  # as in each logging handler: a line that cannot be formatted must not stop the program
             self.handleError(record)
 
     def _report(self, exc: OSError) -> None:
-        """Say once for each kind of failure that lines do not reach the syslog server."""
+        """Log once for each kind of failure that lines do not reach the syslog server."""
         if exc.errno not in self.reported:
             self.reported.add(exc.errno)
             log.warning("syslog-unreachable", extra={"fields": {"address": self.address, "reason": str(exc)}})

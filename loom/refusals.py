@@ -1,8 +1,8 @@
-"""What the database refuses, as our errors; this is where such a 409 gets its text.
+"""Maps what the database refuses to our errors; here such a 409 gets its text.
 
-By one rule: the expected answer of a race (stale, claimed by another, lost) is the `outcome` of a function, with a
-`detail`. What breaks a transaction off (a lost fence, a name held from outside, a cycle, a closed project, an unknown
-reference, which is L0004) raises an SQLSTATE of ours, with its detail as JSON. Either names an error by its type.
+One rule: an expected result of a race (stale, claimed by another, lost) is the `outcome` of an SQL function, with a
+`detail`. What must abort a transaction (a lost fence, a lock held from outside, a cycle, a closed project; L0004 is an
+unknown reference) raises one of our own SQLSTATEs, with its detail as JSON. Both lead to an error by its type.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ TIMES = {"acquired_at", "expires_at", "heartbeat_at", "ended_at", "closed_at", "
 
 
 def check(row: Mapping[str, Any]) -> None:
-    """Raises the error that the `outcome` of a function's row means, unless the outcome is no refusal."""
+    """Raises the error for the `outcome` in a function's row, if that outcome is a refusal."""
     if row["outcome"] in _TEXTS:
         raise error(row["outcome"], row["detail"] or {})
 
 
 def error(outcome: str, detail: Detail) -> errors.Error:
-    """The error that an outcome means, with its text. detail: the members of the problem."""
+    """The error for an outcome, with its text. detail: the members of the problem document."""
     return errors.BY_TYPE[outcome](_TEXTS[outcome](detail), **_with_times(detail))
 
 
-def raised(exc: psycopg2.Error) -> errors.Error | None:
-    """The error that PostgreSQL raised for what a client sent, or None for any other."""
+def from_postgres(exc: psycopg2.Error) -> errors.Error | None:
+    """Our error for one that PostgreSQL raised because of a client's input; None for all others."""
     diag, code = exc.diag, exc.pgcode or ""
     if code == "L0004":
         return unknown_reference(**json.loads(diag.message_detail or "{}"))
@@ -52,9 +52,11 @@ def raised(exc: psycopg2.Error) -> errors.Error | None:
         field = (diag.constraint_name or "").removesuffix("_fkey").partition("_")[2]
         value = re.search(r"=\((.*)\)", diag.message_detail or "", re.DOTALL)
         return unknown_reference(field, value[1] if value else "it")
-    if code == "23505" and diag.table_name in ENTITIES:  # another has taken the id meanwhile
+    if code == "23505" and diag.table_name in ENTITIES:  # another request has taken the id in the meantime
         return error("taken", {"id": (diag.message_detail or "").partition("=(")[2].rpartition(")")[0]})
-    if code == "23514" and diag.column_name:  # a check of ours that names its column; PostgreSQL's own do not
+    if (
+        code == "23514" and diag.column_name
+    ):  # raised by our own functions, which name the column; PostgreSQL's checks do not
         return errors.Invalid.field(diag.column_name, diag.message_primary or "is refused")
     return None
 
@@ -64,31 +66,31 @@ def unknown_reference(field: str, value: str) -> errors.Invalid:
 
 
 def _lock_lost(detail: Detail) -> str | None:
-    if "ended_how" not in detail:  # told by loom_fence(), which does not look further
+    if "ended_how" not in detail:  # raised by loom_fence(), which does not look up how the grant ended
         return None
     how = detail["ended_how"]
-    return f"This grant of the lock has ended: {how}." if how else "No such grant was given."
+    return f"This grant of the lock has ended: {how}." if how else "No such grant was ever made."
 
 
 def _claim_lost(detail: Detail) -> str:
     if "agent_id" in detail:
-        return f"Agent {detail['agent_id']} has no claim of bead {detail['bead_id']} now: claim the bead first."
+        return f"Agent {detail['agent_id']} has no claim on bead {detail['bead_id']} now: claim the bead first."
     how = detail["ended_how"]
     if how is None:
-        return "No such claim was given."
+        return "No such claim was ever made."
     return f"This claim has ended: {how}. Stop working on the bead; claim it again if it is open."
 
 
 def _bead_blocked(detail: Detail) -> str:
     if detail["blocked_reason"]:
-        return f"It {detail['blocked_reason']}. PATCH its status to open to have it tried again."
+        return f"It {detail['blocked_reason']}. PATCH its status to open so that it can be claimed again."
     if detail["blocked_by"]:
         return "It waits for other beads, in blocked_by: claim those, or wait."
     if detail["children"]:
         return "It waits for its children: claim those, or wait."
     if detail["not_before"]:
         return "It failed; claim it again after not_before."
-    return "Somebody blocked it. PATCH its status to open to have it tried."
+    return "Its status was set to blocked. PATCH it to open so that it can be claimed."
 
 
 def _bead_claimed(detail: Detail) -> str:
@@ -96,7 +98,7 @@ def _bead_claimed(detail: Detail) -> str:
     if holder["agent_id"] is None:
         return "A person works on it, without a claim: PATCH its status to open to take it away."
     if holder["lease_expires_at"] is None:
-        return f"It is for agent {holder['agent_id']}: PATCH assigned_to to take it away."
+        return f"It is reserved for agent {holder['agent_id']}: PATCH assigned_to to take it away."
     return f"Agent {holder['agent_id']} works on it: claim another, or POST .../redispatch to take it away."
 
 
@@ -113,15 +115,15 @@ _TEXTS: dict[str, Callable[[Detail], str | None]] = {
     ),
     "lock-lost": _lock_lost,
     "open-children": lambda detail: (
-        "Its children are not closed: complete it after them, or fail or release it. The claim goes on."
+        "Its children are not closed: complete it after them, or fail or release it. The claim is still valid."
     ),
-    "project-closed": lambda detail: f"Project {detail['project_id']} takes no beads until it is reopened.",
-    "taken": lambda detail: f"The id {detail['id']} is taken.",
+    "project-closed": lambda detail: f"Project {detail['project_id']} accepts no beads until it is reopened.",
+    "taken": lambda detail: f"The id {detail['id']} is already in use.",
 }
 
 
 def _with_times(value: Any, name: str = "") -> Any:
-    """As the rest of an answer has times: the JSON that PostgreSQL makes bears them as texts."""
+    """Converts times, which are text in JSON from PostgreSQL, so that they are answered like all others."""
     if isinstance(value, Mapping):
         return {key: _with_times(each, key) for key, each in value.items()}
     return msgspec.convert(value, datetime) if name in TIMES and isinstance(value, str) else value

@@ -1,6 +1,6 @@
-"""What one elected instance cleans: expired locks, lapsed claims, what the dead have left, and what has become old.
+"""Clean-up by one elected instance: expired locks, lapsed claims, dead instances and agents, old history.
 
-Elected through our own lock. Batches are small, and the clean-up of one kind never holds up another.
+The election is a Loom lock. Batches are small, and a failure in one task never stops the others.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ log = logging.getLogger("loom.upkeep")
 
 PERIOD = 10.0  # seconds between two rounds, jittered by a fifth
 LOCK = "loom:upkeep"
-LEASE = 30  # seconds for which an elected instance holds the lock; it renews it while it lives
-BATCH = 1000  # rows a statement
+TTL = 30  # seconds of the lock of the election; the elected instance renews it
+BATCH = 1000  # rows per statement
 
 
 class Upkeep:
-    """The thread that stands for election, and cleans while elected."""
+    """A thread that takes part in the election, and cleans while it is elected."""
 
     def __init__(self, config: Config, instance: instances.Instance) -> None:
-        self._own, self._instance, self._database = config, instance, instance.database
-        self._line = self._database.dedicated("upkeep")
-        self._over = threading.Event()
+        self._start_config, self._instance, self._database = config, instance, instance.database
+        self._connection = self._database.dedicated("upkeep")
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the election, the lock included. Returns once it has, or after 2 s."""
-        self._over.set()
+        """Stops the thread, which releases the lock of the election. Waits for it at most 2 s."""
+        self._stopping.set()
         self._thread.join(2)
 
     def _run(self) -> None:
-        while not self._over.wait(PERIOD * random.uniform(0.8, 1.2)):
+        while not self._stopping.wait(PERIOD * random.uniform(0.8, 1.2)):
             if self._database.away is not None or self._instance.draining:
                 continue
             identity = self._instance.instance_id
             owner = f"instance:{identity}"
-            election = locks.hold(LOCK, LEASE, owner=owner, instance_id=identity, database=self._database)
+            election = locks.hold(LOCK, TTL, owner=owner, instance_id=identity, database=self._database)
             try:
                 with contextlib.suppress(errors.LockHeld, errors.LockLost, errors.Unavailable), election:
-                    self._serve(election, identity)
+                    self._clean_while_elected(election, identity)
             except Exception:
                 log.exception("upkeep-failed")
 
-    def _serve(self, election: locks.Hold, identity: str) -> None:
-        """Cleans for as long as we are elected."""
+    def _clean_while_elected(self, election: locks.Hold, identity: str) -> None:
+        """Cleans while this instance is elected."""
         while not election.lost and not self._instance.draining and self._instance.instance_id == identity:
             self.clean()
-            if self._over.wait(PERIOD * random.uniform(0.8, 1.2)):
+            if self._stopping.wait(PERIOD * random.uniform(0.8, 1.2)):
                 return
 
     def clean(self) -> None:
-        """One round. A failure of one part is logged and leaves the others alone."""
-        for part in (
+        """One round of all tasks. A failure of one task is logged, and the others still run."""
+        for task in (
             self._locks,
             self._waiters,
             self._instances,
@@ -75,27 +75,30 @@ class Upkeep:
             self._events,
         ):
             try:
-                with self._line.connection() as conn:
-                    part(conn)
+                with self._connection.use() as conn:
+                    task(conn)
             except errors.Busy:
                 continue
             except errors.Unavailable:
                 return
             except Exception as exc:
-                log.exception("upkeep-failed", extra={"fields": {"part": part.__name__, "reason": str(exc)}})
+                log.exception("upkeep-failed", extra={"fields": {"part": task.__name__, "reason": str(exc)}})
 
     def _locks(self, conn: db.Connection) -> None:
-        """The trigger writes their history."""
+        """Removes expired locks; a trigger writes their history."""
         self._remove(conn, "distributed_locks", "lock_name", "expires_at < clock_timestamp()")
 
     def _waiters(self, conn: db.Connection) -> None:
         self._remove(conn, "lock_waiters", "lock_name, owner", "asked_at < clock_timestamp() - INTERVAL '1 minute'")
 
     def _instances(self, conn: db.Connection) -> None:
-        """Marks who has been silent for a minute, removes who has been for five: never itself, nor after an outage."""
+        """Marks instances as dead after a minute without a heartbeat, removes them after five.
+
+        Never this instance itself, and none in the first minute after an outage of the database.
+        """
         mine = {"id": self._instance.instance_id}
-        db.run(conn, "SELECT note_outage()")  # we may be the first to get through after one
-        died = db.all(
+        db.run(conn, "SELECT note_outage()")  # this may be the first statement after one
+        died = db.rows(
             conn,
             """
             UPDATE instances SET status = 'dead'
@@ -119,16 +122,18 @@ class Upkeep:
 
     def _claims(self, conn: db.Connection) -> None:
         for _ in range(100):
-            lapsed = claims.lapse(conn, self._writer, self._config, BATCH // 10)  # their agents wait meanwhile
+            lapsed = claims.lapse(
+                conn, self._writer, self._config, BATCH // 10
+            )  # small batches: the agents of these claims wait for this
             for claim in lapsed:
                 log.warning("claim-lapsed", extra={"fields": claim})
-            if len(lapsed) < BATCH // 10 or self._over.is_set():
+            if len(lapsed) < BATCH // 10 or self._stopping.is_set():
                 return
 
     @property
     def _config(self) -> Config:
-        """The one in force."""
-        return self._instance.shared.over(self._own)
+        """The settings in force."""
+        return self._instance.shared.over(self._start_config)
 
     @property
     def _writer(self) -> Writer:
@@ -141,7 +146,10 @@ class Upkeep:
         self._history(conn, "claims")
 
     def _history(self, conn: db.Connection, table: str) -> None:
-        """From the oldest token on, which is nearly the oldest end: no index of its own, nor a look at all."""
+        """Removes old rows in the order of their tokens, which is nearly the order of their ends.
+
+        So it needs no index on `ended_at`, and reads only the oldest rows.
+        """
         self._in_batches(
             conn,
             f"""
@@ -156,13 +164,13 @@ class Upkeep:
         )
 
     def _answers(self, conn: db.Connection) -> None:
-        which = "created_at < clock_timestamp() - INTERVAL '24 hours' ORDER BY created_at"
-        self._remove(conn, "idempotency_keys", "scope", which)
+        condition = "created_at < clock_timestamp() - INTERVAL '24 hours' ORDER BY created_at"
+        self._remove(conn, "idempotency_keys", "scope", condition)
 
     def _events(self, conn: db.Connection) -> None:
-        """Numbers what nobody has read; removes from the oldest number on, and none behind one that is kept."""
+        """Numbers events that nobody has read, and removes old ones: only from the start of the feed, without gaps."""
         for _ in range(100):
-            if not events.number(conn) or self._over.is_set():
+            if not events.number(conn) or self._stopping.is_set():
                 break
         self._in_batches(
             conn,
@@ -176,20 +184,20 @@ class Upkeep:
             keep=timedelta(days=self._config.events.history_days),
         )
 
-    def _remove(self, conn: db.Connection, table: str, key: str, which: str) -> None:
-        """Passes over rows that somebody is at."""
+    def _remove(self, conn: db.Connection, table: str, key: str, condition: str) -> None:
+        """Deletes rows in batches, and skips locked rows."""
         self._in_batches(
             conn,
             f"""
             WITH old AS MATERIALIZED (
-                SELECT {key} FROM {table} WHERE {which} LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+                SELECT {key} FROM {table} WHERE {condition} LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
             DELETE FROM {table} WHERE ({key}) IN (SELECT {key} FROM old)
             RETURNING 1 AS gone
             """,
         )
 
     def _in_batches(self, conn: db.Connection, sql: str, **params: object) -> None:
-        """At most a hundred batches a round, so that the other parts get their turn."""
+        """Runs a statement for at most a hundred batches per round, so that the other tasks run too."""
         for _ in range(100):
-            if len(db.all(conn, sql, batch=BATCH, **params)) < BATCH or self._over.is_set():
+            if len(db.rows(conn, sql, batch=BATCH, **params)) < BATCH or self._stopping.is_set():
                 return

@@ -1,4 +1,4 @@
-"""Requests that wait: one poll a worker serves all who wait for the same kind of thing, and only while someone does."""
+"""Requests that wait: while there are any, one poll per worker serves all that wait for the same kind of thing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = logging.getLogger("loom.waiting")
 
 
 class Waiter:
-    """A request that waits: it wakes with what it is told, or when the database has gone away."""
+    """A request that waits until it gets a result, or until the database cannot be reached."""
 
-    def __init__(self, gone: Callable[[], bool]) -> None:
-        """`gone`: whether its client has hung up."""
-        self.gone = gone
-        self.told: Any = None
+    def __init__(self, client_gone: Callable[[], bool]) -> None:
+        """`client_gone` tells whether the client of the request has hung up."""
+        self.client_gone = client_gone
+        self.result: Any = None
         self.error: errors.Error | None = None
         self.woken = threading.Event()
 
@@ -27,49 +27,51 @@ class Waiter:
 W = TypeVar("W", bound=Waiter)
 
 
-class Room:
-    """The waiters of one worker, at `most` so many: a further one must not eat the threads that others need.
+class WaitLimit:
+    """Counts the waiting requests of one worker: at most `most`, so that threads are left for other requests.
 
-    None while it drains: its last waiters go to another instance in time to keep their places there.
+    No request may wait while the worker is draining: those that wait are answered, and their clients ask another
+    instance early enough to keep their places in the queue.
     """
 
     def __init__(self, most: int, draining: Callable[[], bool]) -> None:
         self.most, self.draining = most, draining
         self.lock = threading.Lock()
-        self.inside = 0
+        self.count = 0
 
 
-class Line(Generic[W]):
-    """Those in the room who wait for one kind of thing, at `most` so many."""
+class Poller(Generic[W]):
+    """The requests that wait for one kind of thing, at most `most`, and the thread that polls for them."""
 
-    name: str  # of its connection
+    name: str  # of its thread and its connection
     period: float  # seconds between two polls
 
-    def __init__(self, room: Room, most: int | None = None) -> None:
-        self._room, self._most = room, room.most if most is None else most
+    def __init__(self, limit: WaitLimit, most: int | None = None) -> None:
+        self._limit, self._most = limit, limit.most if most is None else most
         self._waiters: set[W] = set()
-        self._change = threading.Condition(room.lock)
-        self._nudged = threading.Event()
+        self._change = threading.Condition(limit.lock)
+        self._poll_now = threading.Event()
         self._started = False
 
     def poll(self, conn: db.Connection, waiters: list[W]) -> None:
-        """Looks for all of them, and `tell`s those for whom there is something."""
+        """Looks up all `waiters` in the database, and calls `wake` for those that have a result."""
         raise NotImplementedError
 
     @property
     def full(self) -> bool:
-        return len(self._waiters) >= self._most or self._room.inside >= self._room.most or self._room.draining()
+        return len(self._waiters) >= self._most or self._limit.count >= self._limit.most or self._limit.draining()
 
     def wait(self, waiter: W, seconds: float) -> Any:
-        """What the waiter is told, or None: nothing within `seconds`, or its client has gone, or no room, or we drain.
+        """The waiter's result.
 
-        Raises Unavailable when the database goes away meanwhile.
+        None if there is no result within `seconds`, its client hangs up, too many wait, or the worker is draining.
+        Raises Unavailable when the database becomes unreachable in the meantime.
         """
         with self._change:
             if self.full:
                 return None
             self._waiters.add(waiter)
-            self._room.inside += 1
+            self._limit.count += 1
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._poll_for_all, name=self.name, daemon=True).start()
@@ -79,44 +81,44 @@ class Line(Generic[W]):
         finally:
             with self._change:
                 self._waiters.discard(waiter)
-                self._room.inside -= 1
+                self._limit.count -= 1
         if waiter.error is not None:
             raise waiter.error
-        return waiter.told
+        return waiter.result
 
-    def tell(self, whom: Callable[[W], bool], what: Any) -> None:
-        """Wakes those for whom it is, unless they have left meanwhile."""
+    def wake(self, which: Callable[[W], bool], result: Any) -> None:
+        """Wakes the waiters for which `which` is true, with this result."""
         with self._change:
-            for waiter in filter(whom, self._waiters):
-                waiter.told = what
+            for waiter in filter(which, self._waiters):
+                waiter.result = result
                 waiter.woken.set()
 
-    def nudge(self, whom: Callable[[W], bool]) -> None:
-        """There may be something for them: poll now, if one of them waits."""
+    def poll_soon(self, which: Callable[[W], bool]) -> None:
+        """Polls at once if a waiter for which `which` is true is there: it may have a result."""
         with self._change:
-            if any(map(whom, self._waiters)):
-                self._nudged.set()
+            if any(map(which, self._waiters)):
+                self._poll_now.set()
 
     def _poll_for_all(self) -> None:
         connection = db.default().dedicated(self.name)
         while True:
             with self._change:
                 self._change.wait_for(lambda: bool(self._waiters))
-                # Whoever has been told is perhaps not gone yet, and would take a new place, for nobody.
+                # A woken waiter may still be in the set; a poll for it would take a new place in the queue.
                 waiters = [w for w in self._waiters if not w.woken.is_set()]
             started = time.monotonic()
-            for waiter in [w for w in waiters if w.gone() or self._room.draining()]:
+            for waiter in [w for w in waiters if w.client_gone() or self._limit.draining()]:
                 waiters.remove(waiter)
                 waiter.woken.set()
             try:
                 if waiters:
-                    with connection.connection() as conn:
+                    with connection.use() as conn:
                         self.poll(conn, waiters)
             except Exception as exc:
                 if not isinstance(exc, errors.Unavailable):
-                    log.exception("poll-failed", extra={"fields": {"line": self.name}})
-                for waiter in [w for w in waiters if w.told is None]:
+                    log.exception("poll-failed", extra={"fields": {"poller": self.name}})
+                for waiter in [w for w in waiters if w.result is None]:
                     waiter.error = exc if isinstance(exc, errors.Error) else errors.Unavailable()
                     waiter.woken.set()
-            self._nudged.wait(max(0.0, self.period - (time.monotonic() - started)))
-            self._nudged.clear()
+            self._poll_now.wait(max(0.0, self.period - (time.monotonic() - started)))
+            self._poll_now.clear()

@@ -1,4 +1,4 @@
-"""The `loom` command. Each module here is one command of that name, imported only when it is called."""
+"""The `loom` command. Each module here is the command of the same name, imported only when it is called."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Commands(click.Group):
         return getattr(importlib.import_module(f"loom.cli.{cmd_name}"), cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what a user can mend is told in one line, with exit status 1."""
+        """Run the command; an error that a user can fix is one line, with exit status 1."""
         try:
             return super().invoke(ctx)
         except (ConfigError, Error, SchemaError, ServerError) as exc:

@@ -10,12 +10,18 @@ from loom import config as configuration
 
 @click.command()
 @click.option("--instances", type=click.IntRange(1, 100), default=3, show_default=True)
-@click.option("--port", type=click.IntRange(1, 65435), default=8080, show_default=True, help="Of the first instance.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65435),
+    default=8080,
+    show_default=True,
+    help="Port of the first instance; the others follow.",
+)
 @click.option("--nginx-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 def cluster(instances: int, port: int, nginx_port: int) -> None:
-    """Start the database if none is configured, instances on ports of their own, and nginx in front of them."""
+    """Start several instances, each on its own port, nginx, and the embedded database if no other is configured."""
     if port <= nginx_port < port + instances:
-        raise click.BadParameter(f"{nginx_port} is an instance's port, too", param_hint="--nginx-port")
+        raise click.BadParameter(f"{nginx_port} is also the port of an instance", param_hint="--nginx-port")
     try:
         running.run(configuration.load(), instances, port, nginx_port, click.echo)
     except running.ClusterError as exc:

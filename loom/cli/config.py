@@ -1,4 +1,4 @@
-"""`loom config`: what is set, and by whom."""
+"""`loom config`: the settings, and where each comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loom migrate`: the schema, ahead of the first start or of an upgrade."""
+"""`loom migrate`: applies the schema before the first start or an upgrade."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loom import config, db, embedded
 
 @click.command()
 def migrate() -> None:
-    """Apply schema.sql to the configured database; changes nothing where it is applied already."""
+    """Apply schema.sql to the configured database; changes nothing if it is already applied."""
     database = config.load().database
     version = db.migrate(database.dsn or embedded.use(Path(database.folder)))
     click.echo(f"schema version {version}")

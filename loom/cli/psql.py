@@ -1,4 +1,4 @@
-"""`loom psql`: plain SQL on the state."""
+"""`loom psql`: psql on the configured database."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def psql(arguments: tuple[str, ...]) -> None:
     """Open psql on the configured database; takes psql's own arguments."""
     database = configuration.load().database
     dsn = database.dsn or embedded.use(Path(database.folder))
-    # The embedded one has no TLS.
+    # The embedded psql has no TLS.
     program = (shutil.which("psql") if database.dsn else None) or str(embedded.binaries() / "psql")
     connection = parse_dsn(dsn)
-    secret = {"PGPASSWORD": connection.pop("password")} if "password" in connection else {}  # ps shows arguments
+    secret = (
+        {"PGPASSWORD": connection.pop("password")} if "password" in connection else {}
+    )  # other users can read a process's arguments
     os.execve(program, [program, make_dsn(**connection), *arguments], configuration.environment(**secret))

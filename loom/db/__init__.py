@@ -1,4 +1,4 @@
-"""PostgreSQL: `connection()` and `transaction()` of the process's own `Database`, and what runs statements on them."""
+"""PostgreSQL: `connection()` and `transaction()` of the process's `Database`, and what runs statements on them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from loom import errors
 from loom.db.connection import Connection, Row, Time
-from loom.db.pool import Database, Dedicated
+from loom.db.pool import Database, DedicatedConnection
 from loom.db.schema import migrate
 
 
 def one(conn: Connection, sql: str, **params: Any) -> Row | None:
     """The statement's first row, or None."""
-    rows = conn.execute(sql, params)
-    return rows[0] if rows else None
+    found = conn.execute(sql, params)
+    return found[0] if found else None
 
 
 def row(conn: Connection, sql: str, **params: Any) -> Row:
@@ -28,7 +28,7 @@ def value(conn: Connection, sql: str, **params: Any) -> Any:
     return found
 
 
-def all(conn: Connection, sql: str, **params: Any) -> list[Row]:
+def rows(conn: Connection, sql: str, **params: Any) -> list[Row]:
     return conn.execute(sql, params)
 
 
@@ -40,7 +40,7 @@ _default: Database | None = None
 
 
 def configure(database: Database | None) -> None:
-    """Makes it the process's own: what `default()`, `connection()` and `transaction()` use."""
+    """Sets the process's database, which `default()`, `connection()` and `transaction()` use."""
     global _default
     _default = database
 

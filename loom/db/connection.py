@@ -1,7 +1,7 @@
 """One session with PostgreSQL, in which every wait has a bound.
 
-A daemon thread cuts the socket of a connection that is over its deadline. Nothing else ends every kind of silence: a
-peer that drops packets defeats statement_timeout, tcp_user_timeout and keepalives, each in its own way.
+A daemon thread shuts down the socket of a connection that has passed its deadline. Nothing else ends every kind of
+silence: statement_timeout, tcp_user_timeout and keepalives each miss a case when a peer drops packets.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import psycopg2.extras
 from loom import errors, refusals
 
 Row = dict[str, Any]
-Time = Annotated[datetime, msgspec.Meta(tz=True)]  # as the database gives it
+Time = Annotated[datetime, msgspec.Meta(tz=True)]  # with a time zone, as the database returns it
 
-TICK = 0.05  # seconds between two looks of the watchdog
-SLACK = 0.2  # seconds of a request's bound kept for what comes after its last statement
-IDLE_UNSEEN = 1.0  # seconds for which an idle connection is believed to be alive
-SILENCE = 1.0  # seconds without an answer after which a broken connection means silence and not merely its own end
-STATEMENT_SHARE = 0.85  # of what is left: a server that is merely slow says so before the watchdog takes it for dead
+TICK = 0.05  # seconds between two checks of the watchdog
+SLACK = 0.2  # seconds of a request's time limit that are kept for the work after its last statement
+IDLE_TRUSTED = 1.0  # seconds for which an idle connection is used without a check
+SILENCE = 1.0  # seconds without an answer after which a broken connection counts as a silent server
+STATEMENT_SHARE = 0.85  # of the time left: a slow server reports its own timeout before the watchdog takes it for dead
 
 psycopg2.extras.register_default_jsonb(globally=True, loads=msgspec.json.decode)
 
@@ -63,8 +63,8 @@ _CLASSES: dict[str, type[errors.Error]] = {
 
 
 def translate(exc: psycopg2.Error) -> errors.Error:
-    """Our error for one of PostgreSQL's. The text of a fault of ours is for the log, not for the caller."""
-    refused = refusals.raised(exc)
+    """Our error for one of PostgreSQL's. PostgreSQL's text reaches the caller only if its request was wrong."""
+    refused = refusals.from_postgres(exc)
     if refused is not None:
         return refused
     state = exc.pgcode or ""
@@ -78,7 +78,7 @@ def translate(exc: psycopg2.Error) -> errors.Error:
 
 
 class Watchdog:
-    """One daemon thread a process: shuts down the socket of every connection that is over its deadline."""
+    """One daemon thread per process, which shuts down the socket of each connection that has passed its deadline."""
 
     def __init__(self) -> None:
         self._watched: set[Connection] = set()
@@ -110,15 +110,15 @@ _watchdog = Watchdog()
 
 
 class Connection:
-    """One session with the server. Every statement has a deadline, and is one round trip."""
+    """One session with the server. Each statement is one round trip and has a deadline."""
 
     def __init__(self, dsn: str, application_name: str, timeout: float) -> None:
-        """Dials. Raises psycopg2.OperationalError, also for a server that only reads (a standby, a demoted primary)."""
+        """Connects. Raises psycopg2.OperationalError, also for a read-only server (a standby, a demoted primary)."""
         info = pgx.parse_dsn(dsn)
         hosts = max(info.get("host", "").count(","), info.get("hostaddr", "").count(",")) + 1
         bounds = {
             "application_name": application_name,
-            "connect_timeout": max(1, int(timeout - 1) // hosts),  # libpq's is per host
+            "connect_timeout": max(1, int(timeout - 1) // hosts),  # libpq applies it to each host
             "keepalives_idle": 2,
             "keepalives_interval": 1,
             "keepalives_count": 2,
@@ -131,14 +131,14 @@ class Connection:
         self._poll.register(self._socket, select.POLLIN)
         self._prefix = ""
         self._begun = False
-        self._names: dict[str, list[str]] = {}  # of each statement's columns: asking the cursor takes 6 us
+        self._names: dict[str, list[str]] = {}  # column names by statement: reading them from the cursor takes 6 us
         self.was_cut = False
-        self.last_used = self.took = 0.0  # the clock after the last statement, and its seconds
+        self.last_used = self.seconds_taken = 0.0  # when the last statement ended, and how long it took
         self.cut_at: float | None = None
         self.deadline = time.monotonic() + timeout
         _watchdog.add(self)
         try:
-            # JSON that PostgreSQL makes bears the session's zone, which pgBouncer keeps for each of its clients.
+            # Times in JSON that PostgreSQL builds are in the session's time zone; pgBouncer keeps it for each client.
             begin = "SET timezone = 'UTC'; SELECT current_setting('transaction_read_only') AS it"
             if self.execute(begin)[0]["it"] == "on":
                 raise psycopg2.OperationalError("the server is read-only: a standby or a demoted primary")
@@ -147,10 +147,10 @@ class Connection:
             raise
 
     def execute(self, sql: str, params: dict[str, Any] | None = None, *, commit: bool = False) -> list[Row]:
-        """Runs one statement with what is left until `deadline`, and returns its rows. Raises psycopg2.Error.
+        """Runs one statement in the time left until `deadline`, and returns its rows. Raises psycopg2.Error.
 
-        One that is a transaction of its own is repeated after a deadlock or a serialization failure. `commit` ends the
-        transaction that was begun, in the same message.
+        Outside a transaction it is repeated after a deadlock or a serialization failure. `commit` commits the current
+        transaction in the same message.
         """
         if commit:
             rows = self._execute(f"{sql}; COMMIT", params)
@@ -183,15 +183,15 @@ class Connection:
         finally:
             self.cut_at = None
             self.last_used = time.monotonic()
-            self.took = self.last_used - (self.deadline - left)
+            self.seconds_taken = self.last_used - (self.deadline - left)
 
     def begin(self) -> None:
-        """Opens a transaction together with the next statement."""
+        """Begins a transaction: BEGIN is sent together with the next statement."""
         self._prefix = "BEGIN; "
         self._begun = True
 
     def end(self, how: str) -> None:
-        """COMMIT or ROLLBACK, if the transaction was begun at all, and not ended with its last statement."""
+        """Sends COMMIT or ROLLBACK, unless BEGIN was never sent or the last statement has already committed."""
         begun, self._begun = self._begun, False
         if self._prefix:
             self._prefix = ""
@@ -207,29 +207,29 @@ class Connection:
 
     @property
     def lost(self) -> bool:
-        """Ended by somebody else than us."""
+        """Closed by the server, the network or the watchdog, not by `close()`."""
         return bool(self.raw.closed)
 
     @property
     def fell_silent(self) -> bool:
-        """Ended by the watchdog, or after a long wait by the kernel (tcp_user_timeout, keepalives)."""
-        return self.was_cut or (self.lost and self.took > SILENCE)
+        """Closed by the watchdog, or after a long wait by the kernel (tcp_user_timeout, keepalives)."""
+        return self.was_cut or (self.lost and self.seconds_taken > SILENCE)
 
     @property
     def usable(self) -> bool:
-        """Not known to be dead. One that was idle for long has something to read if its server has left."""
+        """Not known to be dead. After a long idle time, the socket is readable if the server has closed it."""
         if self.was_cut or self.raw.closed:
             return False
-        # Looking costs a system call without the interpreter's lock, which other threads then take: not every time.
-        return time.monotonic() - self.last_used < IDLE_UNSEEN or not self._poll.poll(0)
+        # A poll releases the interpreter's lock, which other threads then take, so it is not done every time.
+        return time.monotonic() - self.last_used < IDLE_TRUSTED or not self._poll.poll(0)
 
     @property
     def reusable(self) -> bool:
-        """Done with its last statement, and not known to be dead."""
+        """Outside a transaction, and not known to be dead."""
         return not self.was_cut and self.raw.info.transaction_status == pgx.TRANSACTION_STATUS_IDLE
 
     def cut(self) -> None:
-        """Ends whatever waits on this connection, from another thread."""
+        """Shuts down the socket from another thread, so that every wait on this connection ends."""
         self.was_cut = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -237,7 +237,7 @@ class Connection:
     def close(self) -> None:
         _watchdog.remove(self)
         self.cut_at = None
-        if self.was_cut or self.raw.closed:  # libpq would send a goodbye into the silence
+        if self.was_cut or self.raw.closed:  # otherwise libpq would send a message to a server that does not answer
             self.cut()
         self._socket.close()
         self.raw.close()

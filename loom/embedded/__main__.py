@@ -1,4 +1,4 @@
-"""The launcher: runs the server of a folder until its last user is gone."""
+"""The launcher: runs the server of a folder until its last user has ended."""
 
 from __future__ import annotations
 
@@ -14,34 +14,38 @@ from contextlib import suppress
 from pathlib import Path
 
 from loom.embedded import PORT, USER, flock, open_in, socket_folder
-from loom.embedded.programs import binaries, identity, parent_bound
+from loom.embedded.programs import binaries, parent_bound, user_prefix
 
-LOG_BYTES = 5_000_000  # of postgres.log, and as much of postgres.log.old
+LOG_BYTES = 5_000_000  # maximum of postgres.log; the part before is kept in postgres.log.old
 SETTINGS = {
     "listen_addresses": "",
     "max_connections": "200",
     "shared_buffers": "128MB",
     "fsync": "on",
     "synchronous_commit": "on",
-    "autovacuum_naptime": "2s",  # a claim steps over what those since the last vacuum have left
+    "autovacuum_naptime": "2s",  # a claim has to skip the dead rows of claims since the last vacuum
     "unix_socket_permissions": "0700",
 }
 
 
 def launch(folder: Path, lock: int) -> None:
-    """Run the server until its last user is gone. `lock` is the descriptor of `launcher`, locked by who called."""
+    """Run the server until its last user has ended. `lock`: the descriptor of `launcher`, locked by the caller."""
     if os.fork():
         os._exit(0)
     os.setsid()
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # meant for users; this one ends after them
+    for number in (
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # these are for the users; the launcher ends after them
         signal.signal(number, lambda *_: None)
     users, data = open_in(folder, "users"), folder / "data"
-    command = identity(folder, data)
+    command = user_prefix(folder, data)
     if not data.exists():
         _initdb(folder, data, command, lock)
     socket = _make_socket_folder(folder)
     for stale in (data / "postmaster.pid", socket / f".s.PGSQL.{PORT}.lock"):
-        stale.unlink(missing_ok=True)  # their process numbers may be a living process's by now
+        stale.unlink(missing_ok=True)  # another process may have the process ids in them now
     server = subprocess.Popen(
         [*command, str(binaries() / "postgres"), "-D", str(data), "-k", str(socket), "-p", str(PORT)],
         pass_fds=(lock,),
@@ -59,12 +63,12 @@ def launch(folder: Path, lock: int) -> None:
         with suppress(subprocess.TimeoutExpired):
             server.wait(seconds)
             break
-    if unused and socket != folder:  # users keep its path, and get a new server there
+    if unused and socket != folder:  # otherwise keep it: users have its path, and a new server will use it
         shutil.rmtree(socket, ignore_errors=True)
 
 
 def _initdb(folder: Path, data: Path, command: list[str], lock: int) -> None:
-    new = folder / "data.new"  # becomes `data` in one step: a run that was cut leaves nothing that looks whole
+    new = folder / "data.new"  # renamed to `data` at the end, so that an interrupted run leaves no incomplete `data`
     shutil.rmtree(new, ignore_errors=True)
     options = ["--username", USER, "--encoding=UTF8", "--locale=C", "--data-checksums", "--no-instructions"]
     options += ["--auth-local=trust", "--auth-host=reject"]
@@ -79,7 +83,7 @@ def _make_socket_folder(folder: Path) -> Path:
     try:
         return socket_folder(folder)
     except OSError:
-        short = tempfile.mkdtemp(prefix="loom-", dir="/tmp")  # TMPDIR may be as long
+        short = tempfile.mkdtemp(prefix="loom-", dir="/tmp")  # not in TMPDIR, whose path may be as long
         if os.geteuid() == 0:
             os.chown(short, folder.stat().st_uid, folder.stat().st_gid)
         (folder / "socket").unlink(missing_ok=True)

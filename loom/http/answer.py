@@ -1,4 +1,4 @@
-"""What goes out: values as JSON, lists with a Link to their next page."""
+"""Responses: values as JSON, lists with a Link to their next page."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def nothing() -> Response:
 def page(
     fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any], shown: Callable[[Sequence[T]], Any] = list
 ) -> Response:
-    """A bare array of what `fetch` gives for a number of rows, or what `shown` makes of them; with a Link to more.
+    """One page of a list, as a JSON array, with a Link to the next page if there is one.
 
-    Without `limit` in the query, up to 10,000 rows.
+    `fetch` returns up to a number of rows, `cursor_of` the cursor of a row, `shown` what is answered for the rows.
+    Without `limit` in the query, a page has up to 10,000 rows.
     """
     limit = integer("limit", most=MAX_ROWS, default=MAX_ROWS)
     rows = fetch(limit + 1)

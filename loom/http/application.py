@@ -1,4 +1,4 @@
-"""The WSGI application: what happens before and after each view."""
+"""The WSGI application, and what it does before and after each view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loom.config import Config
 from loom.db.connection import REPEATS
 from loom.http import problems
 from loom.http.parse import NameConverter, check_query
-from loom.http.waiting import Waiting
+from loom.http.pollers import Pollers
 
 MAX_BODY = 1024 * 1024  # bytes
 API = "/api/v1/"
@@ -22,9 +22,9 @@ ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
 
 class Application(Flask):
-    """Flask with one thing before each request and one after it, called directly.
+    """Flask with one function before each request and one after it, which it calls directly.
 
-    Loom has no sessions, signals, coroutines or other hooks; looking for them took a tenth of a request.
+    Loom has no sessions, signals, coroutines or other hooks; Flask's search for them took a tenth of a request's time.
     """
 
     def __init__(self, config: Config) -> None:
@@ -33,26 +33,26 @@ class Application(Flask):
         self.config["LOOM"] = config
         self.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
         self.url_map.converters["name"] = NameConverter
-        self.waiting = Waiting(config.server.threads)
+        self.pollers = Pollers(config.server.threads)
         problems.register(self)
 
     def full_dispatch_request(self) -> Response:
-        """Every view and every error handler gives a Response."""
+        """Relies on the rule that each view and each error handler returns a Response."""
         try:
             self.preprocess_request()
-            answer = self.dispatch_undisturbed()
+            answer = self.dispatch_with_retries()
         except Exception as exc:
             answer = cast(Response, self.handle_user_exception(exc))
         return self.process_response(answer)
 
-    def dispatch_undisturbed(self) -> Response:
-        """Once more after a deadlock or a serialization failure that undid all that the view had done."""
+    def dispatch_with_retries(self) -> Response:
+        """Calls the view again after a deadlock or a serialization failure that rolled back everything it had done."""
         view = cast(Callable[[], Response], self.dispatch_request)
         for _ in range(REPEATS):
             try:
                 return view()
             except errors.Undone:
-                if not db.default().untouched:
+                if not db.default().repeatable:
                     raise
         return view()
 
@@ -66,9 +66,9 @@ class Application(Flask):
         pass
 
     def preprocess_request(self) -> None:
-        """Starts the clock that bounds the request; refuses unknown query parameters.
+        """Sets the request's deadline, and refuses unknown query parameters.
 
-        Refuses every request while we may have been declared dead.
+        Refuses the request if this instance may have been declared dead and cannot confirm that it is registered.
         """
         db.default().start_request()
         if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):

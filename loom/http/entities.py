@@ -1,4 +1,4 @@
-"""The routes that every kind of shared state has: list, one, create, change, delete. Each kind adds its own to them."""
+"""The routes that every kind of shared state has: list, read, create, change, delete. Each kind adds its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loom.state.entities import Action, Id, Versioned
 MOST_VALUES = 100  # of one filter
 
 
-# What a client must write where an entity holds a value of such a type.
+# For types of an entity's fields: the type that a client's value must have.
 WRITTEN: dict[Any, Any] = {
     Id: Key,
     Id | None: Reference,
@@ -32,13 +32,13 @@ WRITTEN: dict[Any, Any] = {
 
 
 class Body(msgspec.Struct, kw_only=True):
-    """What a client may write of an entity; a key that is absent stays as it is."""
+    """The fields of an entity that a client may write; a field that is absent is not changed."""
 
 
 def body_of(entity: type[Versioned], doc: str = "", *, without: Collection[str] = (), **types: Any) -> type[Body]:
-    """A Body with the fields of an entity but those in `without`: of its own type, or as WRITTEN or `types` says.
+    """A Body with the fields of an entity except those in `without`.
 
-    `types` may name further fields.
+    The type of a field is that in `types`, else that in WRITTEN, else the entity's own. `types` may add fields.
     """
     read_only = {*without, *Versioned.__struct_fields__}
     own = {f.name: WRITTEN.get(f.type, f.type) for f in msgspec.structs.fields(entity) if f.name not in read_only}
@@ -48,15 +48,15 @@ def body_of(entity: type[Versioned], doc: str = "", *, without: Collection[str] 
 
 
 class Kind(NamedTuple):
-    """What distinguishes one kind of entity from the others over HTTP."""
+    """How the HTTP interface of one kind of entity differs from that of the others."""
 
     entity: type[Versioned]
     body: type[Body]
-    required: tuple[str, ...]  # of a new one
-    filters: tuple[str, ...]  # of the list: `a,b` is either
-    original: frozenset[str]  # methods of the original's routes, on which unknown keys are ignored
+    required: tuple[str, ...]  # fields of a new entity
+    filters: tuple[str, ...]  # of the list; `a,b` matches either
+    original: frozenset[str]  # methods of routes that the original has; they ignore unknown keys
     create: Action = "create"
-    # Adapts a patch in place, before it is written: (patch, id or None for a new one).
+    # Changes a patch in place before it is written; arguments: the patch, and the id (None for a new entity).
     adapt: Callable[[dict[str, Any], str | None], None] = lambda patch, key: None
 
     @property
@@ -151,7 +151,7 @@ def delete(kind: Kind, key: str) -> Response:
 
 
 def history(kind: Kind, key: str) -> Response:
-    """What happened to one entity, newest first, paged by a Link."""
+    """The events of one entity, newest first."""
     key, before = parse.key(key), parse.cursor(int)
     with db.connection() as conn:
         return answer.page(
@@ -162,7 +162,7 @@ def history(kind: Kind, key: str) -> Response:
 
 
 def given(kind: Kind, key: str | None) -> dict[str, Any]:
-    """What the request wants written, checked and adapted. Read-only keys are left out."""
+    """The request's patch, checked and adapted, without read-only keys."""
     known = None
     if request.method not in kind.original:
         known = {*kind.body.__struct_fields__, *kind.entity.__struct_fields__}
@@ -173,7 +173,7 @@ def given(kind: Kind, key: str | None) -> dict[str, Any]:
 
 
 def written(body: Body) -> dict[str, Any]:
-    """The keys that a body has. Raises Invalid for a time that is no year's of ours in UTC."""
+    """The fields that are present in a body. Raises Invalid for a time outside the years 1 to 9999 in UTC."""
     patch = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not UNSET}
     for name, value in patch.items():
         if isinstance(value, datetime):
@@ -189,6 +189,6 @@ def versioned(entity: Versioned, status: int = 200) -> Response:
 
 
 def tagged(response: Response, entity: Versioned) -> Response:
-    """With the entity's version as the ETag."""
+    """The response, with the entity's version as its ETag."""
     response.set_etag(str(entity.version))
     return response

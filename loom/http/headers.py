@@ -1,4 +1,4 @@
-"""What the headers of a request say: who writes, under which locks, and under which conditions."""
+"""Request headers: who writes, which locks fence the write, and which conditions must be met."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loom.http.parse import MAX_TOKEN, check_name, plain, utf8
 from loom.state.entities import Conditions, Versions
 from loom.state.writer import Writer
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx takes it from a client
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx accepts it from a client
 _FENCE = r'\s*([1-9][0-9]{0,15})\s*(?:;\s*lock\s*=\s*("[^"]*")\s*)?'
 _FENCES = re.compile(f"{_FENCE}(?:,{_FENCE})*")
 
@@ -22,10 +22,10 @@ _VERSION = re.compile("[1-9][0-9]{0,17}", re.ASCII)
 
 
 def writer(own: str | None, actor: str | None = None) -> Writer:
-    """Who writes, from the request's headers, and the grants that it presents.
+    """The writer that the request's headers describe, with the fencing tokens that it presents.
 
-    `own`: the lock that a bare number in Loom-Lock-Token means, if there is one.
-    `actor`: who it is when Loom-Actor does not say.
+    `own`: the lock that a bare number in Loom-Lock-Token refers to, if any.
+    `actor`: the actor if there is no Loom-Actor header.
     Raises Invalid, which names the header.
     """
     headers = request.environ
@@ -45,13 +45,13 @@ def conditions() -> Conditions:
 
 
 def no_conditions() -> None:
-    """For what concerns several entities at once: a condition is refused, since ignoring it would overwrite.
+    """Refuses conditions on a request for several entities: to ignore one could overwrite a newer version.
 
     Raises Invalid.
     """
     for header in ("If-Match", "If-None-Match"):
         if _versions(header) is not None:
-            raise errors.Invalid.field(header, "can only be met by one entity: this request is for several")
+            raise errors.Invalid.field(header, "applies to one entity, but this request is for several")
 
 
 def _versions(header: str) -> Versions | None:
@@ -66,18 +66,18 @@ def _versions(header: str) -> Versions | None:
         return "*"
     if not _TAGS.fullmatch(text):
         raise errors.Invalid.field(header, 'must be ETags in their quotes, such as "3", separated by commas; or *')
-    # 0 is no entity's version: a tag that Loom has not made.
+    # 0, which no entity has as its version, stands for a tag that Loom did not make.
     return [int(tag) if _VERSION.fullmatch(tag) else 0 for tag in re.findall('"([^"]*)"', text)]
 
 
 def _request_id(header: str) -> str | None:
-    """An id from that header, or None when it is no sane one."""
+    """The id in that header, or None if it is absent or malformed."""
     value = request.environ.get(header, "")
     return value if _REQUEST_ID.fullmatch(value) else None
 
 
 def _fences(text: str, own: str | None) -> dict[str, int]:
-    """From `17` and `17; lock="NAME%20ENCODED"`, separated by commas."""
+    """Token by lock name, from `17` and `17; lock="NAME%20ENCODED"`, separated by commas."""
     found: dict[str, int] = {}
     field = "Loom-Lock-Token"
     form = 'must be NUMBER or NUMBER; lock="NAME", the name percent-encoded; several separated by commas'
@@ -91,7 +91,7 @@ def _fences(text: str, own: str | None) -> dict[str, int]:
             name = check_name(utf8(unquote_to_bytes(quoted[1:-1].encode("latin-1")), field), field)
         if name is None:
             raise errors.Invalid.field(
-                field, 'must name the lock: NUMBER; lock="NAME". This request has none of its own'
+                field, 'must name the lock: NUMBER; lock="NAME". This request has no lock of its own'
             )
         if found.setdefault(name, token) != token:
             raise errors.Invalid.field(field, f"has two tokens for {name}")

@@ -1,4 +1,4 @@
-"""Idempotency-Key on every POST: applied once, whichever instances it reaches, and answered the same for a day."""
+"""Idempotency-Key on every POST: applied once, whichever instances receive it, with the same answer for a day."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from loom.state import idempotency
 from loom.state.idempotency import Answer, Asked
 
 Work = Callable[[db.Connection], Response]
-Again = Callable[[db.Connection, Any], Any]
+Refresh = Callable[[db.Connection, Any], Any]
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
-def once(work: Work, *, again: Again | None = None, in_transaction: bool = False, wait: bool = False) -> Response:
+def once(work: Work, *, refresh: Refresh | None = None, in_transaction: bool = False, wait: bool = False) -> Response:
     """Answers a POST: runs `work` or, if this is the retry of a request with a key, repeats its first answer.
 
-    A view calls it after it has checked the whole request, headers included. With a key, the look for an earlier
-    answer, `work` and the keeping of its answer are one transaction; only 2xx is kept. Without a key, `work` gets a
-    connection, or one in a transaction with `in_transaction`.
+    A view calls it after it has checked the whole request, headers included. With a key, one transaction looks for an
+    earlier answer, runs `work` and stores its answer; only 2xx answers are stored. Without a key, `work` gets a
+    connection, which is in a transaction if `in_transaction` is true.
 
-    `again(conn, first)` is for an answer that may no longer be true when it is repeated. `first` is its JSON; it
-    returns the JSON to answer instead, or raises what has become of it: ClaimLost. An answer without a body is then not
-    kept.
+    `refresh(conn, first)` is for answers that may have become untrue when they are repeated. `first` is the JSON of the
+    first answer; `refresh` returns the JSON to answer instead, or raises an error such as ClaimLost. With `refresh`,
+    an answer without a body is not stored.
 
-    `wait`: a twin in flight is waited for, instead of refused; for `work` that is short and is called again and again.
+    `wait`: wait for another request in progress with the same key, instead of refusing this one; for short `work` that
+    clients repeat often.
 
     Raises InProgress, KeyReused, and Invalid for a bad key.
     """
@@ -42,20 +43,20 @@ def once(work: Work, *, again: Again | None = None, in_transaction: bool = False
     with db.transaction() as conn:
         first = idempotency.find(conn, asked, wait=wait)
         if first is not None:
-            return _replay(conn, first, again)
+            return _replay(conn, first, refresh)
         response = work(conn)
-        if 200 <= response.status_code < 300 and (response.data or again is None):
+        if 200 <= response.status_code < 300 and (response.data or refresh is None):
             idempotency.keep_and_commit(conn, asked, _answer(response))
         return response
 
 
 def caller() -> str:
-    """Who asks: keys of different callers have nothing to do with each other. So far all are one."""
+    """The caller, in whose scope a key is unique. So far all clients are the same caller."""
     return ""
 
 
 def owner() -> str | None:
-    """A name for what this request takes, the same for each of its retries; None without a key."""
+    """An owner for the lock that this request acquires, the same for each of its retries; None without a key."""
     asked = _asked()
     return None if asked is None else asked.scope
 
@@ -67,8 +68,8 @@ def _asked() -> Asked | None:
         return None
     if not _KEY.fullmatch(key):
         raise errors.Invalid.field("Idempotency-Key", "must have 1 to 255 visible ASCII characters")
-    said = hashlib.sha256(request.query_string + b"\0" + request.get_data()).digest()
-    return Asked(key, request.method, request.path, caller(), said)
+    fingerprint = hashlib.sha256(request.query_string + b"\0" + request.get_data()).digest()
+    return Asked(key, request.method, request.path, caller(), fingerprint)
 
 
 def _answer(response: Response) -> Answer:
@@ -76,8 +77,8 @@ def _answer(response: Response) -> Answer:
     return Answer(response.status_code, headers, response.data)
 
 
-def _replay(conn: db.Connection, first: Answer, again: Again | None) -> Response:
+def _replay(conn: db.Connection, first: Answer, refresh: Refresh | None) -> Response:
     body = first.body
-    if again is not None:
-        body = msgspec.json.encode(again(conn, msgspec.json.decode(body)))
+    if refresh is not None:
+        body = msgspec.json.encode(refresh(conn, msgspec.json.decode(body)))
     return Response(body, first.status, {**first.headers, "Idempotency-Replayed": "true"})

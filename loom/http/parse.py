@@ -1,4 +1,4 @@
-"""What comes in: bodies become checked Structs, query parameters and names checked values. All else is a 400."""
+"""Request input: turns bodies into checked Structs, query parameters and names into checked values; or answers 400."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MAX_TOKEN = 2**53 - 1
 MIB = 1024 * 1024
 
 Token = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
-_IN_PATH = r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\ufffd]+$(?!\n)"  # in Python, $ comes before a last \n too
+_IN_PATH = r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\ufffd]+$(?!\n)"  # in Python, $ also matches before a final \n
 Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=_IN_PATH)]
 Prefix = Annotated[str, Meta(min_length=1, max_length=100, pattern=_IN_PATH)]  # of a Key
-Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to what may be absent; empty is none
+Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to an optional entity; "" means none
 Keys = Annotated[list[Key], Meta(max_length=1000)]
 Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=1000)]
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
@@ -40,31 +40,31 @@ Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?
 
 PAGE = ("limit", "after")  # the parameters of every list that has pages
 MAX_ROWS = 10_000
-MAX_DEPTH = 100  # of JSON in JSON
-# The greatest number that a reader with doubles only can take. Not 64 bits: PostgreSQL gives 1e19 back as an integer,
-# and what is answered must be accepted again. answerable() in schema.sql has the same bound.
+MAX_DEPTH = 100  # levels of nested JSON
+# The greatest number that fits into a double. 64 bits would not do: PostgreSQL returns 1e19 as an integer, and a value
+# that was answered must be accepted again. answerable() in schema.sql has the same bound.
 MAX_NUMBER = 17976931348623158 * 10**292
-MAX_PATH = 2000  # bytes of a file's; percent-encoded, with a project, they still fit into a request line
+MAX_PATH = 2000  # bytes of a file's path; percent-encoded and with a project, it still fits into a request line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
 
 
 class NameConverter(BaseConverter):
-    """Lets every name reach its view, so that a bad one is refused there, and never redirected to another."""
+    """Passes every name to its view, so that a bad name is refused there, and not redirected to another name."""
 
     regex = r"(?s:.*)"
     part_isolating = False
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
-    """A request body; keys that it does not know are refused."""
+    """A request body that refuses unknown keys."""
 
 
 def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
-    """Has msgspec look at every Struct there is, before there are threads.
+    """Makes msgspec inspect each Struct before there are threads.
 
-    It does so at a Struct's first use, and two threads that use one for the first time at once crash the process
-    (msgspec 0.22: the second reads what the first is still building).
+    msgspec inspects a Struct at its first use. If two threads use one for the first time together, the process crashes
+    (msgspec 0.22: the second thread reads what the first is still building).
     """
     for struct in kind.__subclasses__():
         if struct.__module__.split(".")[0] != "msgspec":
@@ -75,7 +75,7 @@ def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
 def body(kind: type[S], known: Collection[str] | None = None, required: Collection[str] = ()) -> S:
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge.
 
-    known: the keys that it may have, where the `kind` itself ignores others. required: those that may not be empty.
+    known: if given, all other keys are refused. required: the keys that must be there and not empty.
     """
     text = raw() or b"{}"
     try:
@@ -100,7 +100,7 @@ def raw() -> bytes:
     """The request's body. Raises TooLarge."""
     found = request.get_data()
     if request.content_length is None and len(found) >= (request.max_content_length or math.inf):
-        raise too_large()  # in chunks it is cut off there
+        raise too_large()  # Werkzeug cuts a chunked body off at the limit
     return found
 
 
@@ -109,11 +109,11 @@ def missing(field: str) -> errors.Invalid:
 
 
 def too_large() -> errors.TooLarge:
-    return errors.TooLarge(f"A body may have {(request.max_content_length or 0) // MIB} MiB.")
+    return errors.TooLarge(f"A body may have up to {(request.max_content_length or 0) // MIB} MiB.")
 
 
 def _invalid(text: str, kind: type) -> errors.Invalid:
-    """From msgspec's "Expected `int`, got `str` - at `$.ttl_seconds`"; an unknown field stands in the text itself."""
+    """From msgspec's "Expected `int`, got `str` - at `$.ttl_seconds`"; the text names an unknown field itself."""
     match = _PATH.match(text)
     assert match is not None
     problem, field = match["problem"], match["field"] or ""
@@ -126,7 +126,7 @@ def _invalid(text: str, kind: type) -> errors.Invalid:
 
 @functools.cache
 def allowed(kind: type) -> dict[str, list[Any]]:
-    """The values that a field of a Struct, or of one in its lists, may have, where they are few."""
+    """The allowed values of each Literal field of a Struct, or of a Struct in one of its lists."""
     found: dict[str, list[Any]] = {}
     for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
         for hint in getattr(field.type, "types", (field.type,)):
@@ -139,11 +139,14 @@ def allowed(kind: type) -> dict[str, list[Any]]:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON allows and PostgreSQL or a reader does not: NUL, numbers beyond a double, and one key twice."""
+    """The object of these pairs. Raises Invalid for a NUL character, a number beyond a double, or a key given twice.
+
+    JSON allows these, but PostgreSQL or a reader of the answer does not.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         times = Counter(key for key, _ in pairs)
-        raise errors.Invalid.field(shown(next(key for key in times if times[key] > 1)), "stands there twice")
+        raise errors.Invalid.field(shown(next(key for key in times if times[key] > 1)), "is given twice")
     for key, value in pairs:
         wrong = flaw(key) or flaw(value)
         if wrong:
@@ -152,12 +155,12 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(key: str) -> str:
-    """A key within a message of one line."""
+    """A client's key, escaped and shortened for a message of one line."""
     return json.dumps(key, ensure_ascii=False)[1:-1][:200]
 
 
 def flaw(value: Any) -> str | None:
-    """What is wrong with a value that is no object: see `object_of`."""
+    """What is wrong with a value that is not an object, or None; see `object_of`."""
     if isinstance(value, list):
         return next(filter(None, map(flaw, value)), None)
     if isinstance(value, str) and "\x00" in value:
@@ -168,7 +171,7 @@ def flaw(value: Any) -> str | None:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Merging is recursive, in PostgreSQL too."""
+    """Whether a value is nested deeper than that. Merging is recursive, also in PostgreSQL, and must be bounded."""
     if not isinstance(value, dict | list):
         return False
     inside = value.values() if isinstance(value, dict) else value
@@ -176,7 +179,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def integer_of(text: str) -> int:
-    """As int(), at a bounded cost: 311 characters are beyond MAX_NUMBER already."""
+    """Like int(), at a bounded cost: a number of 311 characters is already beyond MAX_NUMBER."""
     return int(text[:311])
 
 
@@ -191,9 +194,9 @@ def query(*names: str) -> Callable[[View], View]:
 
 
 def check_query(view: Callable[..., Any]) -> None:
-    """Raises Invalid for a parameter that the view does not read, and for one that is given twice.
+    """Raises Invalid for a parameter that the view does not read, or that is given twice.
 
-    A misspelt filter would else answer everything, and of two values only the first would count.
+    Otherwise a misspelt filter would answer everything, and of two values only the first would count.
     """
     known: frozenset[str] = getattr(view, "query", frozenset())
     for name, values in request.args.lists():
@@ -251,7 +254,7 @@ def check_name(name: str, field: str = "lock_name") -> str:
 
 
 def file_path(value: str) -> str:
-    """One spelling of a file's path, without empty parts and `.`: two would be two locks. Raises Invalid."""
+    """A file's path without empty parts and `.`, since two spellings would be two locks. Raises Invalid."""
     parts = [part for part in value.split("/") if part not in ("", ".")]
     if not parts or len(value.encode()) > MAX_PATH or _CONTROL.search(value):
         raise errors.Invalid.field("file_path", f"must name a file in at most {MAX_PATH} bytes, no control characters")
@@ -261,14 +264,14 @@ def file_path(value: str) -> str:
 
 
 def key(value: str) -> str:
-    """An entity's id from the path. Raises Invalid for what can't be one."""
+    """An entity's id from the path. Raises Invalid for a malformed one."""
     if "\ufffd" in value:
         raise errors.Invalid.field("id", "is not UTF-8")
     return plain(value, "id", most=200)
 
 
 def cursor(kind: type[T], name: str = "after") -> T | None:
-    """What `encode_cursor` made of a `kind`, from the query, or None. Raises Invalid."""
+    """The cursor in the query, decoded to a `kind`, or None. Raises Invalid."""
     value = request.args.get(name)
     if value is None:
         return None
@@ -278,7 +281,7 @@ def cursor(kind: type[T], name: str = "after") -> T | None:
             return found
     except (msgspec.DecodeError, ValueError):
         pass
-    raise errors.Invalid.field(name, "is not a cursor that Loom gave")
+    raise errors.Invalid.field(name, "is not a cursor that Loom returned")
 
 
 def encode_cursor(value: Any) -> str:
@@ -286,10 +289,7 @@ def encode_cursor(value: Any) -> str:
 
 
 def utf8(raw: bytes, field: str) -> str:
-    """What WSGI gave as Latin-1, from its bytes: broken UTF-8 is refused, never replaced, or two would be one.
-
-    Raises Invalid.
-    """
+    """Decodes UTF-8. Raises Invalid for broken UTF-8: replacement characters would make two names equal."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -297,7 +297,7 @@ def utf8(raw: bytes, field: str) -> str:
 
 
 def plain(value: str, field: str, least: int = 1, most: int = 255) -> str:
-    """A text, if it is as long as it may be and holds no control characters. Raises Invalid."""
+    """The text itself. Raises Invalid for a wrong length or a control character."""
     if not least <= len(value) <= most or _CONTROL.search(value):
         raise errors.Invalid.field(field, f"must have {least} to {most} characters and no control characters")
     return value

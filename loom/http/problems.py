@@ -1,4 +1,4 @@
-"""Errors as application/problem+json (RFC 9457), in one place; `error` is the one line that older clients read."""
+"""Errors as application/problem+json (RFC 9457); the member `error` is one line for older clients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def answer(exc: errors.Error) -> Response:
     if exc.detail:
         body["detail"] = exc.detail
     body.update(exc.members)
-    if isinstance(body.get("holder"), Grant):  # tokens are for their holders
+    if isinstance(body.get("holder"), Grant):  # only the holder may know its token
         body["holder"] = msgspec.structs.asdict(body["holder"])
         del body["holder"]["fencing_token"]
     body.setdefault("error", exc.detail or exc.title)
@@ -41,7 +41,7 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(HTTPException)
     def werkzeugs(exc: HTTPException) -> Response:
-        """404 of the router, 405, 413, and what else Flask refuses by itself."""
+        """The errors that Flask raises itself, such as 404 of the router, 405 and 413."""
         if isinstance(exc, RequestEntityTooLarge):
             return answer(too_large())
         if isinstance(exc, ClientDisconnected):
@@ -61,7 +61,7 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def unforeseen(exc: Exception) -> Response:
-        """A fault of ours: the caller learns that it is, the log learns what."""
+        """An error in Loom itself: the caller learns only that there was one, the log has the details."""
         log.error(
             "request-failed",
             exc_info=exc,

@@ -1,4 +1,4 @@
-"""The settings that are in force."""
+"""The settings in force in this process."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from flask import current_app
 from loom import instances
 from loom.config import Config, load
 
-_inherited: Config | None = None  # what this process's gunicorn master has read
+_inherited: Config | None = None  # the settings that this process's gunicorn master has read
 
 
 def inherit(config: Config) -> None:
-    """In a gunicorn master: its workers go by what it has read, also by an application that is preloaded."""
+    """In a gunicorn master: makes its workers use the settings that it has read, also with a preloaded app."""
     global _inherited
     _inherited = config
 
 
 def initial() -> Config:
-    """What an application is made with."""
+    """The settings for a new application."""
     return load() if _inherited is None else _inherited
 
 
 def own() -> Config:
-    """What this instance was started with."""
+    """The settings with which this instance was started."""
     return current_app.config["LOOM"] if _inherited is None else _inherited
 
 
 def settings() -> Config:
-    """What this instance was started with, and over it what is shared, as its last heartbeat read it."""
+    """The settings with which this instance was started, overridden by the shared ones that its last heartbeat read."""
     me = instances.current
     return own() if me is None else me.shared.over(own())

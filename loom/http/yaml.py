@@ -1,4 +1,4 @@
-"""YAML as JSON would say it: no aliases, tags or dates; what it costs to read is bounded by its length."""
+"""YAML for values that JSON can hold: no aliases, tags or dates. The cost of reading is bounded by the length."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from yaml.representer import SafeRepresenter
 from loom import errors
 from loom.http.parse import MAX_DEPTH, object_of, shown
 
-MAX_VALUES = 500_000  # a second of reading; a megabyte of JSON, which is all that config may hold, has less
-MAX_NUMBER = 400  # characters; what 1:30:00 stands for takes time with their square
+MAX_VALUES = 500_000  # takes a second to read; the 1 MiB of JSON that all of config may hold has fewer
+MAX_NUMBER = 400  # characters; the time to read a number such as 1:30:00 grows with their square
 _TAG = "tag:yaml.org,2002:"
 _BREAK = re.compile("[\r\n\x85\u2028\u2029]")
 # PyYAML can be built without libyaml.
@@ -23,12 +23,12 @@ _Emitter: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 _SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null")]
 _NUMBERS = (_TAG + "int", _TAG + "float")
-TAGGED = "has a tag that JSON has not"
-NO_NUMBER = "is no number that JSON has"
+TAGGED = "has a tag, which JSON does not have"
+NO_NUMBER = "is not a number in JSON"
 
 
 class _Loader(_Parser):
-    """Takes dates, `<<` and `=` for the text that they are."""
+    """Reads dates, `<<` and `=` as plain text."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag in _SCALARS]
@@ -37,13 +37,13 @@ class _Loader(_Parser):
 
 
 def read(raw: bytes) -> dict[str, Any]:
-    """The keys and values of a document, which is a mapping, or empty. Raises Invalid, which names the key."""
+    """The keys and values of a document that is a mapping or empty. Raises Invalid, which names the key."""
     try:
         loader = _Loader(raw.decode("utf-8-sig"))
-        loader.get_event()  # the stream begins
+        loader.get_event()  # start of the stream
         if loader.check_event(yaml.StreamEndEvent):
             return {}
-        loader.get_event()  # the document, too
+        loader.get_event()  # start of the document
         found = _Reader(loader).document()
         loader.get_event()
         if not loader.check_event(yaml.StreamEndEvent):
@@ -55,11 +55,11 @@ def read(raw: bytes) -> dict[str, Any]:
         line = f" in line {exc.problem_mark.line + 1}" if exc.problem_mark else ""
         raise errors.Invalid.field("body", f"is not YAML{line}: {exc.problem}") from None
     except yaml.YAMLError:
-        raise errors.Invalid.field("body", "is not YAML: it holds a character that YAML does not take") from None
+        raise errors.Invalid.field("body", "is not YAML: it holds a character that YAML does not allow") from None
 
 
 class _Representer(SafeRepresenter):
-    """Keeps text with line breaks in one line: a break within would be indented by the depth of all that is around."""
+    """Writes text with line breaks on one line: on several lines, each would be indented by the depth of nesting."""
 
     def represent_text(self, value: str) -> yaml.ScalarNode:
         return self.represent_scalar(_TAG + "str", value, style='"' if _BREAK.search(value) else None)
@@ -69,14 +69,14 @@ _Representer.add_representer(str, _Representer.represent_text)
 
 
 def write(values: Mapping[str, Any]) -> str:
-    """A document with one line a key."""
+    """A document with one line per key."""
     representer = _Representer(default_flow_style=True, sort_keys=False)
     node = representer.represent_mapping(_TAG + "map", values, flow_style=False)
     return yaml.serialize(node, Dumper=_Emitter, allow_unicode=True, width=2**31 - 1)
 
 
 class _Reader:
-    """Makes values of the parser's events: composing their nodes first takes a gigabyte for what fits into 5 MiB."""
+    """Builds values from the parser's events; to compose nodes first would take a gigabyte for a document of 5 MiB."""
 
     def __init__(self, loader: Any) -> None:
         self._loader, self._left = loader, MAX_VALUES
@@ -86,15 +86,15 @@ class _Reader:
         if isinstance(event, yaml.ScalarEvent) and not event.value:
             return {}
         if not isinstance(event, yaml.MappingStartEvent):
-            raise errors.Invalid.field("body", "must be keys with values")
+            raise errors.Invalid.field("body", "must be a mapping of keys to values")
         return self._mapping("", 0)
 
     def _mapping(self, within: str, depth: int) -> dict[str, Any]:
-        """The keys and values up to its end. `within`: the document's key to which it belongs, empty for itself."""
+        """The keys and values up to the end of the mapping. `within`: the top-level key that contains it, or ""."""
         pairs = []
         while not isinstance(event := self._loader.get_event(), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
-                raise _wrong(within, event, "has a key that is no text")
+                raise _wrong(within, event, "has a key that is not text")
             pairs.append((event.value, self._value(within or event.value, depth)))
         return object_of(pairs)
 
@@ -102,11 +102,11 @@ class _Reader:
         event = self._loader.get_event()
         self._left -= 1
         if self._left < 0:
-            raise _wrong(within, event, f"is too much: a document may have {MAX_VALUES} values")
+            raise _wrong(within, event, f"is one value too many: a document may have up to {MAX_VALUES}")
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(within, event)
         if isinstance(event, yaml.AliasEvent):
-            raise _wrong(within, event, "has an alias: write out what it stands for")
+            raise _wrong(within, event, "has an alias: write out its value")
         if event.tag not in (None, "!", _TAG + "map", _TAG + "seq"):
             raise _wrong(within, event, TAGGED)
         if depth == MAX_DEPTH:
@@ -130,7 +130,7 @@ class _Reader:
         try:
             value = _Loader.yaml_constructors[tag](self._loader, yaml.ScalarNode(tag, event.value))
         except (ValueError, LookupError, OverflowError):
-            raise _wrong(within, event, f"is no {tag.removeprefix(_TAG)}") from None
+            raise _wrong(within, event, f"is not a valid {tag.removeprefix(_TAG)}") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise _wrong(within, event, NO_NUMBER)
         return value

@@ -1,4 +1,4 @@
-"""Acquire, renew and release, each decided by one function of schema.sql in one round trip; and the history."""
+"""Acquire, renew and release locks, each decided by one function of loom/sql/locks.sql in one round trip; history."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loom import db, errors, refusals
 from loom.db import Connection, Time
 
 COLUMNS = "lock_name, owner, instance_id, fencing_token, acquired_at, expires_at, heartbeat_at, metadata"
-LAST_CHARACTER = "\U0010ffff"  # sorts after every other in COLLATE "C": the end of a range of names with one prefix
+LAST_CHARACTER = "\U0010ffff"  # sorts last in COLLATE "C": ends the range of names with one prefix
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Grant(msgspec.Struct, frozen=True):
 
 
 class PastGrant(Grant, frozen=True):
-    """A grant of the history; `ended_at` and `ended_how` are None while it is held."""
+    """A grant as the history shows it; `ended_at` and `ended_how` are None while it is held."""
 
     ended_at: Time | None
     ended_how: str | None
@@ -38,10 +38,11 @@ class PastGrant(Grant, frozen=True):
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """What an acquire came to.
+    """The result of one call of `acquire`.
 
-    outcome: 'new' a grant, 'same' the owner's grant of before, 'held' by `grant`, 'promised' to a waiter (`grant` is
-    None then). waiting: how many wait for the lock.
+    outcome: 'new': a new grant; 'same': the grant that the owner already holds; 'held': another owner's `grant` holds
+    the lock; 'promised': the lock is free, but a waiter comes first (`grant` is None).
+    waiting: the number of waiters for the lock.
     """
 
     outcome: str
@@ -65,7 +66,7 @@ def acquire(
 ) -> Attempt:
     """Takes the lock `name` for `owner` if it is free; with `wait`, takes a place in the queue if not.
 
-    The same owner asking again gets its grant of before, which ends no earlier than it would have.
+    An owner that already holds the lock gets its own grant, extended; it never ends earlier than before.
     """
     row = db.row(
         conn,
@@ -82,49 +83,49 @@ def acquire(
 
 
 def renew(conn: Connection, name: str, token: int, ttl: timedelta, *, extend: bool = False) -> Grant:
-    """Gives a grant that we hold a new end, and returns it; with `extend`, never an earlier end.
+    """Sets a new end for a grant that we hold, and returns it; with `extend`, the end never moves to an earlier time.
 
     Raises LockLost when the token is no longer the holder's: expired, taken by another, or forced.
     """
     sql = "SELECT * FROM renew_lock(%(name)s, %(token)s, %(ttl)s, %(extend)s)"
     row = db.one(conn, sql, name=name, token=token, ttl=ttl, extend=extend)
     if row is None:
-        raise lost(conn, name, token)
+        raise _lock_lost(conn, name, token)
     return Grant(**row)
 
 
 def release(conn: Connection, name: str, token: int) -> None:
-    """Ends a grant that we hold; once more does no harm. Raises LockLost when it ended in any other way."""
+    """Ends a grant that we hold; may be repeated. Raises LockLost when the grant has ended in any other way."""
     if _end(conn, name, token, "released"):
         return
     past = _past(conn, name, token)
     if past is None or past["ended_how"] != "released":
-        raise lost(conn, name, token, past)
+        raise _lock_lost(conn, name, token, past)
 
 
 def force_release(conn: Connection, name: str, token: int, reason: str | None = None) -> None:
-    """Ends somebody else's grant; once more does no harm.
+    """Ends somebody else's grant; may be repeated.
 
-    Raises LockHeld when another grant holds the lock by now, NotFound when there never was such a grant.
+    Raises LockHeld when another grant holds the lock now, NotFound when no such grant was ever made.
     """
     if _end(conn, name, token, "forced", reason):
         return
     holder = get(conn, name)
     if holder is not None and holder.fencing_token != token:
-        raise errors.LockHeld("Another grant holds the lock by now.", holder=holder)
+        raise errors.LockHeld("Another grant holds the lock now.", holder=holder)
     if _past(conn, name, token) is None:
-        raise errors.NotFound("There never was such a grant.", lock_name=name, fencing_token=token)
+        raise errors.NotFound("No such grant was ever made.", lock_name=name, fencing_token=token)
 
 
 def check(conn: Connection, name: str, token: int) -> None:
-    """Fences the transaction that `conn` is in: what it writes commits only under this grant.
+    """Fences the current transaction of `conn`: its writes commit only while this grant holds the lock.
 
-    Raises LockLost unless the grant is held now; else no later grant can be made before the transaction ends.
+    Raises LockLost unless the grant is held now. If it is, no later grant can be made before the transaction ends.
     """
     try:
         db.run(conn, "SELECT loom_fence(%(name)s, %(token)s)", name=name, token=token)
     except psycopg2.DatabaseError as exc:
-        raise refusals.raised(exc) or exc from exc
+        raise refusals.from_postgres(exc) or exc from exc
 
 
 def get(conn: Connection, name: str) -> Grant | None:
@@ -138,7 +139,7 @@ def get(conn: Connection, name: str) -> Grant | None:
 
 
 def waiting(conn: Connection, name: str) -> int:
-    """How many wait for the lock."""
+    """The number of waiters for the lock."""
     return db.value(
         conn,
         "SELECT count(*) FROM lock_waiters WHERE lock_name = %(name)s AND keeps_place(asked_at, clock_timestamp())",
@@ -147,8 +148,8 @@ def waiting(conn: Connection, name: str) -> int:
 
 
 def held(conn: Connection, *, prefix: str = "", owner: str | None = None, after: str = "", limit: int) -> list[Grant]:
-    """Held locks in the order of their names, those after the name `after` only."""
-    rows = db.all(
+    """The locks that are held, ordered by name; only names after `after`."""
+    rows = db.rows(
         conn,
         f"""
         SELECT {COLUMNS} FROM distributed_locks
@@ -169,18 +170,18 @@ def held(conn: Connection, *, prefix: str = "", owner: str | None = None, after:
 def history(
     conn: Connection, *, name: str | None = None, owner: str | None = None, before: int | None = None, limit: int
 ) -> list[PastGrant]:
-    """Grants, newest first, those with a smaller token than `before` only. One past its end reads as expired."""
-    part = """
+    """Grants, newest first; only tokens smaller than `before`. A grant past its end is shown as expired."""
+    filtered = """
         WHERE (%(name)s IS NULL OR lock_name = %(name)s) AND (%(owner)s IS NULL OR owner = %(owner)s)
           AND (%(before)s IS NULL OR fencing_token < %(before)s)
         ORDER BY fencing_token DESC LIMIT %(limit)s"""
-    rows = db.all(
+    rows = db.rows(
         conn,
         f"""
-        (SELECT {COLUMNS}, ended_at, ended_how, reason FROM grants {part})
+        (SELECT {COLUMNS}, ended_at, ended_how, reason FROM grants {filtered})
         UNION ALL
         (SELECT {COLUMNS}, CASE WHEN expires_at <= clock_timestamp() THEN expires_at END,
-                CASE WHEN expires_at <= clock_timestamp() THEN 'expired' END, NULL FROM distributed_locks {part})
+                CASE WHEN expires_at <= clock_timestamp() THEN 'expired' END, NULL FROM distributed_locks {filtered})
          ORDER BY fencing_token DESC LIMIT %(limit)s
         """,
         name=name,
@@ -191,8 +192,8 @@ def history(
     return [PastGrant(**row) for row in rows]
 
 
-def lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.Error:
-    """LockLost with how and when the grant ended (None: never given) and who holds the lock now."""
+def _lock_lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.Error:
+    """LockLost with how and when the grant ended (None: it was never made) and who holds the lock now."""
     past = past or _past(conn, name, token) or {"ended_at": None, "ended_how": None}
     return refusals.error(
         "lock-lost",
@@ -212,7 +213,7 @@ def _end(conn: Connection, name: str, token: int, how: str, reason: str | None =
 
 
 def _past(conn: Connection, name: str, token: int) -> db.Row | None:
-    """How and when a grant ended, or None when it was never given (or its history is no longer kept)."""
+    """How and when a grant ended, or None when it was never made (or its history is no longer kept)."""
     return db.one(
         conn,
         """

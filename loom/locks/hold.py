@@ -1,4 +1,4 @@
-"""`with locks.hold("my-operation", ttl=30) as lock:` holds a lock, renews it, and says at once when it is lost."""
+"""`with locks.hold("my-operation", ttl=30) as lock:` holds a lock, renews it, and reports at once when it is lost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from loom.locks import grants
 
 log = logging.getLogger("loom.locks")
 
-POLL_PERIOD = 0.1  # seconds between two asks of a waiting holder; its place in the queue lasts 2 s
+POLL_PERIOD = 0.1  # seconds between two attempts while it waits; its place in the queue lasts 2 s
 
-# A clock that counts through sleep: a holder that was suspended must know that its lease went on.
+# A clock that keeps counting while the machine sleeps: a suspended holder must notice that its time has run out.
 _clock: Callable[[], float] = (
     (lambda: time.clock_gettime(time.CLOCK_BOOTTIME)) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 )
@@ -28,9 +28,9 @@ _clock: Callable[[], float] = (
 class Hold:
     """A lock held by this process, renewed at a third of its TTL until the block ends or the lock is lost.
 
-    `fencing_token` fences writes (`locks.check`). `lost` turns true, and `on_lost` is called (from another thread), at
-    once when the lock is lost or, for want of an answer, may be; `ensure()` raises LockLost then, and so does the end
-    of the block. Trust in the lease counts from when the request for it was sent.
+    `fencing_token` fences writes (`locks.check`). When the lock is lost, or may be lost because the database does not
+    answer, `lost` becomes true at once and `on_lost` is called (from another thread). From then on `ensure()` raises
+    LockLost, and so does the end of the block. The TTL is counted from the moment at which the request was sent.
     """
 
     def __init__(
@@ -45,23 +45,23 @@ class Hold:
         on_lost: Callable[[], object] | None = None,
         database: db.Database | None = None,
     ) -> None:
-        """`ttl` and `wait` in seconds. Entering raises LockHeld when the lock is not ours within `wait`."""
+        """`ttl` and `wait` in seconds. Entering raises LockHeld if the lock cannot be acquired within `wait`."""
         self.name, self.owner, self.fencing_token = name, owner or str(uuid.uuid4()), 0
         self._ttl, self._wait, self._on_lost = ttl, wait, on_lost
         self._instance_id, self._metadata = instance_id, metadata
-        self._line = (database or db.default()).dedicated("hold")
+        self._connection = (database or db.default()).dedicated("hold")
         self._trusted_until = 0.0
-        self._over = threading.Event()
+        self._done = threading.Event()
         self._lost = threading.Event()
-        self._saying = threading.Lock()
-        self._keeper = threading.Thread(target=self._keep, name=f"hold {name}", daemon=True)
+        self._report_lock = threading.Lock()
+        self._renewer = threading.Thread(target=self._renew_until_done, name=f"hold {name}", daemon=True)
 
     @property
     def lost(self) -> bool:
         return self._lost.is_set() or _clock() >= self._trusted_until
 
     def ensure(self) -> None:
-        """Raises LockLost when the lock is no longer ours, as far as we can know."""
+        """Raises LockLost unless we can be sure that we still hold the lock."""
         if self.lost:
             raise errors.LockLost(lock_name=self.name, fencing_token=self.fencing_token)
 
@@ -69,13 +69,13 @@ class Hold:
         try:
             return self._acquire(time.monotonic() + self._wait)
         except BaseException:
-            self._line.close()
+            self._connection.close()
             raise
 
-    def _acquire(self, give_up: float) -> Hold:
+    def _acquire(self, deadline: float) -> Hold:
         while True:
             sent = _clock()
-            with self._line.connection() as conn:
+            with self._connection.use() as conn:
                 attempt = grants.acquire(
                     conn,
                     self.name,
@@ -87,38 +87,38 @@ class Hold:
                 )
             if attempt.granted and attempt.grant is not None:
                 self.fencing_token, self._trusted_until = attempt.grant.fencing_token, sent + self._ttl
-                self._keeper.start()
+                self._renewer.start()
                 threading.Thread(target=self._watch, name=f"watch {self.name}", daemon=True).start()
                 return self
-            if time.monotonic() >= give_up:
+            if time.monotonic() >= deadline:
                 raise errors.LockHeld(lock_name=self.name, holder=attempt.grant, waiting=attempt.waiting)
-            time.sleep(min(POLL_PERIOD, max(0.0, give_up - time.monotonic())))
+            time.sleep(min(POLL_PERIOD, max(0.0, deadline - time.monotonic())))
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self._over.set()
-        self._keeper.join()
+        self._done.set()
+        self._renewer.join()
         was_lost = self.lost
         if not was_lost:
             try:
-                with self._line.connection() as conn:
+                with self._connection.use() as conn:
                     grants.release(conn, self.name, self.fencing_token)
             except errors.LockLost:
                 was_lost = True
             except errors.Unavailable:
-                pass  # it ends by its TTL
-        self._line.close()
+                pass  # the grant expires by itself
+        self._connection.close()
         if was_lost and exc is None:
             raise errors.LockLost(lock_name=self.name, fencing_token=self.fencing_token)
 
-    def _keep(self) -> None:
+    def _renew_until_done(self) -> None:
         pause = self._ttl / 3
-        while not self._over.wait(pause * random.uniform(0.9, 1.0)) and not self.lost:
+        while not self._done.wait(pause * random.uniform(0.9, 1.0)) and not self.lost:
             sent = _clock()
             try:
-                with self._line.connection(max(0.1, min(4.0, self._trusted_until - sent))) as conn:
+                with self._connection.use(max(0.1, min(4.0, self._trusted_until - sent))) as conn:
                     grants.renew(conn, self.name, self.fencing_token, timedelta(seconds=self._ttl))
             except errors.LockLost:
-                self._say_lost()
+                self._report_lost()
                 return
             except Exception:
                 pause = min(1.0, self._ttl / 10)
@@ -127,13 +127,13 @@ class Hold:
                 pause = self._ttl / 3
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, max(0.0, self._trusted_until - _clock()))):
+        while not self._done.wait(min(1.0, max(0.0, self._trusted_until - _clock()))):
             if self.lost:
-                self._say_lost()
+                self._report_lost()
                 return
 
-    def _say_lost(self) -> None:
-        with self._saying:
+    def _report_lost(self) -> None:
+        with self._report_lock:
             if self._lost.is_set():
                 return
             self._lost.set()

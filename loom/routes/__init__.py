@@ -25,11 +25,11 @@ from loom.routes import (
     work_graph,
 )
 
-CODECS = ("idna", "utf-8-sig")  # of host names and documents; Python imports each at its first use
+CODECS = ("idna", "utf-8-sig")  # Python imports a codec at its first use
 
 
 def create_app(given: Config | None = None) -> Application:
-    """The application on the process's own database (`db.configure`) and instance."""
+    """Creates the application, which uses the process's database (`db.configure`) and instance."""
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
@@ -37,6 +37,6 @@ def create_app(given: Config | None = None) -> Application:
     ):
         app.register_blueprint(routes.bp)
     prepare()
-    for name in CODECS:  # no request is the first to import something
+    for name in CODECS:  # so that no request has to import one
         codecs.lookup(name)
     return app

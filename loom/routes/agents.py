@@ -1,4 +1,4 @@
-"""/api/v1/agents: AI workers. Heartbeats are in http/claims.py."""
+"""/api/v1/agents: AI workers. Heartbeats are in routes/claims.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/api/v1/beads: units of work. Claims are in http/claims.py."""
+"""/api/v1/beads: units of work. Claims are in routes/claims.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loom.state import beads, comments
 from loom.state.beads import Bead
 
 CLAIM = ("fencing_token", "claimed_at", "lease_seconds", "lease_expires_at")
-ENDS = ("attempts", "failures", "blocked_reason", "closed_at", "not_before")  # what ends of claims leave behind
+ENDS = ("attempts", "failures", "blocked_reason", "closed_at", "not_before")  # written when a claim or the bead ends
 
 BeadBody = entities.body_of(
     Bead,
@@ -28,7 +28,7 @@ BeadBody = entities.body_of(
 
 
 class NewBead(BeadBody, kw_only=True, forbid_unknown_fields=True):  # type: ignore
-    """One of several: `ref` names it for the others."""
+    """One bead of a bulk request; `ref` names it for the other beads of the request."""
 
     ref: Key | UnsetType = UNSET
     title: Name
@@ -40,7 +40,7 @@ class ManyBeads(parse.Body):
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
-    """Empty is none, and once is enough."""
+    """Turns empty ids into None, and removes duplicates from lists."""
     for field in ("assigned_to", "parent", "milestone_id"):
         if patch.get(field) == "":
             patch[field] = None
@@ -68,13 +68,13 @@ def create_many() -> Response:
     names = Counter(name for bead in given for name in {bead.get("ref"), bead.get("id")} - {None})
     for name, times in names.items():
         if times > 1:
-            raise errors.Invalid.field("beads", f"{name} names {times} of them")
+            raise errors.Invalid.field("beads", f"{times} beads have the id or ref {name}")
     for bead in given:
         _adapt(bead, None)
     return idempotency.once(lambda conn: answer.json(beads.create_many(conn, writer, given), 201), in_transaction=True)
 
 
-class Remark(entities.Body):
+class BeadRemark(entities.Body):
     content: str = ""
     parent_id: Annotated[str, Meta(max_length=200)] | None = None
     author_id: parse.Actor | None = None
@@ -88,7 +88,7 @@ def remarks(key: str) -> Response:
 
 @bp.post("/<key>/comments")
 def remark(key: str) -> Response:
-    body = parse.body(Remark, required=("content",))
+    body = parse.body(BeadRemark, required=("content",))
     writer = headers.writer(f"bead:{parse.key(key)}", body.author_id or None)
     return idempotency.once(
         lambda conn: answer.json(comments.on_bead(conn, writer, key, body.content, body.parent_id or None), 201),

@@ -1,4 +1,4 @@
-"""/api/v1/beads/claim, /api/v1/beads/{id}/claim and what ends a claim; the agents' heartbeat."""
+"""/api/v1/beads/claim, /api/v1/beads/{id}/claim, the routes that end a claim, and the heartbeat of agents."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from loom.state.writer import Writer
 
 bp = Blueprint("claims", __name__, url_prefix="/api/v1")
 
-Lease = Annotated[int, Meta(ge=10, le=86400)]  # seconds
-Words = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=100)]
+LeaseSeconds = Annotated[int, Meta(ge=10, le=86400)]  # seconds
+Labels = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=100)]
 Reason = Annotated[str, Meta(max_length=10_000)]
 
 
 class ClaimNext(parse.Body):
-    """Of `types` it is one, of `tags` it has all."""
+    """Filters: the bead's type is one of `types`, and it has all of `tags`."""
 
     agent_id: Key
-    lease_seconds: Lease = 1800
+    lease_seconds: LeaseSeconds = 1800
     project_id: Key | None = None
-    types: Words = []
-    tags: Words = []
+    types: Labels = []
+    tags: Labels = []
 
 
 class ClaimBead(msgspec.Struct):
     agent_id: Key
-    lease_seconds: Lease = 1800
+    lease_seconds: LeaseSeconds = 1800
 
 
 class RenewClaim(parse.Body):
-    """Without `lease_seconds`, by the claim's own."""
+    """Without `lease_seconds`, the lease is extended by the claim's own."""
 
     fencing_token: Token
-    lease_seconds: Lease | None = None
+    lease_seconds: LeaseSeconds | None = None
 
 
 class Complete(parse.Body):
@@ -55,7 +55,7 @@ class Complete(parse.Body):
 
 
 class Fail(parse.Body):
-    """Without `retry_after_seconds`, it waits by the number of its failures."""
+    """Without `retry_after_seconds`, the delay depends on the number of failures."""
 
     fencing_token: Token
     reason: Reason | None = None
@@ -73,8 +73,8 @@ class Redispatch(msgspec.Struct):
     reason: Reason | None = None
 
 
-def _again(writer: Writer, conn: db.Connection, first: dict[str, Any]) -> claims.Claim:
-    """The claim that this request's first answer told of, extended. Raises ClaimLost when it has ended."""
+def _extended(writer: Writer, conn: db.Connection, first: dict[str, Any]) -> claims.Claim:
+    """The claim of this request's first answer, extended. Raises ClaimLost when it has ended."""
     lease = timedelta(seconds=first["bead"]["lease_seconds"])
     return claims.renew(conn, writer, settings(), first["bead"]["id"], first["fencing_token"], lease, extend=True)
 
@@ -97,7 +97,7 @@ def claim_next() -> Response:
         )
         return answer.nothing() if claim is None else answer.json(claim)
 
-    return idempotency.once(work, again=partial(_again, writer))
+    return idempotency.once(work, refresh=partial(_extended, writer))
 
 
 @bp.post("/beads/<key>/claim")
@@ -109,7 +109,7 @@ def claim(key: str) -> Response:
         lease = timedelta(seconds=body.lease_seconds)
         return answer.json(claims.claim(conn, writer, settings(), key, body.agent_id, lease))
 
-    return idempotency.once(work, again=partial(_again, writer))
+    return idempotency.once(work, refresh=partial(_extended, writer))
 
 
 @bp.put("/beads/<key>/claim")
@@ -154,7 +154,7 @@ def _ended(key: str, token: int, how: claims.Ending, why: str | None, **more: An
 
 @bp.post("/beads/<key>/redispatch")
 def redispatch(key: str) -> Response:
-    """Whoever has the bead loses it."""
+    """Opens the bead again; its holder loses it."""
     key, body = parse.key(key), parse.body(Redispatch)
     asked = {
         "redispatch_requested": "true",
@@ -170,11 +170,11 @@ def redispatch(key: str) -> Response:
 
 @bp.post("/agents/<key>/heartbeat")
 def heartbeat(key: str) -> Response:
-    """A retry is one more heartbeat: what the first one told of the claims may no longer be true."""
+    """A retry is another heartbeat, since the first answer about the claims may no longer be true."""
     key, body = parse.key(key), parse.body(Heartbeat)
     writer = headers.writer(f"agent:{key}", key)
 
     def beat(conn: db.Connection, first: object = None) -> claims.Beat:
         return claims.heartbeat(conn, writer, key, body.claims, body.status)
 
-    return idempotency.once(lambda conn: answer.json(beat(conn)), again=beat)
+    return idempotency.once(lambda conn: answer.json(beat(conn)), refresh=beat)

@@ -1,4 +1,4 @@
-"""/api/v1/config: what all instances share. Some keys are Loom's own settings; the others are their writers' affair."""
+"""/api/v1/config: values that all instances share. Some keys are settings of Loom; the others belong to the clients."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ bp = Blueprint("config", __name__, url_prefix="/api/v1/config")
 
 MAX_YAML = 5 * parse.MIB
 MAX_VALUE = 64 * 1024  # bytes of JSON
-DIFFERS = "server.http_port"  # between instances, and by design: whichever a snapshot has, nobody means to share it
-# Keys of a snapshot, the original's or ours, that hold no settings of ours.
+PER_INSTANCE = "server.http_port"  # differs between instances, so a snapshot's value is never meant to be shared
+# Keys of a snapshot, from Loom or from the original, that are not settings of Loom.
 IGNORED = frozenset(
     {"security", "web_ui", "temporal", "projects", "providers", "agent_assignments", "model_catalog", "shared"}
 )
@@ -76,7 +76,7 @@ def set_one(key: str) -> Response:
 
 @bp.get("")
 def snapshot() -> Response:
-    """The settings that are in force here, passwords masked; and all that is shared, as it stands."""
+    """The settings in force in this instance, with passwords masked, and all shared values."""
     with db.connection() as conn:
         return _snapshot(conn)
 
@@ -91,8 +91,8 @@ def change_settings() -> Response:
 
 
 @bp.post("/import.yaml")
-def take_in() -> Response:
-    """Shares what a document has: keys, or sections of settings."""
+def import_yaml() -> Response:
+    """Shares the values of a YAML document: keys, or sections of settings."""
     headers.no_conditions()
     request.max_content_length = MAX_YAML
     given = yaml.read(parse.raw())
@@ -103,7 +103,7 @@ def take_in() -> Response:
 
 
 @bp.get("/export.yaml")
-def export() -> Response:
+def export_yaml() -> Response:
     with db.connection() as conn:
         values = config.values(conn)
     text = yaml.write({key: json.loads(value) for key, value in values.items()})
@@ -118,13 +118,15 @@ def _snapshot(conn: db.Connection) -> Response:
 
 def _share(conn: db.Connection, writer: Writer, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:
     here = dict(_settings(_shown(config.in_force(own(), config.values(conn)))))
-    changed = {key: _checked(key, value) for key, value in _settings(sections) if key != DIFFERS and value != here[key]}
+    changed = {
+        key: _checked(key, value) for key, value in _settings(sections) if key != PER_INSTANCE and value != here[key]
+    }
     config.share(conn, writer, {**changed, **values})
     return _snapshot(conn)
 
 
 def _shown(settings: configuration.Config) -> dict[str, Any]:
-    """The sections of a configuration, passwords masked."""
+    """The sections of a configuration, with passwords masked."""
     sections = asdict(settings)
     del sections["sources"]
     sections["database"]["dsn"] = mask(sections["database"]["dsn"])
@@ -132,7 +134,7 @@ def _shown(settings: configuration.Config) -> dict[str, Any]:
 
 
 def _settings(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting within sections, by its dotted key. What Loom does not know is passed over."""
+    """Each setting in the sections, with its dotted key. Keys that Loom does not know are ignored."""
     for name, value in sections.items():
         key = prefix + name
         if key in SETTINGS:
@@ -144,12 +146,12 @@ def _settings(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def _checked(key: str, value: Any) -> Any:
-    """A value that may be shared under that key. Raises Invalid, which names the key."""
+    """The value, checked for that key. Raises Invalid, which names the key, if it cannot be shared."""
     try:
         msgspec.convert(key, parse.Key)
     except msgspec.ValidationError:
         raise errors.Invalid.field(
-            parse.shown(key), "must have 1 to 200 characters, no control characters or /"
+            parse.shown(key), "must have 1 to 200 characters, without control characters and /"
         ) from None
     if key in SHAREABLE:
         try:
@@ -157,13 +159,13 @@ def _checked(key: str, value: Any) -> Any:
         except ValueError as exc:
             raise errors.Invalid.field(key, str(exc), allowed=configuration.allowed(key) or None) from None
     if key in SETTINGS:
-        raise errors.Invalid.field(key, "cannot be shared: it is each instance's own", allowed=sorted(SHAREABLE))
+        raise errors.Invalid.field(key, "cannot be shared: each instance has its own", allowed=sorted(SHAREABLE))
     word = key.partition(".")[0]
     if word in SECTIONS:
         near = configuration.nearest(key)
-        raise errors.Invalid.field(key, f"is no setting, the nearest one is {near}", allowed=sorted(SHAREABLE))
+        raise errors.Invalid.field(key, f"is not a setting, the nearest one is {near}", allowed=sorted(SHAREABLE))
     if word in IGNORED or key in ("export.yaml", "import.yaml"):
-        raise errors.Invalid.field(key, "is taken: choose another name")
+        raise errors.Invalid.field(key, "is reserved: choose another name")
     if len(msgspec.json.encode(value)) > MAX_VALUE:
         raise errors.Invalid.field(key, f"must have at most {MAX_VALUE // 1024} KiB")
     return value

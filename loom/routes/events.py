@@ -1,4 +1,4 @@
-"""/api/v1/events: what has changed since a cursor."""
+"""/api/v1/events: the changes since a cursor."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from flask import Blueprint, Response, request
 
 from loom import db
 from loom.http import answer, parse
-from loom.http.waiting import gone, waiting
+from loom.http.pollers import client_gone_check, pollers
 from loom.state import events
-from loom.state.events import Reader
+from loom.state.events import EventWaiter
 
 bp = Blueprint("events", __name__, url_prefix="/api/v1/events")
 
-LONGEST_WAIT = 25  # seconds; below the 30 for which many proxies wait
+LONGEST_WAIT = 25  # seconds; below the 30 s after which many proxies give up
 
 
 @bp.get("")
@@ -32,10 +32,10 @@ def feed() -> Response:
         if page.events or left <= 0:
             break
         if after >= page.last:
-            if waiting().events.full:
+            if pollers().events.full:
                 headers["Retry-After"] = "1"
                 break
-            if waiting().events.wait(Reader(after, gone()), left) is None:
+            if pollers().events.wait(EventWaiter(after, client_gone_check()), left) is None:
                 break
         db.default().start_request()
     return answer.json({"events": page.events, "count": len(page.events), "next": page.next}, headers=headers)

@@ -1,4 +1,4 @@
-"""/api/v1/file-locks: who works on which file of a project."""
+"""/api/v1/file-locks: which agent works on which file of a project."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ bp = Blueprint("file_locks", __name__, url_prefix="/api/v1/file-locks")
 
 
 class LockFile(msgspec.Struct):
-    """`bead_id`: the bead that it is for, claimed by the agent; the lock ends with the claim."""
+    """`bead_id`: a bead that the agent has claimed; the lock ends with that claim."""
 
     file_path: str
     project_id: Key
@@ -32,8 +32,8 @@ def _timeout() -> timedelta:
     return timedelta(seconds=settings().agents.file_lock_timeout)
 
 
-def _again(conn: db.Connection, first: dict[str, Any]) -> FileLock:
-    """The lock that this request's first answer told of, extended. Raises LockLost when it has ended."""
+def _extended(conn: db.Connection, first: dict[str, Any]) -> FileLock:
+    """The lock of this request's first answer, extended. Raises LockLost when it has ended."""
     return file_locks.of_grant(locks.renew(conn, first["lock_name"], first["fencing_token"], _timeout(), extend=True))
 
 
@@ -48,7 +48,7 @@ def take() -> Response:
         lock, new = file_locks.take(conn, writer, file, body.agent_id, body.bead_id or None, _timeout(), dead_after)
         return answer.json(lock, 201 if new else 200)
 
-    return idempotency.once(work, again=_again)
+    return idempotency.once(work, refresh=_extended)
 
 
 @bp.delete("/<name:_>")

@@ -1,4 +1,4 @@
-"""/health for people and load balancers, /health/live for the process, /health/ready for those who send it work."""
+"""/health for people and monitors; /health/live: the process answers; /health/ready: send it requests."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ bp = Blueprint("health", __name__)
 
 
 def _now() -> datetime:
-    """This host's clock, for the eye only: nothing is decided by it."""
+    """This host's clock, for information only: no decision depends on it."""
     return datetime.now(timezone.utc)
 
 
-def _look() -> tuple[int | None, dict[str, Any]]:
-    """How many instances are active (None without a database), and the database as a dependency."""
+def _database_health() -> tuple[int | None, dict[str, Any]]:
+    """The number of active instances (None without a database), and the state of the database."""
     started = time.monotonic()
     try:
         with db.connection() as conn:
             count = instances.active(conn)
-    except errors.Error as exc:  # also a database without our tables
+    except errors.Error as exc:  # also if the database lacks our tables
         return None, {"status": "unhealthy", "message": db.default().away or exc.detail or exc.title}
     return count, {"status": "healthy", "latency_ms": round((time.monotonic() - started) * 1000)}
 
 
 @bp.get("/health")
 def health() -> Response:
-    count, database = _look()
+    count, database = _database_health()
     healthy = count is not None
     me = instances.current
     return answer.json(
@@ -62,7 +62,7 @@ def live() -> Response:
 @bp.get("/health/ready")
 def ready() -> Response:
     me = instances.current
-    _, database = _look()
+    _, database = _database_health()
     is_ready = database["status"] == "healthy" and not (me and me.draining)
     return answer.json(
         {

@@ -11,7 +11,7 @@ bp = Blueprint("instances", __name__, url_prefix="/api/v1/instances")
 
 
 @bp.get("")
-def rows() -> Response:
+def list_all() -> Response:
     with db.connection() as conn:
         return answer.json(instances.rows(conn))
 

@@ -13,13 +13,13 @@ from msgspec import Meta
 
 from loom import db, errors, instances, locks
 from loom.http import answer, idempotency, parse, problems
-from loom.http.waiting import gone, waiting
-from loom.locks.queue import Waiter
+from loom.http.pollers import client_gone_check, pollers
+from loom.locks.queue import LockWaiter
 
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
 
 METADATA_BYTES = 8192
-RESERVED_OWNER = "instance:"  # what an instance takes for itself; ends with it
+RESERVED_OWNER = "instance:"  # the owner of locks that an instance holds for itself
 
 Ttl = Annotated[int, Meta(ge=1, le=86400)]
 
@@ -40,10 +40,10 @@ class RenewLock(parse.Body):
 
 @bp.post("/<name:_>")
 def acquire(_: str) -> Response:
-    """Asks for the lock; with `wait_seconds`, again when it is our turn, and a last time when the wait is over.
+    """Tries to acquire the lock; with `wait_seconds`, again when it is our turn, and a last time when the wait is over.
 
-    Nothing that was granted is ever taken back: another request of the same owner may have been told of it. A grant
-    whose client has hung up ends as one whose holder has crashed.
+    A grant is never taken back, since another request of the same owner may have been answered with it. If the client
+    has hung up, the grant expires, as if its holder had crashed.
     """
     name, body = parse.lock_name(), parse.body(AcquireLock)
     owner, ttl = _owner(body.owner), timedelta(seconds=body.ttl_seconds)
@@ -62,7 +62,7 @@ def acquire(_: str) -> Response:
         )
         if attempt.granted:
             return answer.json(attempt.grant, 201 if attempt.outcome == "new" else 200)
-        # A value: raised, it would undo the place in the queue that was taken.
+        # Returned, not raised: an exception would roll back the place in the queue.
         return problems.answer(
             errors.LockHeld(
                 "The lock is promised to a waiter." if attempt.grant is None else None,
@@ -73,19 +73,19 @@ def acquire(_: str) -> Response:
             )
         )
 
-    def again(conn: db.Connection, first: dict[str, Any]) -> locks.Grant:
-        """The grant that this request's first answer told of, extended. Raises LockLost when it has ended."""
+    def extended(conn: db.Connection, first: dict[str, Any]) -> locks.Grant:
+        """The grant of this request's first answer, extended. Raises LockLost when it has ended."""
         return locks.renew(conn, name, first["fencing_token"], ttl, extend=True)
 
-    response = idempotency.once(ask, again=again, wait=True)
+    response = idempotency.once(ask, refresh=extended, wait=True)
     wait_ends = time.monotonic() + body.wait_seconds
-    while response.status_code == errors.LockHeld.status and time.monotonic() < wait_ends and not waiting().locks.full:
-        waiter = Waiter(name, owner, gone())
-        is_our_turn = waiting().locks.wait(waiter, wait_ends - time.monotonic())
-        if waiter.gone():
+    while response.status_code == errors.LockHeld.status and time.monotonic() < wait_ends and not pollers().locks.full:
+        waiter = LockWaiter(name, owner, client_gone_check())
+        is_our_turn = pollers().locks.wait(waiter, wait_ends - time.monotonic())
+        if waiter.client_gone():
             break
         db.default().start_request()
-        response = idempotency.once(ask, again=again, wait=True)
+        response = idempotency.once(ask, refresh=extended, wait=True)
         if not is_our_turn:
             break
     return response
@@ -108,7 +108,7 @@ def release(_: str) -> Response:
             locks.force_release(conn, name, token, reason)
         else:
             locks.release(conn, name, token)
-    waiting().locks.nudge(lambda waiter: waiter.name == name)
+    pollers().locks.poll_soon(lambda waiter: waiter.name == name)
     return answer.nothing()
 
 
@@ -137,5 +137,5 @@ def _owner(owner: str | None) -> str:
     if owner is None:
         return idempotency.owner() or str(uuid.uuid4())
     if owner.startswith(RESERVED_OWNER):
-        raise errors.Invalid.field("owner", f"must not begin with {RESERVED_OWNER}, which instances use for themselves")
+        raise errors.Invalid.field("owner", f"must not begin with {RESERVED_OWNER}, which is reserved for instances")
     return owner

@@ -1,4 +1,4 @@
-"""/api/openapi.yaml: the contract. What openapi.yaml says by hand, joined with what the code says already."""
+"""/api/openapi.yaml: the contract, made from openapi.yaml and from what the code already defines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _text() -> str:
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Writes out what stands in several places."""
+    """Writes repeated values in full, without aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -72,7 +72,7 @@ def document() -> dict[str, Any]:
 
 
 def _of_kind(kind: Kind, template: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-    """The paths of one kind of shared state."""
+    """The paths of one kind of shared state, made from the template."""
     text = json.dumps(template)
     for word, name in (("kind", kind.name), ("Kind", kind.entity.__name__), ("Body", kind.body.__name__)):
         text = text.replace(f"<{word}>", name)
@@ -92,7 +92,7 @@ def _of_kind(kind: Kind, template: dict[str, Any], by: dict[str, Any]) -> dict[s
 def _operation(
     method: str, operation: dict[str, Any], also: Mapping[str, Any], refusals: dict[str, Any]
 ) -> dict[str, Any]:
-    """The operation with what it has besides, and with an answer for its problems of each status."""
+    """The operation with the parts that `also` adds, and with one response for each status of its problems."""
     for group in ("every", method, *(["body"] if "requestBody" in operation else []), *operation.pop("also", [])):
         operation = _merged(operation, also.get(group, {}))
     answers = operation["responses"]
@@ -121,14 +121,14 @@ def _problem(kind: type[errors.Error], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(one: Any, other: Any) -> Any:
-    """Both: objects key by key, lists one behind the other; else the other."""
+    """Objects merged key by key, lists appended; of other values, `other`."""
     if isinstance(one, dict):
         return one | {key: _merged(one[key], value) if key in one else value for key, value in other.items()}
     return [*one, *other] if isinstance(one, list) else other
 
 
 def _long(node: Any, names: Mapping[str, str]) -> Any:
-    """As OpenAPI has it, what is written shorter in openapi.yaml. `names`: of Structs that have another one here."""
+    """Expands the short forms of openapi.yaml. `names`: of the Structs that have another name in the contract."""
     if isinstance(node, list):
         return [_long(each, names) for each in node]
     if not isinstance(node, dict):

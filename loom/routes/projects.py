@@ -1,4 +1,4 @@
-"""/api/v1/projects: what agents and beads belong to."""
+"""/api/v1/projects: groups of beads and agents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ProjectBody = entities.body_of(
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
-    """An empty text leaves the field as it is, as in the original; but a PATCH, which is ours, empties what may be."""
+    """An empty string changes nothing, as in the original; in a PATCH (not in the original), it clears the field."""
     for field in [field for field, value in patch.items() if value == ""]:
         if request.method != "PATCH":
             del patch[field]
@@ -54,7 +54,7 @@ class Assignment(entities.Body):
     action: Literal["assign", "unassign"] = "assign"
 
 
-class Remark(entities.Body):
+class ProjectRemark(entities.Body):
     author_id: parse.Actor = ""
     comment: str = ""
 
@@ -80,7 +80,7 @@ def assign(key: str) -> Response:
 
 
 def _unassign(conn: db.Connection, writer: Writer, key: str, agent_id: str) -> None:
-    """Out of this project, and of none that it has been moved to meanwhile."""
+    """Takes the agent out of this project, unless it has been moved to another in the meantime."""
     while (agent := get(conn, Agent, agent_id)).project_id == key:
         try:
             change(conn, writer, Agent, agent_id, "put", {"project_id": None}, conditions=Conditions([agent.version]))
@@ -90,7 +90,7 @@ def _unassign(conn: db.Connection, writer: Writer, key: str, agent_id: str) -> N
 
 @bp.post("/<key>/close")
 def close(key: str) -> Response:
-    """409 with what is left to do, unless everything is done."""
+    """Closes the project, or answers 409 with what is left to do."""
     return _move(key, projects.close)
 
 
@@ -100,7 +100,7 @@ def reopen(key: str) -> Response:
 
 
 def _move(key: str, move: Callable[[db.Connection, Writer, str], Project]) -> Response:
-    body = parse.body(Remark, required=("author_id",))
+    body = parse.body(ProjectRemark, required=("author_id",))
     writer = headers.writer(f"project:{parse.key(key)}", body.author_id)
 
     def work(conn: db.Connection) -> Response:
@@ -127,7 +127,7 @@ def remarks(key: str) -> Response:
 
 @bp.post("/<key>/comments")
 def remark(key: str) -> Response:
-    key, body = parse.key(key), parse.body(Remark, required=("author_id", "comment"))
+    key, body = parse.key(key), parse.body(ProjectRemark, required=("author_id", "comment"))
     writer = headers.writer(f"project:{key}", body.author_id)
 
     def work(conn: db.Connection) -> Response:

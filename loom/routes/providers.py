@@ -1,4 +1,4 @@
-"""/api/v1/providers: LLM endpoints. Registering one again changes it."""
+"""/api/v1/providers: LLM endpoints. To register an existing one changes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _adapt(patch: dict[str, Any], key: str | None) -> None:
         raise parse.missing("name")
     if patch.pop("api_key", None):
         patch["requires_key"] = True
-        if key or patch.get("id"):  # else when there is one
+        if key or patch.get("id"):  # a new provider has no id yet; a trigger sets its key_id
             patch["key_id"] = f"{key or patch['id']}-api-key"
 
 
@@ -45,7 +45,7 @@ bp = entities.blueprint(KIND)
 
 @bp.get("/<key>/models")
 def models(key: str) -> Response:
-    """The configured names: Loom asks no provider."""
+    """The configured names; Loom does not ask the provider."""
     with db.connection() as conn:
         provider = get(conn, Provider, parse.key(key))
     names = dict.fromkeys((provider.selected_model, provider.configured_model, provider.model))

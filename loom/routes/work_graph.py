@@ -1,4 +1,4 @@
-"""/api/v1/work-graph: beads and what lies between them."""
+"""/api/v1/work-graph: beads and the edges between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the application of this process answers at all."""
+"""Checks that the application of this process answers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ SECONDS = 5  # for the answer
 
 
 def problem(application: Callable[..., Iterable[bytes]]) -> str | BaseException | None:
-    """Ask for /health/live from a thread, as a request does. None when it answers 200."""
-    said: list[str | BaseException] = ["no answer"]
-    over = threading.Event()
+    """Request /health/live in a thread, like any request. Returns None if the answer is 200, else what went wrong."""
+    results: list[str | BaseException] = ["no answer"]
+    finished = threading.Event()
 
     def ask() -> None:
         environ: dict[str, Any] = {"PATH_INFO": PATH, "RAW_URI": PATH}
         setup_testing_defaults(environ)
         try:
-            body = application(environ, lambda status, headers, exc_info=None: said.append(status))
+            body = application(environ, lambda status, headers, exc_info=None: results.append(status))
             b"".join(body)
             getattr(body, "close", lambda: None)()
         except BaseException as exc:
-            said.append(exc)
-        over.set()
+            results.append(exc)
+        finished.set()
 
-    threading.Thread(target=ask, name="check", daemon=True).start()  # if it hangs, the process can end all the same
-    if not over.wait(SECONDS):
+    threading.Thread(
+        target=ask, name="check", daemon=True
+    ).start()  # a daemon: the process can end even if the request hangs
+    if not finished.wait(SECONDS):
         return f"no answer within {SECONDS} s"
-    last = said[-1]
+    last = results[-1]
     return None if isinstance(last, str) and last.startswith("200 ") else last

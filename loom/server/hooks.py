@@ -1,4 +1,4 @@
-"""What gunicorn.conf.py hands over to: the settings that a master reads for its workers, and their registration."""
+"""The functions that gunicorn.conf.py calls: read the settings in the master, register the workers."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from loom.http import settings
 log = logging.getLogger("loom.server")
 
 
-class Read(NamedTuple):
-    """What a master has read. `logging` is for logging.config.dictConfig; `dsn` is also an embedded server's."""
+class MasterSettings(NamedTuple):
+    """What a master has read. `logging` is for logging.config.dictConfig; `dsn` may be that of the embedded server."""
 
     settings: Config
     logging: dict[str, Any]
     dsn: str
 
 
-_last: Read | None = None
+_last: MasterSettings | None = None
 
 
-def read() -> Read:
+def read_settings() -> MasterSettings:
     """In a gunicorn master: read the settings, open the log and the embedded database.
 
-    gunicorn calls it (through gunicorn.conf.py) at its start and at SIGHUP. A fault prevents the start; at SIGHUP it is
-    logged, and what was read before stays in force.
+    gunicorn calls it (through gunicorn.conf.py) at its start and at SIGHUP. An error prevents the start; at SIGHUP it
+    is logged, and the settings read before stay in force.
     """
     global _last
     try:
         config = load()
         handlers = logs.setup(config.logging)
         database = config.database
-        # The workers inherit the master's share of the folder.
+        # The workers inherit the master's shared lock on the folder.
         dsn = embedded.use(Path(database.folder)) if database.type == "embedded" else database.dsn
     except (ConfigError, embedded.ServerError) as exc:
         if _last is None:
@@ -53,40 +53,40 @@ def read() -> Read:
         logs.setup(_last.settings.logging)
         log.error("settings-kept", extra={"fields": {"reason": str(exc)}})
     else:
-        _last = Read(config, handlers, dsn)
+        _last = MasterSettings(config, handlers, dsn)
         settings.inherit(config)
     return _last
 
 
-# The master makes a worker's identity before the fork, so that it can mark the worker dead whatever happens. Both see
-# it in shared memory. The worker puts a later identity there, and GONE when it has left in order.
+# The master creates a worker's identity before the fork, so that it can always mark the worker dead. Both see it in
+# shared memory. The worker writes each later identity there, and GONE after an orderly end.
 GONE = bytes(16)
 
 
 def before_fork(worker: Any, dsn: str) -> None:
     """pre_fork, in the master."""
-    worker.dsn = dsn  # the worker's own: a later SIGHUP may lead its successors to another database
+    worker.dsn = dsn  # after a later SIGHUP, new workers may use another database
     worker.identity = mmap.mmap(-1, len(GONE))
     worker.identity[:] = uuid.uuid4().bytes
 
 
 def after_fork(worker: Any, config: Config) -> instances.Instance:
-    """post_fork, in the worker. A schema that does not fit ends the whole gunicorn, with one line."""
+    """post_fork, in the worker. If the schema does not fit, the whole gunicorn ends, with one line in the log."""
 
-    def tell(identity: bytes) -> None:
+    def report_identity(identity: bytes) -> None:
         worker.identity[:] = identity or GONE
 
     try:
-        return instances.start(config, worker.dsn, str(uuid.UUID(bytes=worker.identity[:])), tell)
+        return instances.start(config, worker.dsn, str(uuid.UUID(bytes=worker.identity[:])), report_identity)
     except errors.SchemaError as exc:
         log.critical("schema-does-not-fit", extra={"fields": {"reason": str(exc)}})
         sys.exit(instances.BOOT_ERROR)
 
 
 def child_died(worker: Any) -> None:
-    """child_exit, in the master: marks the worker dead unless it left in order.
+    """child_exit, in the master: marks the worker dead unless it ended in order.
 
-    In a process of its own, since a slow database must not delay the replacement, which gunicorn forks after this.
+    It does so in another process, since a slow database must not delay the worker that gunicorn forks next.
     """
     identity = worker.identity[:]
     worker.identity.close()
@@ -111,6 +111,6 @@ def _mark_dead(dsn: str, identity: str, master: int) -> None:
                 instances.mark_dead(conn, identity)
             return
         except psycopg2.Error:
-            if os.getppid() != master:  # the whole gunicorn has ended: nothing of it may stay behind
+            if os.getppid() != master:  # gunicorn itself has ended, and no process of it may stay behind
                 return
             time.sleep(instances.RETRY_PERIOD)

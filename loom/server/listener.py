@@ -12,18 +12,18 @@ ESTABLISHED = 1  # the first byte of Linux's tcp_info
 
 
 def close_empty(listener: Any, parent: int, accept: Callable[[], bool]) -> None:
-    """Call `accept` (true when it took a connection) until none is left, then close gunicorn's `listener`.
+    """Call `accept` (true if it accepted a connection) until none is left, then close gunicorn's `listener`.
 
-    A connection that comes between the last accept and the close would be reset with its request on it (13 of
-    113,000 over 104 closes). So the queue is made one place long, and a connection of our own takes the
-    place. From then on the kernel drops what comes; the client tries again a second later and is refused, which
-    nginx answers by asking another instance. Not on a listener that `parent` (a process number) holds open:
-    what is queued there is served by others.
+    A connection that arrives between the last accept and the close would be reset together with its request (13 of
+    113,000 in 104 closes). So the backlog is shortened to one connection, and a connection of our own fills it. From
+    then on the kernel drops new connections; a client tries again a second later and is refused, after which nginx
+    asks another instance. This is skipped for a listener that `parent` (a process id) also holds open: other workers
+    accept its connections.
     """
     plug = socket.socket(listener.FAMILY)
     if sys.platform == "linux" and not _held_by(parent, listener):
         listener.listen(0)
-        for _ in range(100):  # others are quicker at times
+        for _ in range(100):  # sometimes another connection takes the place first
             while accept():
                 pass
             plug.close()
@@ -41,11 +41,11 @@ def close_empty(listener: Any, parent: int, accept: Callable[[], bool]) -> None:
 
 
 def _held_by(pid: int, listener: Any) -> bool:
-    """Whether process `pid` has `listener` open; true when it can't be told."""
+    """Whether process `pid` has `listener` open; true if that is unknown."""
     inode = f"socket:[{os.fstat(listener.fileno()).st_ino}]"
     try:
         return any(os.readlink(entry.path) == inode for entry in os.scandir(f"/proc/{pid}/fd"))
-    except FileNotFoundError:  # a file that it closed meanwhile, if not itself
+    except FileNotFoundError:  # it has closed a file in the meantime, or has ended itself
         return os.path.exists(f"/proc/{pid}")
     except OSError:
         return True

@@ -1,4 +1,4 @@
-"""The gunicorn worker: gthread, with an exit that loses no request and answers that leave in one send."""
+"""The gunicorn worker: gthread, with an exit that loses no request and responses that are sent in one call."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from gunicorn.errors import HaltServer
 from gunicorn.workers import gthread
 
 from loom import instances
-from loom.http.waiting import client_gone
+from loom.http.pollers import client_gone
 from loom.server import check
 from loom.server.listener import close_empty
 
 log = logging.getLogger("loom.worker")
 
-FAILURES = 3  # in a row: so many new workers that could not serve end the master
-QUIT_SECONDS = 5  # Ctrl-C: from the signal to the end of the process, at most
-STALL_SECONDS = 15  # for the next bytes of a request, then its thread is free again; below a worker's graceful_timeout
-JOINED_BYTES = 64 * 1024  # of a body that are copied behind its headers; the rest follows uncopied
+FAILURES = 3  # in a row: after this number of new workers that could not serve, the master ends
+QUIT_SECONDS = 5  # after Ctrl-C, the process ends within this time
+STALL_SECONDS = (
+    15  # to wait for the next bytes of a request before its thread is freed; below a worker's graceful_timeout
+)
+JOINED_BYTES = 64 * 1024  # of a body that are copied behind the headers into one send; the rest is not copied
 
-# What ends a worker would be lost in the copies of its master's handlers with which it is born: these signals wait from
-# before its fork until it has its own; in the master only while it forks. Threads that it starts meanwhile leave them
-# to the main one.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-os.register_at_fork(after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING))
+# A new worker starts with copies of its master's signal handlers, which would swallow these signals. So these are
+# blocked from before the fork until the worker has its own handlers; in the master only during the fork. Threads that
+# the worker starts in this time inherit the mask, so that its main thread gets the signals.
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+os.register_at_fork(after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, TERMINATION_SIGNALS))
 
-# In memory that the master shares with its workers: how many new ones in a row could not serve (one byte), and why the
-# last one could not. Two that fail at the same moment may count as one; then one more is tried.
+# Memory that the master shares with its workers: how many new workers in a row could not serve (one byte), and the
+# reason of the last one. Two that fail at the same moment may count as one; then one more is started.
 _failed = mmap.mmap(-1, 512)
 
 
 def _threads() -> int:
-    """How many threads this process has; those that Python does not know included, where that can be told."""
+    """The number of threads of this process; on Linux including those that Python does not know."""
     try:
         return len(os.listdir("/proc/self/task"))
     except OSError:
@@ -52,9 +54,9 @@ def _threads() -> int:
 
 
 class OneSend:
-    """A socket whose first `sendall` is held back for the second: headers and body leave together.
+    """A socket that keeps the data of the first `sendall` until the second: headers and body are sent together.
 
-    A worker killed between the two cuts an answer short that nginx, having seen its headers, can't ask for again.
+    If a worker is killed between the two, nginx has seen the headers and cannot ask another instance for the answer.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -80,47 +82,47 @@ class OneSend:
         return self.sock.sendfile(*args, **kwargs)
 
     def flush(self) -> None:
-        """Send what is held: an answer without a body."""
+        """Send the data that is held: the headers of a response without a body."""
         held, self.held = self.held, None
         if held:
             self.sock.sendall(held)
 
 
 class Logger(glogging.Logger):
-    """gunicorn's log without its access lines: with a logging configuration it builds one per request (10 us)."""
+    """gunicorn's log without access lines; with a logging configuration it would build one per request (10 us)."""
 
     def access(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def exception(self, *args: Any, **kwargs: Any) -> None:
-        """Not for a client that stalls, which is no fault of ours."""
+        """Ignores a client that stalls, which is not an error of ours."""
         if not isinstance(sys.exc_info()[1], BlockingIOError):
             super().exception(*args, **kwargs)
 
 
 class Worker(gthread.ThreadWorker):
-    """Leaves without resetting a connection: stops accepting only once the listener is empty, then closes it.
+    """Ends without resetting a connection: stops accepting only when the listener is empty, then closes it.
 
-    The stock worker leaves its listener open while it drains; what the kernel accepts meanwhile is reset.
+    gunicorn's own worker keeps its listener open while it drains; connections that the kernel accepts then are reset.
     """
 
-    drain_seconds = 0.0  # how long to go on accepting, told as not ready, after SIGTERM
+    drain_seconds = 0.0  # after SIGTERM: how long to go on accepting, while /health/ready says 503
     drain_until: float | None = None
     quitting = False
 
     def before_fork(self) -> None:
-        """In the master; the last thing before the fork. Ends gunicorn when no worker can serve."""
+        """In the master, immediately before the fork. Ends gunicorn if no worker can serve."""
         if _failed[0] >= FAILURES:
             reason = _failed[1:].rstrip(b"\0").decode(errors="replace")
             raise HaltServer(f"{_failed[0]} workers in a row could not serve: {reason}", instances.BOOT_ERROR)
         threads = _threads()
-        if threads > 1:  # what the others are doing would stay half done in the worker
+        if threads > 1:  # the work of other threads would stay half done in the worker
             names = [thread.name for thread in threading.enumerate()]
             log.error("master-has-threads", extra={"fields": {"count": threads, "names": names}})
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATION_SIGNALS)
 
     def check_serving(self) -> None:
-        """post_worker_init: leave, to be replaced, when our own application does not answer."""
+        """post_worker_init: exit, to be replaced, if our own application does not answer."""
         problem = check.problem(self.wsgi)
         if problem is None:
             _failed[0] = 0
@@ -134,18 +136,18 @@ class Worker(gthread.ThreadWorker):
 
     def init_signals(self) -> None:
         super().init_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATION_SIGNALS)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """SIGTERM: say that we drain, then stop after `drain_seconds`; a second SIGTERM does not wait for them."""
-        instances.draining()
+        """SIGTERM: report that we drain, then stop after `drain_seconds`; a second SIGTERM stops at once."""
+        instances.drain()
         if self.drain_seconds and self.drain_until is None:
             self.drain_until = time.monotonic() + self.drain_seconds
         else:
             super().handle_exit(sig, frame)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
-        """SIGINT, SIGQUIT: a drain of a second. A request or a database that takes longer is cut by the alarm."""
+        """SIGINT, SIGQUIT: drain for one second. SIGALRM ends the process if a request or the database takes longer."""
         if self.quitting:  # Ctrl-C arrives twice: from the terminal and from our master
             return
         self.quitting = True
@@ -170,18 +172,18 @@ class Worker(gthread.ThreadWorker):
         super().set_accept_enabled(enabled and self.alive)
         if self.alive:
             return
-        instances.draining()
+        instances.drain()
         while self.sockets:
             listener = self.sockets.pop()
-            close_empty(listener, self.ppid, partial(self._take, listener))
+            close_empty(listener, self.ppid, partial(self._accept_one, listener))
 
-    def _take(self, listener: Any) -> bool:
+    def _accept_one(self, listener: Any) -> bool:
         seen = self.nr_conns
         self.accept(listener)
         return self.nr_conns != seen
 
     def _cap_keepalive(self, deadline: float) -> None:
-        """Also for connections that never sent a request: stock waits for them until `graceful_timeout`."""
+        """Also for connections that never sent a request; gunicorn waits for these until `graceful_timeout`."""
         deadline = time.monotonic() if self.quitting else deadline
         super()._cap_keepalive(deadline)
         for conn in self.pending_conns:
@@ -196,7 +198,7 @@ class Worker(gthread.ThreadWorker):
     def handle_request(self, req: Any, conn: gthread.TConn) -> bool:
         sock, conn.sock = conn.sock, OneSend(conn.sock)
         try:
-            # Who waited for a thread may have given up meanwhile; the work would be for nobody.
+            # After a long wait for a thread the client may have hung up, and nobody would read the response.
             if time.monotonic() - conn.queued_at > 1 and client_gone({"gunicorn.socket": sock}):
                 return False
             keep = super().handle_request(req, conn)
@@ -206,11 +208,11 @@ class Worker(gthread.ThreadWorker):
             conn.sock = sock
 
     def finish_request(self, conn: gthread.TConn, fs: Future[Any]) -> None:
-        """Closes on a thread: the graceful close may wait 2 s for the client, and this loop accepts."""
+        """Closes in a thread: a graceful close may wait 2 s for the client, and this loop must accept connections."""
         if fs.cancelled() or fs.exception() or fs.result():
             super().finish_request(conn, fs)
         else:
             self.nr_conns -= 1
             with contextlib.suppress(OSError):
-                conn.sock.shutdown(socket.SHUT_WR)  # now: a client may read until the end
+                conn.sock.shutdown(socket.SHUT_WR)  # at once: a client may read until the end of the stream
             self.tpool.submit(conn.close, graceful=True)

@@ -1,9 +1,9 @@
--- Events: one per version of an entity, and the order in which a reader sees them.
+-- Events: one per version of an entity, in the order in which readers see them.
 
--- Numbers what has been committed, in the order of insertion, at most so much at a time; returns how many. Whoever reads
--- calls it first, in a transaction that has not written; if another is at it, that will do. The order is the promise: the
--- lock, and then each statement sees what all who had the lock before have committed. One entity's later version is seen
--- only together with the earlier ones.
+-- Numbers committed events in the order of insertion, at most `most` at a time; returns how many. Each reader calls it first,
+-- in a transaction that has not written; it does nothing if another session is numbering. The order matters: the lock is
+-- taken first, so that each later statement sees what all earlier holders of the lock have committed. A later version of
+-- an entity is visible only together with the earlier ones.
 CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
 DECLARE
     set_back boolean;
@@ -11,15 +11,15 @@ DECLARE
     oldest_running bigint;
     n integer;
 BEGIN
-    -- Ours must be greater than the xid of whoever has inserted into a gap: from a snapshot's xmax, that of a transaction
-    -- that runs cannot be told.
+    -- Our xid must be greater than that of each transaction that has inserted into a gap; so it must be assigned now. A
+    -- snapshot's xmax cannot be used, since a running transaction may have that xid.
     IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(hashtextextended('loom:events', 0)) THEN
         RETURN 0;
     END IF;
     set_back := (SELECT fencing_identity FROM cluster) IS DISTINCT FROM fencing_identity_now();
     IF set_back THEN
-        PERFORM compare_fencing_identity(); -- lifts what must not repeat itself, ids of events included
-        UPDATE event_gaps SET xid = NULL; -- of another server, perhaps
+        PERFORM compare_fencing_identity(); -- raises numbers that must not repeat, including the ids of events
+        UPDATE event_gaps SET xid = NULL; -- they may come from another server
     END IF;
     SELECT GREATEST((SELECT max(id) FROM event_numbers), events_forgotten, fencing_base) INTO greatest_id FROM cluster;
     oldest_running := txid_snapshot_xmin(txid_current_snapshot());
@@ -42,13 +42,13 @@ BEGIN
     SELECT count(*) INTO n FROM fresh;
     IF n < most AND NOT set_back THEN
         UPDATE event_gaps SET xid = txid_current() WHERE xid IS NULL AND last < 9223372036854775807;
-        -- Of these all transactions had ended before the numbering looked.
+        -- All transactions that could insert into these gaps had ended before the numbering read them.
         DELETE FROM event_gaps WHERE xid <= oldest_running AND last < 9223372036854775807;
     END IF;
     RETURN n;
 END $$;
 
--- What is deleted, by retention or by hand, is remembered: its ids are not given again.
+-- Remembers the greatest id of deleted events (by retention or by hand), so that no id is given again.
 CREATE OR REPLACE FUNCTION on_events_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     forgotten bigint;
@@ -72,9 +72,9 @@ END $$;
 DROP TRIGGER IF EXISTS events_truncated ON events;
 CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXECUTE FUNCTION on_events_truncated();
 
--- Who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request, and that no client can
--- choose (Loom-Proxy-Request-ID). A proxy that lost the answer to a write sends it once more with the same id: what that id
--- made, in events and grants, is then answered as the first time.
+-- Sets who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request
+-- (Loom-Proxy-Request-ID); no client can choose it. A proxy that lost the answer to a write sends the write again with the
+-- same id. If that id is found in an event or a grant, the request gets its first answer again.
 CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -84,7 +84,7 @@ BEGIN
             set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true);
 END $$;
 
--- The types are those of the original.
+-- The type of an event; the types are those of the original.
 CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT kind || '.' || CASE
         WHEN op = 'DELETE' THEN 'deleted'
@@ -96,7 +96,7 @@ CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jso
         ELSE 'updated' END;
 $$;
 
--- The version and the event of a change. Arguments: the kind, and the columns that have no version.
+-- Sets the new version of a changed entity and writes its event. Arguments: the kind, and the columns that are in no event.
 CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
 DECLARE
     kind text := TG_ARGV[0];
@@ -126,12 +126,12 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- What has changed of an entity since a version, and who did it; NULL when the events of that time are gone.
+-- The fields of an entity that have changed since a version, with who changed them; NULL if those events were removed.
 CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, until bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN count(DISTINCT e.version) = until - since THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place)
            FILTER (WHERE c.field IS NOT NULL), '{}') END
       FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
      WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
-       AND e.place > COALESCE( -- its creation: before, the id may have been another's
+       AND e.place > COALESCE( -- its creation: an earlier entity may have had the same id
            (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);
 $$;

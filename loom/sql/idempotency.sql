@@ -1,8 +1,8 @@
 -- Idempotency keys.
 
--- The answer that a request with this scope got, if there is one. Its twins cannot look until our transaction ends: one
--- in flight is waited for with `wait`, else told. The lock first, then a look with a new snapshot: in one statement the
--- look would miss an answer that was committed in between.
+-- The stored answer to a request with this scope, if any. Until our transaction ends, other requests with the same scope
+-- wait here (with `wait`) or get in_progress = true. The lock is taken first, and another statement then reads with a new
+-- snapshot: a single statement would miss an answer that was committed in between.
 CREATE OR REPLACE FUNCTION find_answer(wanted uuid, wait boolean)
 RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
 LANGUAGE plpgsql AS $$

@@ -1,6 +1,6 @@
--- Instances: heartbeats, outages, and what ends with an instance.
+-- Instances: heartbeats, outages, and the grants that end with an instance.
 
--- When everybody has been silent for three heartbeats, it is the database that was away, not they.
+-- If no instance has sent a heartbeat for the time of three, the database was away, not the instances.
 CREATE OR REPLACE FUNCTION note_outage() RETURNS void LANGUAGE sql AS $$
     UPDATE cluster SET outage_ended_at = clock_timestamp()
      WHERE (SELECT max(last_heartbeat) FROM instances WHERE status <> 'dead') < clock_timestamp() - INTERVAL '15 seconds';
@@ -12,7 +12,7 @@ BEGIN
     INSERT INTO instances (instance_id, hostname, metadata) VALUES (id, host, about);
 END $$;
 
--- False: removed or declared dead. The caller takes a new identity; nothing brings a row back to life.
+-- False if the instance was removed or declared dead: the caller registers with a new identity; a dead row stays dead.
 CREATE OR REPLACE FUNCTION heartbeat_instance(id uuid, new_status text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM note_outage();
@@ -21,7 +21,7 @@ BEGIN
     RETURN FOUND;
 END $$;
 
--- Whether a missed heartbeat means anything: not in the first minute after the database came back.
+-- Whether a missed heartbeat counts: not in the first minute after the database came back.
 CREATE OR REPLACE FUNCTION heartbeats_count() RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT GREATEST(pg_postmaster_start_time(), (SELECT outage_ended_at FROM cluster))
            < clock_timestamp() - INTERVAL '60 seconds';
@@ -32,7 +32,7 @@ CREATE OR REPLACE FUNCTION instance_status(status text, last_heartbeat timestamp
                 THEN 'dead' ELSE status END;
 $$;
 
--- What an instance holds for itself ends with it.
+-- Ends the grants that an instance holds for itself.
 CREATE OR REPLACE FUNCTION end_grants_of_instance(id uuid, how text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('loom.ended_how', how, true);
@@ -53,7 +53,7 @@ CREATE TRIGGER instance_died AFTER UPDATE OF status ON instances FOR EACH ROW
 
 CREATE OR REPLACE FUNCTION leave_instance(id uuid) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    -- Its row first, as the trigger of one that is declared dead has it: two orders would deadlock.
+    -- Locks the row of the instance first, as on_instance_ended() does: two orders would deadlock.
     PERFORM 1 FROM instances WHERE instance_id = id FOR UPDATE;
     PERFORM end_grants_of_instance(id, 'released');
     DELETE FROM instances WHERE instance_id = id;

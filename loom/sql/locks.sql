@@ -1,7 +1,7 @@
 -- Locks: acquire, wait, renew, release, fence; the automatic locks of changes.
 
--- How a grant ended. Who ends one on purpose, and in time, says so in two settings of its transaction; a row deleted or
--- truncated by hand says nothing, and a grant that had expired has expired, whoever cleans it up.
+-- Writes the end of a grant into the history. release_lock() and end_grants_of_instance() tell how it ended by settings of
+-- their transaction. Without them, as after a deletion by hand, the end is 'expired' or, before expires_at, 'forced'.
 CREATE OR REPLACE FUNCTION end_grant(g distributed_locks) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
@@ -32,9 +32,10 @@ END $$;
 DROP TRIGGER IF EXISTS locks_truncated ON distributed_locks;
 CREATE TRIGGER locks_truncated BEFORE TRUNCATE ON distributed_locks FOR EACH STATEMENT EXECUTE FUNCTION on_locks_truncated();
 
--- Takes the lock if it is free and no waiter comes before us. The order is the promise: name, row, only then the clock.
--- outcome: 'new' grant; 'same': the grant that this owner already holds, extended; 'held' by another, whose grant is
--- answered; 'promised' to a waiter. A refused caller writes nothing to the row, and waits for nobody.
+-- Takes the lock if it is free and no waiter comes before us. The order matters: lock the name, lock the row, read the clock.
+-- outcome: 'new': a new grant; 'same': the grant that this owner already holds, extended; 'held': another owner's grant,
+-- which is returned; 'promised': the lock is free, but a waiter comes first. A refused call does not write to the row, nor
+-- wait for its lock.
 CREATE OR REPLACE FUNCTION acquire_lock(name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
 RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
                acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
@@ -94,7 +95,7 @@ BEGIN
     END IF;
 
     IF wait THEN
-        -- A place that lapsed is lost: its owner stands at the end again.
+        -- A place that has lapsed is lost: its owner gets a new one at the end of the queue.
         INSERT INTO lock_waiters AS w (lock_name, owner, asked_at) VALUES (name, new_owner, t)
             ON CONFLICT ON CONSTRAINT lock_waiters_pkey DO UPDATE
                SET asked_at = t,
@@ -104,16 +105,17 @@ BEGIN
     RETURN QUERY SELECT outcome, waiting, held.*;
 END $$;
 
--- One poll for all requests that wait in one worker: keeps their places, and returns the first waiter of each of the names
--- whose lock is free, also when it waits in another worker. It grants nothing and waits for nobody: each of them then asks by acquire_lock(). A lock that has
--- expired is not free while a transaction that it fences is still running.
+-- One poll for all requests that wait in one worker: keeps their places, and returns the first waiter of each of these names
+-- whose lock is free, also when it waits in another worker. It grants nothing and does not wait for row locks: each of
+-- these requests then calls acquire_lock(). A lock that has expired is not free while a transaction that it fences is
+-- still running.
 CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[]) RETURNS TABLE (lock_name text, owner text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     t timestamptz := clock_timestamp();
 BEGIN
-    -- A place is written at most every half second. One owner may wait in two requests.
+    -- A place is updated at most every half second. One owner may wait in two requests.
     INSERT INTO lock_waiters AS w (lock_name, owner, asked_at)
         SELECT DISTINCT m.name, m.owner, t FROM unnest(names, owners) AS m (name, owner)
          WHERE NOT EXISTS (SELECT 1 FROM lock_waiters x WHERE x.lock_name = m.name AND x.owner = m.owner
@@ -137,8 +139,9 @@ BEGIN
             OR EXISTS (SELECT 1 FROM expired e WHERE e.lock_name = wanted.name);
 END $$;
 
--- Never inserts, never revives; never shortens with `extend`. The order is the promise: name, row, only then the clock (an
--- UPDATE that waits for the row after reading the clock revives a lock that ended meanwhile).
+-- Extends or, without `extend`, also shortens a grant; never inserts one, never revives one that has ended. The order
+-- matters: lock the name, lock the row, read the clock. An UPDATE that waits for the row after it has read the clock would
+-- revive a lock that ended during the wait.
 CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, extend boolean) RETURNS SETOF distributed_locks
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -151,7 +154,7 @@ BEGIN
         RETURNING *;
 END $$;
 
--- Ends one grant, if it still is one. how: 'released' by its holder, 'forced' by an operator who says why.
+-- Ends a grant that is still held; false if it is not. how: 'released' by its holder, or 'forced' by an operator.
 CREATE OR REPLACE FUNCTION release_lock(name text, token bigint, how text, why text) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -168,16 +171,16 @@ BEGIN
 END $$;
 
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
--- keeps its row locked until commit, so that no later grant can be made, nor its holder write, before this commits.
+-- keeps its row locked until commit, so that no later grant can be made before this transaction ends.
 CREATE OR REPLACE FUNCTION loom_fence(name text, token bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     ends timestamptz;
 BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
-        -- Whoever takes the lock or deletes its row waits for this; its holder's renewals do not.
+        -- A new grant and a deletion of the row wait for this; renewals by the holder do not.
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
     ELSE
-        -- An older snapshot must not hide a changed end: 40001 after a renewal, and the caller tries again.
+        -- An older snapshot must not hide a changed end: after a renewal this raises 40001, and the caller tries again.
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
     END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN
@@ -195,14 +198,14 @@ BEGIN
      WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp() AND (fences ? l.lock_name) IS NOT TRUE LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'lock % is held by %', held.lock_name, held.owner USING ERRCODE = 'L0003',
-            DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object( -- its token is its own
+            DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object( -- without the token, which only the holder may know
                 'lock_name', held.lock_name, 'owner', held.owner, 'instance_id', held.instance_id,
                 'acquired_at', held.acquired_at, 'expires_at', held.expires_at, 'heartbeat_at', held.heartbeat_at,
                 'metadata', held.metadata));
     END IF;
 END $$;
 
--- Enters a change: takes the names of what it changes, in order, and fences it by the grants that the request presents.
+-- Begins a change: locks the names of the entities that it changes, in order, and fences it with the request's grants.
 -- Raises L0003 (lock-held) and L0001 (lock-lost).
 CREATE OR REPLACE FUNCTION enter_names(names text[], fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -214,7 +217,7 @@ BEGIN
     FOREACH name IN ARRAY names LOOP
         PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
     END LOOP;
-    IF names <> '{}' THEN -- a look that began before a name was locked would miss a grant made in between
+    IF names <> '{}' THEN -- in a new statement: one that began before a name was locked would miss a grant made in between
         PERFORM refuse_held(names, fences);
     END IF;
     IF fences IS NOT NULL THEN
@@ -222,8 +225,8 @@ BEGIN
     END IF;
 END $$;
 
--- Takes the name of a change, for who has rows already and must not wait. False when others are at it or hold it from
--- outside; a look in the same statement as the lock would miss a grant that was made in between.
+-- Tries to lock a name, for a caller that has already locked rows and so must not wait. False if another transaction has
+-- locked the name, or a grant holds it. The two are separate statements, since one would miss a grant made in between.
 CREATE OR REPLACE FUNCTION try_name(name text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtextextended(name, 0)) THEN

@@ -1,9 +1,9 @@
--- Fencing tokens: larger with each grant, also over a restore or a failover.
+-- Fencing tokens: larger with each grant, also after a restore or a failover.
 
--- Lifts the tokens above every one ever given: 2^32 beyond the greatest that this database remembers, and beyond what
--- another copy of the same past, which did the same before, can have given since: 2^21 for every second of the clock
--- (until the year 2096, which also bounds what a wrong clock does). Run it by hand after bringing back an old copy of
--- the server's files, which nothing inside can notice.
+-- Raises the next token above all tokens ever given: by 2^32 above the greatest that this database knows, and at least to
+-- 2^21 for each second of the clock. The second bound covers another restored copy of this database, which has raised its
+-- tokens earlier and given more since. It ends in the year 2096, which also limits the effect of a wrong clock. Run it by
+-- hand after restoring an old copy of the server's files, which the database cannot notice itself.
 CREATE OR REPLACE FUNCTION raise_fencing_tokens() RETURNS bigint LANGUAGE sql AS $$
     UPDATE cluster SET fencing_base = GREATEST(
         (LEAST(extract(epoch FROM clock_timestamp()), 4e9) * 2097152)::bigint,
@@ -15,27 +15,27 @@ CREATE OR REPLACE FUNCTION raise_fencing_tokens() RETURNS bigint LANGUAGE sql AS
     SELECT setval('fencing_tokens', fencing_base) FROM cluster;
 $$;
 
--- Which history of which database the sequence belongs to. A restore, a point-in-time recovery, an asynchronous failover
--- and a logical upgrade set it back; each gives the database another system identifier, another timeline or the sequence
--- another file.
--- IMMUTABLE: it changes only while the server is down, and no plan that holds it survives that. Read each time, from a file, it
--- was 3 % of a claim.
+-- Identifies the database and the history that the sequence belongs to. A restore, a point-in-time recovery, an asynchronous
+-- failover and a logical upgrade set the sequence back; each changes the database's system identifier, its timeline, or the
+-- sequence's file.
+-- IMMUTABLE: the identifier changes only while the server is down, and no cached plan survives that. To read it from its
+-- file each time took 3 % of a claim.
 CREATE OR REPLACE FUNCTION system_identifier() RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT system_identifier FROM pg_control_system()';
 
 CREATE OR REPLACE FUNCTION fencing_identity_now() RETURNS text LANGUAGE sql AS $$
     SELECT system_identifier() || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8) || '/' || pg_relation_filepath('fencing_tokens');
 $$;
 
--- From the beginning, so that a copy made before the first grant is told from the original, too.
+-- Set when the schema is created, so that even a copy made before the first grant differs from the original.
 UPDATE cluster SET fencing_identity = fencing_identity_now() WHERE fencing_identity IS NULL;
 
--- Lifts the tokens when this is another history than the one before, and so before the first grant in it.
+-- Raises the tokens if the identity has changed. Called before each grant, so also before the first one in a new history.
 CREATE OR REPLACE FUNCTION compare_fencing_identity() RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     identity text := fencing_identity_now();
 BEGIN
     IF (SELECT fencing_identity FROM cluster) IS DISTINCT FROM identity THEN
-        -- Of several that notice at once, one passes the WHERE; the others wait for it here.
+        -- If several sessions notice it at once, one passes the WHERE; the others wait for it here.
         INSERT INTO cluster AS c (fencing_identity) VALUES (identity)
             ON CONFLICT (only_row) DO UPDATE SET fencing_identity = identity
                 WHERE c.fencing_identity IS DISTINCT FROM identity;

@@ -81,14 +81,14 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
     except graphlib.CycleError as exc:
         raise _named(refusals.error("cycle", {"cycle": exc.args[1][::-1]}), given, refs) from exc
     except psycopg2.DatabaseError as exc:
-        raise _named(refusals.raised(exc) or exc, given, refs) from exc
+        raise _named(refusals.from_postgres(exc) or exc, given, refs) from exc
     return msgspec.json.decode(row["entities"], type=list[Bead])
 
 
 def _new_keys(conn: db.Connection, given: Sequence[dict[str, Any]]) -> list[str]:
     """An id for each, in their order; none that we make is one that another of them bears."""
     while True:
-        rows = db.all(
+        rows = db.rows(
             conn,
             """
             SELECT COALESCE(b.it ->> 'id', new_entity_id('bead', b.it)) AS id

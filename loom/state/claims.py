@@ -212,7 +212,7 @@ def lapse(conn: db.Connection, writer: Writer, config: Config, most: int) -> lis
 
 def end_dead_agents(conn: db.Connection, writer: Writer, config: Config) -> list[str]:
     """Marks who has missed its heartbeats, each in a transaction of its own; their beads are open again."""
-    silent = db.all(
+    silent = db.rows(
         conn,
         "SELECT id FROM agents a WHERE status <> 'dead' AND agent_is_dead(a, %(dead_after)s) ORDER BY id",
         dead_after=_dead_after(config),

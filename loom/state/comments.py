@@ -45,7 +45,7 @@ def on_bead(conn: db.Connection, writer: Writer, bead_id: str, content: str, par
 def of_bead(conn: db.Connection, bead_id: str) -> list[Comment]:
     """All of a bead, oldest first, replies under what they reply to. Raises NotFound."""
     get(conn, Bead, bead_id)
-    rows = db.all(
+    rows = db.rows(
         conn,
         """
         SELECT as_json(c)::text AS it FROM comments c WHERE entity_type = 'bead' AND entity_id = %(bead)s

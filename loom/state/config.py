@@ -30,7 +30,7 @@ class Config(Versioned, kw_only=True):
 
 def values(conn: db.Connection) -> dict[str, str]:
     """All there are, key -> JSON, in the order of their keys."""
-    rows = db.all(conn, "SELECT key, value::text AS value FROM config ORDER BY key")
+    rows = db.rows(conn, "SELECT key, value::text AS value FROM config ORDER BY key")
     return {row["key"]: row["value"] for row in rows}
 
 

@@ -94,7 +94,7 @@ def some(
         selects.append(_select(table, key, order, dict(zip(values, part, strict=True)), conditions, n))
         params.update((f"{column}_{n}", value) for column, value in zip(values, part, strict=True))
     found = f"SELECT * FROM ({' UNION ALL '.join(selects)}) AS parts ORDER BY {key} LIMIT %(limit)s"
-    rows = db.all(conn, f"SELECT as_json(it)::text AS it FROM ({found}) AS found ORDER BY {key}", **params)
+    rows = db.rows(conn, f"SELECT as_json(it)::text AS it FROM ({found}) AS found ORDER BY {key}", **params)
     return [msgspec.json.decode(row["it"], type=kind) for row in rows]
 
 

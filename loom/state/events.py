@@ -9,7 +9,7 @@ import msgspec
 
 from loom import db, errors
 from loom.db import Time
-from loom.waiting import Line, Waiter
+from loom.waiting import Poller, Waiter
 
 SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of them matches
 
@@ -72,7 +72,7 @@ def read(conn: db.Connection, after: int | None, limit: int, **filters: str | No
     else:
         first = "(SELECT id FROM event_numbers WHERE id > %(after)s ORDER BY id LIMIT 1)"
         until, order = f"first + {SCAN - 1}", "ASC"
-    rows = db.all(
+    rows = db.rows(
         conn,
         f"""
         WITH here AS MATERIALIZED (
@@ -106,7 +106,7 @@ def history(conn: db.Connection, kind: str, key: str, *, before: int | None = No
 
     What nobody has read in the feed yet has no id.
     """
-    rows = db.all(
+    rows = db.rows(
         conn,
         f"""
         SELECT n.id, e.* FROM events e LEFT JOIN event_numbers n ON n.place = e.place
@@ -136,20 +136,20 @@ def _time(value: Any) -> Any:
         return value
 
 
-class Reader(Waiter):
+class EventWaiter(Waiter):
     """Who waits for an event after the cursor; it is told the newest one's id."""
 
-    def __init__(self, after: int, gone: Callable[[], bool]) -> None:
-        super().__init__(gone)
+    def __init__(self, after: int, client_gone: Callable[[], bool]) -> None:
+        super().__init__(client_gone)
         self.after = after
 
 
-class Watch(Line[Reader]):
+class EventPoller(Poller[EventWaiter]):
     """The requests of one worker that wait for events."""
 
     name = "events"
     period = 0.2  # seconds; two or three index lookups a poll
 
-    def poll(self, conn: db.Connection, waiters: list[Reader]) -> None:
+    def poll(self, conn: db.Connection, waiters: list[EventWaiter]) -> None:
         last = db.value(conn, "SELECT number_events(); SELECT COALESCE(max(id), 0) FROM event_numbers")
-        self.tell(lambda reader: reader.after < last, last)
+        self.wake(lambda waiter: waiter.after < last, last)

@@ -108,7 +108,7 @@ def release(conn: db.Connection, writer: Writer, file: File, agent: str) -> None
 
 def some(conn: db.Connection, *, project: str | None, after: str, limit: int) -> list[FileLock]:
     """Those that are held, of all projects or one, in the order of their locks' names, those after `after` only."""
-    rows = db.all(
+    rows = db.rows(
         conn,
         f"""
         SELECT {COLUMNS} FROM distributed_locks

@@ -133,7 +133,7 @@ def test_a_killed_gunicorn_and_a_killed_nginx_are_started_again(folder: Path, ru
     assert master
     os.kill(int(master[1]), signal.SIGKILL)
     os.kill(int((folder / f"var/nginx/{run.nginx_port}/nginx.pid").read_text()), signal.SIGKILL)
-    wait_until(lambda: run.said().count("SIGKILL) and is started again") == 2)
+    wait_until(lambda: run.said().count("SIGKILL) and is being restarted") == 2)
     wait_until(lambda: run.active(run.port) == 3 and run.active(run.nginx_port) == 3, 30)
     run.process.terminate()
     assert run.process.wait(40) == 0

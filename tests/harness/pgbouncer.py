@@ -37,7 +37,7 @@ class PgBouncer:
         config = folder / "pgbouncer.ini"
         config.write_text("\n".join(["[databases]", target, "[pgbouncer]", *lines, ""]))
         config.chmod(0o644)
-        identity = embedded.identity(folder, server.data)  # pgBouncer refuses to be root, too
+        identity = embedded.user_prefix(folder, server.data)  # pgBouncer refuses to be root, too
         binary = Path(program("pgbouncer", "pgbouncer"))
         self.process = Process([*identity, binary, config], folder / "pgbouncer.log", last=signal.SIGINT)
         wait_until(self._answers, 20)

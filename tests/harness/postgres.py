@@ -66,7 +66,7 @@ class Postgres:
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", port or free_port()
         self.process: Process | None = None
-        self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to be root
+        self._identity = embedded.user_prefix(self.folder, self.data)  # PostgreSQL refuses to be root
         self.address = "127.0.0.1"
         if network is not None:
             self._identity, self.address = [*network.command, *self._identity], network.address

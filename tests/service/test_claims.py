@@ -514,7 +514,7 @@ def test_a_claim_completes_no_parent_over_its_open_children(
     for _ in range(2):
         answer = complete(work, "x", token, context={"a": "1"}, headers={"Idempotency-Key": "k"})
         problem = assert_problem(answer, 409, "open-children", bead_id="x", children=[child])
-        assert "The claim goes on" in problem["detail"]
+        assert "The claim is still valid" in problem["detail"]
     assert sql("SELECT to_jsonb(b), (SELECT count(*) FROM events) FROM beads b WHERE id = 'x'") == before
     assert renew(work, "x", token).status == 200
     patch(work, child, status="closed")

@@ -74,18 +74,18 @@ def test_a_connection_that_dies_with_a_statement_costs_that_statement_alone(pool
 
 
 def test_a_lost_connection_of_a_background_thread_is_replaced(database: Database, sql: Sql) -> None:
-    line = database.dedicated("line")
-    for idle in (1.1, 0):  # seconds; for one it is believed to be alive
-        with line.connection() as conn:
+    connection = database.dedicated("background")
+    for idle in (1.1, 0):  # seconds; an idle connection is used for one second without a check
+        with connection.use() as conn:
             assert db.one(conn, "SELECT 1 AS one") == {"one": 1}
         sql("SELECT pg_sleep(%s)", idle)
-        sql(TERMINATE, "loom line")
-        wait_until(lambda: sql(BACKENDS, "loom line") == [(0,)])
-    with pytest.raises(errors.Unavailable), line.connection() as conn:
+        sql(TERMINATE, "loom background")
+        wait_until(lambda: sql(BACKENDS, "loom background") == [(0,)])
+    with pytest.raises(errors.Unavailable), connection.use() as conn:
         db.one(conn, "SELECT 1 AS one")
-    with line.connection() as conn:
+    with connection.use() as conn:
         assert db.one(conn, "SELECT 1 AS one") == {"one": 1}
-    line.close()
+    connection.close()
 
 
 # Every wait has a bound
@@ -328,7 +328,7 @@ def test_a_server_that_does_not_answer_the_door_is_away_at_once_and_no_password_
     assert time.monotonic() - started < 0.5
     assert "s3cret" not in str(database.away) + caplog.text
     with pytest.raises(psycopg2.OperationalError):
-        database.dial("one more")
+        database.connect("one more")
 
 
 def test_background_work_goes_on_while_requests_use_up_the_pool(

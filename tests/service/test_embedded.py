@@ -305,7 +305,7 @@ def test_a_server_that_cannot_start_says_why(users: Users) -> None:
     (users.folder / "data" / "PG_VERSION").write_text("12\n")
     with pytest.raises(embedded.ServerError, match="initialized by PostgreSQL version 12"):
         embedded.use(users.folder)
-    os.close(embedded._held.pop(users.folder))
+    os.close(embedded._shared_locks.pop(users.folder))
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(folder: Path) -> None:

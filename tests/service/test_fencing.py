@@ -35,7 +35,7 @@ def dial(database: db.Database) -> Iterator[Dial]:
     opened: list[db.Connection] = []
 
     def connect() -> db.Connection:
-        opened.append(database.dial("blocked"))
+        opened.append(database.connect("blocked"))
         opened[-1].deadline += 60
         return opened[-1]
 

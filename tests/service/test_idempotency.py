@@ -33,7 +33,7 @@ from harness.locks import (
 from loom import db, errors
 from loom.config import Config
 from loom.db.connection import Connection
-from loom.http import answer, idempotency, waiting
+from loom.http import answer, idempotency, pollers
 from loom.instances import Instance
 from loom.upkeep import Upkeep
 
@@ -56,7 +56,7 @@ class Things:
         self.bp.post("/both")(self.both)
         self.bp.post("/after")(self.after)
         self.bp.put("")(self.make)
-        self.bp.post("/claim")(lambda: idempotency.once(claim, again=self.still))
+        self.bp.post("/claim")(lambda: idempotency.once(claim, refresh=self.still))
 
     def make(self, name: str = "") -> Response:
         return idempotency.once(self._make)
@@ -461,7 +461,7 @@ def test_who_hung_up_as_its_grant_came_gets_that_grant_when_it_asks_again_with_i
 ) -> None:
     held = acquire(client, owner="holder")
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
-        patched.setattr(waiting, "client_gone", lambda environ: sql(GRANTED) != [])
+        patched.setattr(pollers, "client_gone", lambda environ: sql(GRANTED) != [])
         asked = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
         wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
         release(client, held["fencing_token"])
@@ -476,12 +476,12 @@ def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
 ) -> None:
     held = acquire(client, owner="holder")
     near, far = socket.socketpair()
-    queue = app.waiting.locks  # type: ignore[attr-defined]
+    poller = app.pollers.locks  # type: ignore[attr-defined]
     with near, far, ThreadPoolExecutor(2) as threads:
-        monkeypatch.setattr(waiting, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != [])
+        monkeypatch.setattr(pollers, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != [])
         gone = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})
         twin = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
-        wait_until(lambda: len(queue._waiters) == 2)
+        wait_until(lambda: len(poller._waiters) == 2)
         release(client, held["fencing_token"])
         answered = twin.result(5)
         gone.result(5)

@@ -7,11 +7,11 @@ from typing import Any
 
 from loom import db, instances, locks
 from loom.http import parse
-from loom.locks.queue import Queue, Waiter
+from loom.locks.queue import LockPoller, LockWaiter
 from loom.routes import locks as routes
 
 
-class WaiterForGrant(Waiter):
+class WaiterForGrant(LockWaiter):
     """Knows what it asks for, so that the poll can ask for it."""
 
     def __init__(self, *args: Any) -> None:
@@ -20,9 +20,9 @@ class WaiterForGrant(Waiter):
         self.ttl, self.metadata = timedelta(seconds=body.ttl_seconds), body.metadata
 
 
-def grant(queue: Queue, conn: db.Connection, waiters: list[WaiterForGrant]) -> list[locks.Grant]:
+def grant(poller: LockPoller, conn: db.Connection, waiters: list[WaiterForGrant]) -> list[locks.Grant]:
     """Grants what is free to those who are first, wakes them, and returns the grants for which nobody was there."""
-    rows = db.all(
+    rows = db.rows(
         conn,
         "SELECT * FROM poll_waiters(%(names)s, %(owners)s)",
         names=[waiter.name for waiter in waiters],
@@ -37,10 +37,12 @@ def grant(queue: Queue, conn: db.Connection, waiters: list[WaiterForGrant]) -> l
         )
         if attempt.grant is None or not attempt.granted:
             continue
-        queue.tell(lambda waiter, made=attempt.grant: (waiter.name, waiter.owner) == (made.lock_name, made.owner), True)
-        if not any((waiter.name, waiter.owner) == (name, owner) for waiter in list(queue._waiters)):
+        poller.wake(
+            lambda waiter, made=attempt.grant: (waiter.name, waiter.owner) == (made.lock_name, made.owner), True
+        )
+        if not any((waiter.name, waiter.owner) == (name, owner) for waiter in list(poller._waiters)):
             nobody_there.append(attempt.grant)
     return nobody_there
 
 
-routes.Waiter = WaiterForGrant
+routes.LockWaiter = WaiterForGrant

@@ -6,14 +6,14 @@ from typing import Any
 
 from app import app as app
 from loom import db, locks
-from loom.locks.queue import Queue, Waiter
+from loom.locks.queue import LockPoller, LockWaiter
 
-wait = Queue.wait
+wait = LockPoller.wait
 
 
-def wait_and_take_back(queue: Queue, waiter: Waiter, seconds: float) -> Any:
-    told = wait(queue, waiter, seconds)
-    if waiter.gone():
+def wait_and_take_back(poller: LockPoller, waiter: LockWaiter, seconds: float) -> Any:
+    told = wait(poller, waiter, seconds)
+    if waiter.client_gone():
         with db.connection() as conn:
             held = locks.get(conn, waiter.name)
             if held is not None and held.owner == waiter.owner:
@@ -21,4 +21,4 @@ def wait_and_take_back(queue: Queue, waiter: Waiter, seconds: float) -> Any:
     return told
 
 
-Queue.wait = wait_and_take_back
+LockPoller.wait = wait_and_take_back

@@ -5,4 +5,4 @@ from __future__ import annotations
 from app import app as app
 from loom.routes import locks
 
-locks.gone = lambda: lambda: False
+locks.client_gone_check = lambda: lambda: False

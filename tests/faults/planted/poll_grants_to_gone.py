@@ -6,14 +6,14 @@ from granting import WaiterForGrant, grant
 
 from app import app as app
 from loom import db
-from loom.locks.queue import Queue
+from loom.locks.queue import LockPoller
 
 seen: list[WaiterForGrant] = []
 
 
-def poll(queue: Queue, conn: db.Connection, waiters: list[WaiterForGrant]) -> None:
-    grant(queue, conn, [*waiters, *seen])
+def poll(poller: LockPoller, conn: db.Connection, waiters: list[WaiterForGrant]) -> None:
+    grant(poller, conn, [*waiters, *seen])
     seen[:] = waiters
 
 
-Queue.poll = poll
+LockPoller.poll = poll

@@ -6,14 +6,14 @@ from granting import WaiterForGrant, grant
 
 from app import app as app
 from loom import db, locks
-from loom.locks.queue import Queue
+from loom.locks.queue import LockPoller
 
 
-def poll(queue: Queue, conn: db.Connection, waiters: list[WaiterForGrant]) -> None:
-    for made in grant(queue, conn, waiters):
+def poll(poller: LockPoller, conn: db.Connection, waiters: list[WaiterForGrant]) -> None:
+    for made in grant(poller, conn, waiters):
         now = locks.get(conn, made.lock_name)
         if now is not None and now.heartbeat_at == made.heartbeat_at:
             locks.release(conn, made.lock_name, made.fencing_token)
 
 
-Queue.poll = poll
+LockPoller.poll = poll

@@ -14,14 +14,16 @@ from loom.state import idempotency
 once = http.once
 
 
-def once_but_apart(work: http.Work, *, again: http.Again | None = None, wait: bool = False, **more: Any) -> Response:
+def once_but_apart(
+    work: http.Work, *, refresh: http.Refresh | None = None, wait: bool = False, **more: Any
+) -> Response:
     asked = http._asked()
     if asked is None or not wait:
-        return once(work, again=again, wait=wait, **more)
+        return once(work, refresh=refresh, wait=wait, **more)
     with db.transaction() as conn:
         first = idempotency.find(conn, asked, wait=True)
         if first is not None:
-            return http._replay(conn, first, again)
+            return http._replay(conn, first, refresh)
     with db.connection() as conn:
         response = work(conn)
     if response.status_code == 409:
@@ -34,7 +36,7 @@ def once_but_apart(work: http.Work, *, again: http.Again | None = None, wait: bo
     grant = response.get_json()
     with db.connection() as conn:
         locks.release(conn, grant["lock_name"], grant["fencing_token"])
-        return http._replay(conn, first, again)
+        return http._replay(conn, first, refresh)
 
 
 http.once = once_but_apart
