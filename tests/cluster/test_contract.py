@@ -62,7 +62,7 @@ def world(client: Client) -> dict[str, list[Any]]:
     }
 
 
-def test_no_request_is_answered_in_a_way_that_the_contract_does_not_tell_of(
+def test_every_answer_is_described_in_the_contract(
     start_cluster: Callable[..., Cluster], tmp_path: Path, seed: int, long: bool
 ) -> None:
     """Every operation, with good and bad requests, on two instances at once: all edge cases, and random ones."""

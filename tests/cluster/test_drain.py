@@ -75,7 +75,7 @@ def test_sigterm_resets_no_connection(start_cluster: Callable[..., Cluster], wor
     assert {fault for fault in said if not fault.startswith("ConnectionRefusedError")} == set()
 
 
-def test_a_draining_instance_serves_on_and_says_that_it_is_not_ready(
+def test_a_draining_instance_still_serves_and_reports_that_it_is_not_ready(
     start_cluster: Callable[..., Cluster], sql: Sql
 ) -> None:
     cluster = start_cluster(1, config="server: {drain_seconds: 3}")
@@ -121,7 +121,7 @@ REQUEST = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 HALF_A_REQUEST = b"GET /health/l"
 
 
-def test_idle_connections_do_not_hold_it_up(start_cluster: Callable[..., Cluster]) -> None:
+def test_idle_connections_do_not_delay_a_shutdown(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1)
     with connections(cluster.ports[0], REQUEST, b""):
         time.sleep(6)  # by then it no longer waits for the silent one's first byte
@@ -131,7 +131,7 @@ def test_idle_connections_do_not_hold_it_up(start_cluster: Callable[..., Cluster
     assert time.monotonic() - started < 5
 
 
-def test_who_never_finishes_a_request_does_not_keep_it_in_the_registry(
+def test_a_client_that_never_finishes_its_request_does_not_keep_the_instance_registered(
     start_cluster: Callable[..., Cluster], sql: Sql
 ) -> None:
     cluster = start_cluster(1)
@@ -143,7 +143,9 @@ def test_who_never_finishes_a_request_does_not_keep_it_in_the_registry(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
-def test_ctrl_c_is_quick_and_in_order(start_cluster: Callable[..., Cluster], sql: Sql, number: signal.Signals) -> None:
+def test_ctrl_c_ends_an_instance_quickly_and_removes_its_row(
+    start_cluster: Callable[..., Cluster], sql: Sql, number: signal.Signals
+) -> None:
     cluster = start_cluster(1)
     assert len(sql("SELECT 1 FROM instances")) == 1
     with connections(cluster.ports[0], REQUEST, b"", HALF_A_REQUEST):
@@ -157,7 +159,7 @@ def test_ctrl_c_is_quick_and_in_order(start_cluster: Callable[..., Cluster], sql
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_that_is_told_to_end_while_it_starts_does_so(
+def test_a_worker_that_is_told_to_stop_while_it_starts_stops(
     start_cluster: Callable[..., Cluster], own_postgres: Postgres, number: signal.Signals
 ) -> None:
     """A silent database holds it up between its fork, at which it has its master's handlers, and its own."""
@@ -176,7 +178,9 @@ def test_a_worker_that_is_told_to_end_while_it_starts_does_so(
     assert query(dsn, "SELECT 1 FROM instances WHERE (metadata->>'pid')::int = %s", cluster.pid(0)) == []
 
 
-def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_client_that_leaves_its_connection_open_blocks_no_other_request(
+    start_cluster: Callable[..., Cluster],
+) -> None:
     cluster = start_cluster(1)
     client = cluster.client(0)
     closing = REQUEST.replace(b"x\r\n", b"x\r\nConnection: close\r\n")
@@ -189,7 +193,7 @@ def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[
         assert time.monotonic() - started < 0.5
 
 
-def test_who_stalls_within_a_request_keeps_no_thread(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_client_that_stalls_within_its_request_occupies_no_thread(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, config="server: {threads: 2}")
     half_a_body = b"POST /api/v1/locks/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
     with connections(cluster.ports[0], HALF_A_REQUEST, half_a_body) as (headers, body):
@@ -200,7 +204,7 @@ def test_who_stalls_within_a_request_keeps_no_thread(start_cluster: Callable[...
     assert "Traceback" not in cluster.masters[0].log.read_text()
 
 
-def test_a_request_whose_client_gave_up_in_the_queue_is_not_begun(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_queued_request_whose_client_has_disconnected_is_not_started(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, config="server: {threads: 1}")
     client = cluster.client(0)
     with socket.create_connection(("127.0.0.1", cluster.ports[0])) as slow:

@@ -72,7 +72,7 @@ def lock_file(client: Client) -> Answer:
     return client.post(FILE_LOCKS, {"file_path": "f", "project_id": PROJECT, "agent_id": "a"})
 
 
-def test_a_write_whose_instance_dies_right_after_the_commit_is_answered_as_made(dying: Dying, sql: Sql) -> None:
+def test_a_write_whose_instance_dies_right_after_the_commit_is_answered_as_applied(dying: Dying, sql: Sql) -> None:
     nginx = dying.nginx
     team(nginx, "a")
     bead(nginx, "x")
@@ -90,7 +90,7 @@ def test_a_write_whose_instance_dies_right_after_the_commit_is_answered_as_made(
     assert nginx.get(FILE_LOCKS).json == []
 
 
-def test_a_write_that_is_repeated_while_its_first_time_is_still_under_way_is_made_once(
+def test_a_write_that_nginx_repeats_while_the_first_is_still_running_is_made_once(
     start_cluster: Callable[..., Cluster], sql: Sql, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
     """The instance is killed while its statement waits in the database, where it goes on."""
@@ -120,7 +120,7 @@ def test_a_write_that_is_repeated_while_its_first_time_is_still_under_way_is_mad
     assert sql("SELECT count(*) FROM events WHERE entity_id = 'x'") == [(2,)]
 
 
-def test_a_client_that_uses_one_request_id_again_is_never_told_that_it_was_done_before(
+def test_a_client_that_reuses_a_request_id_has_every_write_applied(
     start_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = start_cluster(2, nginx=True)

@@ -38,7 +38,7 @@ def second(cluster: Cluster) -> Client:
     return cluster.client(1)
 
 
-def test_a_change_is_seen_through_another_instance_at_once(first: Client, second: Client) -> None:
+def test_a_change_is_visible_through_another_instance_at_once(first: Client, second: Client) -> None:
     for n in range(100):
         assert first.put(f"{CONFIG}/agents.dead_after", {"value": 100 + n}).status == 200
         assert second.get(f"{CONFIG}/agents.dead_after").json["value"] == 100 + n
@@ -79,7 +79,7 @@ def test_the_log_level_is_in_force_in_every_instance_within_a_heartbeat(cluster:
     assert time.monotonic() - changed < 2 * HEARTBEAT + 1
 
 
-def test_a_bad_value_put_there_by_hand_breaks_no_instance(cluster: Cluster, first: Client, sql: Sql) -> None:
+def test_a_bad_value_written_by_hand_breaks_no_instance(cluster: Cluster, first: Client, sql: Sql) -> None:
     sql("""INSERT INTO config VALUES ('agents.max_concurrent', '"x"'), ('logging.level', '1e300')""")
     wait_until(lambda: all("setting-ignored" in m.log.read_text() for m in cluster.masters), HEARTBEAT)
     cluster.restart(1)
@@ -116,7 +116,7 @@ def claims_until_busy(client: Client) -> int:
 
 @PRELOAD
 @pytest.mark.parametrize("text", ["agents: {max_concurrent: 3}\n", TYPO, None], ids=["changed", "broken", "gone"])
-def test_a_replaced_worker_goes_by_what_its_master_read(
+def test_a_replaced_worker_uses_the_settings_that_its_master_read(
     start_cluster: Callable[..., Cluster], options: str, text: str | None
 ) -> None:
     """Else HTTP and upkeep of one worker had different limits, and a typo ended the instance at the next crash."""
@@ -147,7 +147,7 @@ def test_a_reload_puts_a_changed_file_in_force(start_cluster: Callable[..., Clus
     ],
     ids=["key", "log", "database"],
 )
-def test_a_reload_with_a_fault_says_so_and_changes_nothing(
+def test_a_reload_of_a_faulty_file_is_logged_and_changes_nothing(
     start_cluster: Callable[..., Cluster], text: str, reason: str, dsn: str
 ) -> None:
     config = f"database: {{type: postgres, dsn: '{dsn}'}}\nagents: {{max_concurrent: 2}}\n"
@@ -178,7 +178,7 @@ def test_without_gunicorn_the_application_reads_the_file_itself(tmp_path: Path) 
     assert "ConfigError" in subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, check=False).stderr
 
 
-def test_two_imports_at_once_leave_one_of_them_whole(first: Client, second: Client) -> None:
+def test_two_concurrent_imports_leave_the_values_of_one(first: Client, second: Client) -> None:
     keys = [f"k{n}" for n in range(100)]
     documents = ["\n".join(f"{key}: {who}" for key in order) for who, order in (("a", keys), ("b", reversed(keys)))]
     with ThreadPoolExecutor(2) as threads:

@@ -46,7 +46,7 @@ def test_the_service_is_hardened(units: Path) -> None:
     analyze("security", "--offline=true", "--threshold=15", units / "loom@8080.service")  # 1.5 of 10, where 10 is bare
 
 
-def test_it_is_given_longer_to_stop_than_gunicorn_takes() -> None:
+def test_systemd_waits_longer_for_a_stop_than_gunicorn_takes() -> None:
     unit, gunicorn = (UNITS / "loom@.service").read_text(), (ROOT / "gunicorn.conf.py").read_text()
     systemds, gunicorns = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.M), re.search(r"timeout = (\d+) \+", gunicorn)
     assert systemds
@@ -64,7 +64,7 @@ def notified(tmp_path: Path) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_it_tells_systemd_when_it_is_ready(notified: socket.socket, dsn: str, tmp_path: Path) -> None:
+def test_the_service_notifies_systemd_when_it_is_ready(notified: socket.socket, dsn: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     env = {"NOTIFY_SOCKET": notified.getsockname(), "DATABASE_DSN": dsn, "PORT": str(free_port())}
     command = [sys.executable, "-c", "from loom.cli import main; main()", "serve"]

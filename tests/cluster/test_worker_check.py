@@ -107,7 +107,7 @@ def gone(sql: Sql, pid: int) -> bool:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_three_workers_in_a_row_that_cannot_serve_end_gunicorn_which_says_why(
+def test_three_workers_in_a_row_that_cannot_serve_end_gunicorn_with_the_reason(
     start_cluster: Callable[..., Cluster], broken: Broken, sql: Sql, fault: str
 ) -> None:
     broken.write(fault, 0)
@@ -125,7 +125,7 @@ def test_three_workers_in_a_row_that_cannot_serve_end_gunicorn_which_says_why(
     assert sql("SELECT status FROM instances WHERE status <> 'dead'") == []
 
 
-def test_a_worker_that_cannot_serve_is_replaced_and_one_that_can_begins_the_count_anew(
+def test_a_worker_that_cannot_serve_is_replaced_and_one_that_can_resets_the_count(
     start_cluster: Callable[..., Cluster], broken: Broken, sql: Sql
 ) -> None:
     broken.write("an exception", 2)
@@ -142,7 +142,7 @@ def test_a_worker_that_cannot_serve_is_replaced_and_one_that_can_begins_the_coun
     assert sql("SELECT count(*) FROM instances WHERE status = 'active'") == [(1,)]
 
 
-def test_several_workers_that_cannot_serve_are_told_of_once(
+def test_gunicorn_reports_once_that_several_workers_cannot_serve(
     start_cluster: Callable[..., Cluster], broken: Broken, sql: Sql
 ) -> None:
     broken.write("a status", 1000)

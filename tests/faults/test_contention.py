@@ -135,7 +135,7 @@ def faults(cluster: Cluster, back_ends: Callable[[], list[int]], chance: random.
         thread.join()
 
 
-def test_two_never_hold_a_lock_and_each_loser_is_told(
+def test_a_lock_never_has_two_holders_and_each_loser_is_told(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
     seconds = 60 if long else 12

@@ -76,7 +76,7 @@ def strike_until(over: Callable[[], bool], kinds: Strikes) -> Counter[str]:
 
 
 @pytest.mark.usefixtures("server_age")  # right after its start a database declares nobody dead
-def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
+def test_64_agents_complete_each_bead_exactly_once_whatever_dies(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
     count, limit, work = (20_000, 900, 0.1) if long else (1_500, 180, 0.2)

@@ -57,7 +57,7 @@ def numbering(postgres: Postgres, name: str) -> Iterator[int]:
         yield wait_until(lambda: postgres.query(NUMBERING, database=name), 10, 0.01)[0][0]
 
 
-def test_no_event_is_skipped_or_doubled_when_everything_dies(
+def test_no_event_is_skipped_or_doubled_whatever_dies(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], seed: int, long: bool
 ) -> None:
     name = own_postgres.database()

@@ -42,7 +42,7 @@ def said(writers: list[Process], word: str) -> set[int]:
     return {int(line[1]) for line in lines if line[0] == word}
 
 
-def test_fenced_no_acknowledged_write_is_lost_and_unfenced_some_are(
+def test_no_acknowledged_write_is_lost_with_fencing_and_some_are_without(
     cluster: Cluster, dsn: str, sql: Sql, tmp_path: Path, long: bool
 ) -> None:
     sql("CREATE TABLE lock_set (name text PRIMARY KEY, numbers integer[] NOT NULL)")

@@ -17,7 +17,7 @@ STRIKES = ("drain", "kill", "freeze", "restart")
 ROUND = 60.0  # seconds; after each, the answers are compared with the history
 
 
-def test_what_waiters_are_told_is_true_whatever_happens_as_their_locks_become_free(
+def test_every_answer_to_a_waiter_is_true_whatever_happens_as_its_lock_becomes_free(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
     cluster = start_cluster(config="server: {threads: 96}")

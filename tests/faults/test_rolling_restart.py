@@ -46,9 +46,7 @@ def test_restarts_and_reloads_for_a_minute_lose_no_request(
     assert sql("SELECT count(*) FROM distributed_locks WHERE lock_name LIKE 'used-%%'") == [(0,)]
 
 
-def test_a_restart_answers_those_who_wait_for_a_lock_and_keeps_their_place(
-    start_cluster: Callable[..., Cluster], sql: Sql
-) -> None:
+def test_a_restart_answers_waiters_and_keeps_their_places(start_cluster: Callable[..., Cluster], sql: Sql) -> None:
     cluster = start_cluster(2)
     token = acquire(cluster.client(1), ttl_seconds=60)["fencing_token"]
     answers: list[Answer] = []

@@ -42,7 +42,7 @@ def few_threads(start_cluster: Callable[..., Cluster], dsn: str) -> Cluster:
 
 
 @pytest.mark.parametrize("tcp", [True, False], ids=["TCP", "Unix socket"])
-def test_a_server_whose_processes_are_stopped(
+def test_requests_are_bounded_when_the_processes_of_the_server_are_stopped(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], tcp: bool, long: bool
 ) -> None:
     if not tcp and not long:
@@ -51,7 +51,7 @@ def test_a_server_whose_processes_are_stopped(
     judge(cluster, own_postgres.frozen, long)
 
 
-def test_a_network_that_drops_the_packets(
+def test_requests_are_bounded_when_the_network_drops_packets(
     network: Network, start_postgres: Callable[..., Postgres], start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     server = start_postgres(network=network)
@@ -59,7 +59,7 @@ def test_a_network_that_drops_the_packets(
     judge(cluster, network.silent, long)
 
 
-def test_a_pgbouncer_before_a_dead_server(
+def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_dead(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     bouncer = PgBouncer(own_postgres)
@@ -76,7 +76,7 @@ def test_a_pgbouncer_before_a_dead_server(
         bouncer.close()
 
 
-def test_a_pgbouncer_before_a_server_whose_processes_are_stopped(
+def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_stopped(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     if not long:
@@ -88,7 +88,7 @@ def test_a_pgbouncer_before_a_server_whose_processes_are_stopped(
         bouncer.close()
 
 
-def test_an_instance_that_nobody_asks_has_found_out_when_somebody_does(
+def test_an_idle_instance_knows_of_an_outage_before_its_next_request(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     if not long:

@@ -42,7 +42,7 @@ def served(folder: Path, dsn: str, host: str) -> Iterator[tuple[int, Process]]:
         process.stop()
 
 
-def test_each_start_serves(tmp_path: Path, dsn: str, long: bool) -> None:
+def test_every_start_with_syslog_serves(tmp_path: Path, dsn: str, long: bool) -> None:
     def start(number: int) -> tuple[str, int, bool]:
         # On one processor the master often forks in the midst of what a thread of it does.
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})

@@ -162,7 +162,7 @@ def test_a_bad_body_of_renew_names_its_field_and_changes_nothing(client: AppClie
     assert client.get(BUILD).json == {**held, "waiting": 0}
 
 
-def test_what_is_not_json_is_told_as_older_clients_know_it(client: AppClient, sql: Sql) -> None:
+def test_a_body_that_is_not_json_gets_the_error_that_older_clients_know(client: AppClient, sql: Sql) -> None:
     for body in NOT_JSON:
         answer = client.post(BUILD, body)
         assert answer.status == 400, body[:80]
@@ -183,7 +183,7 @@ def test_a_huge_body_is_refused_unread(client: AppClient, sql: Sql) -> None:
     assert sql(STORED) == []
 
 
-def test_what_is_just_allowed_is_stored_as_it_was_sent(client: AppClient) -> None:
+def test_values_at_the_limits_are_stored_unchanged(client: AppClient) -> None:
     metadata = {
         "text": "x" * 7900,
         "numbers": [2**63, -(10**100), 0.1, 1e-7, 1e15],
@@ -226,6 +226,6 @@ def test_a_wrong_path_or_method_is_a_problem_like_any_other(
     assert ("Allow" in answer.headers) == (status == 405)
 
 
-def test_a_request_keeps_the_name_that_it_brought(client: AppClient) -> None:
+def test_an_answer_carries_the_request_id_that_was_sent(client: AppClient) -> None:
     for path in ("/health", BUILD, "/nothing"):
         assert client.get(path, headers={"X-Request-ID": "r-1"}).headers["X-Request-ID"] == "r-1"

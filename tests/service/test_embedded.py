@@ -174,7 +174,7 @@ def test_data_survives_restarts_and_settings_keep_it_safe(users: Users) -> None:
     assert users.folder.stat().st_mode & 0o077 == 0
 
 
-def test_a_killed_launcher_takes_the_server_along_and_the_next_user_starts_both(users: Users) -> None:
+def test_a_killed_launcher_stops_the_server_and_the_next_user_starts_both(users: Users) -> None:
     query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
     os.kill(users.launcher(), signal.SIGKILL)
     wait_until(users.stopped_cleanly)
@@ -206,7 +206,7 @@ def test_ten_simultaneous_users_of_an_empty_folder_start_one_server(users: Users
     assert log.count("running bootstrap script") == 1
 
 
-def test_a_newcomer_during_the_stop_ends_with_a_running_server(users: Users) -> None:
+def test_a_user_that_arrives_during_the_stop_gets_a_running_server(users: Users) -> None:
     users.ready()
     server = users.postmaster()
     os.kill(server, signal.SIGSTOP)
@@ -218,7 +218,7 @@ def test_a_newcomer_during_the_stop_ends_with_a_running_server(users: Users) -> 
     assert users.postmaster() != server
 
 
-def test_a_cut_off_initdb_is_made_good(users: Users) -> None:
+def test_an_interrupted_initdb_is_repeated(users: Users) -> None:
     process = users.start()
     wait_until(lambda: (users.folder / "data.new" / "PG_VERSION").exists())
     os.kill(users.launcher(), signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_a_cut_off_initdb_is_made_good(users: Users) -> None:
     assert not (users.folder / "data.new").exists()
 
 
-def test_everything_killed_at_once_is_no_obstacle(users: Users) -> None:
+def test_the_server_starts_again_after_everything_was_killed_at_once(users: Users) -> None:
     query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
     launcher, server = users.launcher(), users.postmaster()
     os.kill(launcher, signal.SIGSTOP)  # so that it cannot tidy up
@@ -241,7 +241,7 @@ def test_everything_killed_at_once_is_no_obstacle(users: Users) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 120, "a,b"])
-def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: str) -> None:
+def test_a_path_that_no_socket_can_have_works(folder: Path, name: str) -> None:
     users = Users(folder / name)
     try:
         dsn = dsn_of(users.start(DIAL))
@@ -259,7 +259,7 @@ def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: s
         wait_until(users.stopped_cleanly)
 
 
-def test_an_ordinary_user_needs_nothing_more(users: Users) -> None:
+def test_an_ordinary_user_can_run_the_server(users: Users) -> None:
     if os.geteuid() != 0:
         pytest.skip("this run is one")
     os.chown(users.folder.parent, NOBODY, NOBODY)
@@ -298,7 +298,7 @@ def test_root_needs_no_user_namespace(users: Users, folder: Path) -> None:
     assert "run Loom as an ordinary user, or set DATABASE_DSN" in error
 
 
-def test_a_server_that_cannot_start_says_why(users: Users) -> None:
+def test_a_server_that_cannot_start_reports_why(users: Users) -> None:
     users.ready()
     users.kill()
     wait_until(users.stopped_cleanly)
@@ -308,7 +308,7 @@ def test_a_server_that_cannot_start_says_why(users: Users) -> None:
     os.close(embedded._held.pop(users.folder))
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(folder: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(folder: Path) -> None:
     (folder / "letter").write_text("mine")
     mode = folder.stat().st_mode
     with pytest.raises(embedded.ServerError, match=r"set database\.folder"):

@@ -154,7 +154,7 @@ def test_a_retry_gets_the_same_answer_byte_for_byte_and_changes_nothing(client: 
     assert sql(COUNT) == [(1, 2)]
 
 
-def test_an_entity_is_made_once(client: AppClient, sql: Sql) -> None:
+def test_an_entity_is_created_once(client: AppClient, sql: Sql) -> None:
     project = {"name": "one", "git_repo": "r", "branch": "main"}
     first = keyed(client, "/api/v1/projects", project)
     again = keyed(client, "/api/v1/projects", project)
@@ -165,7 +165,7 @@ def test_an_entity_is_made_once(client: AppClient, sql: Sql) -> None:
 
 
 @pytest.mark.usefixtures("things")
-def test_another_key_another_path_and_no_key_have_nothing_to_do_with_it(client: AppClient, sql: Sql) -> None:
+def test_a_key_does_not_affect_other_keys_other_paths_or_requests_without_a_key(client: AppClient, sql: Sql) -> None:
     keyed(client, THINGS, {"n": 1}, "a")
     keyed(client, THINGS, {"n": 1}, "b")
     keyed(client, THINGS + "/x", {"n": 1}, "a")
@@ -174,7 +174,7 @@ def test_another_key_another_path_and_no_key_have_nothing_to_do_with_it(client: 
     assert sql(COUNT) == [(1, 10)]
 
 
-def test_keys_of_another_caller_have_nothing_to_do_with_it(
+def test_callers_do_not_share_keys(
     client: AppClient, things: Things, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for who in ("one", "other"):
@@ -184,7 +184,7 @@ def test_keys_of_another_caller_have_nothing_to_do_with_it(
 
 
 @pytest.mark.usefixtures("things")
-def test_a_key_is_for_post_alone(client: AppClient, sql: Sql) -> None:
+def test_a_key_has_an_effect_only_on_post(client: AppClient, sql: Sql) -> None:
     for _ in range(2):
         client.put(THINGS, {"n": 1}, headers={"Idempotency-Key": "k"})
     assert sql(COUNT) == [(1, 4)]
@@ -192,7 +192,7 @@ def test_a_key_is_for_post_alone(client: AppClient, sql: Sql) -> None:
 
 @pytest.mark.usefixtures("things")
 @pytest.mark.parametrize(("path", "body"), [(THINGS, {"n": 2}), (THINGS, b'{"n":1} '), (THINGS + "?x=1", {"n": 1})])
-def test_the_key_of_another_request_is_refused(client: AppClient, sql: Sql, path: str, body: Any) -> None:
+def test_a_key_reused_with_another_request_is_refused(client: AppClient, sql: Sql, path: str, body: Any) -> None:
     first = keyed(client, THINGS, {"n": 1})
     assert_problem(keyed(client, path, body), 422, "key-reused")
     assert sql(COUNT) == [(1, 2)]
@@ -201,7 +201,7 @@ def test_the_key_of_another_request_is_refused(client: AppClient, sql: Sql, path
 
 @pytest.mark.usefixtures("things")
 @pytest.mark.parametrize("key", ["", " ", "a b", "\x7f", "\xfc", "x" * 256])
-def test_a_key_that_is_none_is_refused_by_name(client: AppClient, sql: Sql, key: str) -> None:
+def test_an_invalid_key_is_refused_by_name(client: AppClient, sql: Sql, key: str) -> None:
     problem = assert_problem(keyed(client, THINGS, {"n": 1}, key), 400, "invalid")
     assert problem["errors"][0]["field"] == "Idempotency-Key"
     assert sql(COUNT) == []
@@ -209,7 +209,7 @@ def test_a_key_that_is_none_is_refused_by_name(client: AppClient, sql: Sql, key:
 
 @pytest.mark.usefixtures("things")
 @pytest.mark.parametrize("key", ["!", '"8e03978e-40d5-43dd-bc93-6894a57f9324"', "~" * 255])
-def test_the_shortest_and_the_longest_key_are_kept(client: AppClient, key: str) -> None:
+def test_the_shortest_and_the_longest_key_are_accepted(client: AppClient, key: str) -> None:
     assert_replays(keyed(client, THINGS, {"n": 1}, key), keyed(client, THINGS, {"n": 1}, key))
 
 
@@ -222,12 +222,12 @@ def test_only_success_is_kept(client: AppClient, things: Things, how: dict[str, 
 
 
 @pytest.mark.usefixtures("things")
-def test_what_failed_on_its_way_has_done_nothing(client: AppClient, sql: Sql) -> None:
+def test_a_request_that_failed_has_changed_nothing(client: AppClient, sql: Sql) -> None:
     assert keyed(client, THINGS, {"n": 1, "fail": True}).status == 404
     assert sql(COUNT) == []
 
 
-def test_a_twin_in_flight_is_told_so_and_then_the_answer(
+def test_a_twin_of_a_request_in_flight_gets_in_progress_and_later_its_answer(
     client: AppClient, things: Things, sql: Sql, session: Session
 ) -> None:
     blocker = session()
@@ -245,7 +245,7 @@ def test_a_twin_in_flight_is_told_so_and_then_the_answer(
     assert sql(COUNT) == [(1, 2)]
 
 
-def test_of_many_at_once_one_is_applied(client: AppClient, things: Things, sql: Sql) -> None:
+def test_one_of_many_simultaneous_twins_is_applied(client: AppClient, things: Things, sql: Sql) -> None:
     with ThreadPoolExecutor(8) as threads:
         for n in range(20):
             answers = list(threads.map(lambda _, n=n: keyed(client, THINGS, {"n": n}, f"k{n}"), range(8)))
@@ -353,7 +353,7 @@ def test_every_post_takes_a_key_and_bad_headers_are_refused_before_a_replay(app:
 # Never a success that is no longer true
 
 
-def test_a_view_may_say_what_became_of_its_answer(client: AppClient, things: Things, sql: Sql) -> None:
+def test_a_view_can_check_whether_its_answer_is_still_true(client: AppClient, things: Things, sql: Sql) -> None:
     sql("INSERT INTO things VALUES (1)")
     first = keyed(client, THINGS + "/claim", key="a")
     again = keyed(client, THINGS + "/claim", key="a")
@@ -363,7 +363,7 @@ def test_a_view_may_say_what_became_of_its_answer(client: AppClient, things: Thi
     assert_problem(keyed(client, THINGS + "/claim", key="a"), 409, "lock-lost")
 
 
-def test_that_there_was_nothing_to_claim_is_not_kept(client: AppClient, things: Things, sql: Sql) -> None:
+def test_an_answer_of_nothing_to_claim_is_not_kept(client: AppClient, things: Things, sql: Sql) -> None:
     assert keyed(client, THINGS + "/claim").status == 204
     sql("INSERT INTO things VALUES (1)")
     assert keyed(client, THINGS + "/claim").json == {"claimed": 1}
@@ -403,14 +403,14 @@ def test_the_key_of_a_grant_that_ended_never_gets_another(client: AppClient, sql
     assert [held["lock_name"] for held in client.get(LOCKS[:-1]).json] == ["taken"]
 
 
-def test_a_refused_acquire_may_be_tried_again_with_its_key(client: AppClient) -> None:
+def test_a_refused_acquire_can_be_retried_with_its_key(client: AppClient) -> None:
     held = acquire(client, owner="b")
     assert_problem(keyed(client, BUILD), 409, "lock-held")
     release(client, held["fencing_token"])
     assert keyed(client, BUILD).status == 201
 
 
-def test_the_owner_that_is_made_for_a_key_is_the_same_each_time(client: AppClient, sql: Sql) -> None:
+def test_the_generated_owner_of_a_key_is_always_the_same(client: AppClient, sql: Sql) -> None:
     """A crash after the grant and before its key was kept costs nothing."""
     first = keyed(client, BUILD)
     sql("DELETE FROM idempotency_keys")
@@ -421,7 +421,7 @@ def test_the_owner_that_is_made_for_a_key_is_the_same_each_time(client: AppClien
     assert_problem(keyed(client, BUILD, key="other"), 409, "lock-held")
 
 
-def test_the_key_of_another_acquire_is_refused(client: AppClient) -> None:
+def test_a_key_reused_with_another_acquire_is_refused(client: AppClient) -> None:
     keyed(client, BUILD, {"ttl_seconds": 10})
     assert_problem(keyed(client, BUILD, {"ttl_seconds": 20}), 422, "key-reused")
 
@@ -456,7 +456,7 @@ def test_twins_of_an_acquire_are_told_the_same_grant(client: AppClient, sql: Sql
     assert_lost(keyed(client, BUILD), "released")
 
 
-def test_who_hung_up_as_its_grant_came_gets_that_grant_when_it_asks_again_with_its_key(
+def test_a_client_that_disconnected_as_its_grant_came_gets_it_when_it_retries_with_its_key(
     client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = acquire(client, owner="holder")
@@ -471,7 +471,7 @@ def test_who_hung_up_as_its_grant_came_gets_that_grant_when_it_asks_again_with_i
     assert (again.status, again.json["fencing_token"]) == (201, token)
 
 
-def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
+def test_a_twin_that_disconnected_does_not_take_the_grant_from_the_other(
     app: Flask, client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = acquire(client, owner="holder")
@@ -509,7 +509,7 @@ FAILS = "DO $$ BEGIN IF nextval('tries') <= {} THEN RAISE {}; END IF; INSERT INT
 
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("how", ["statement", "transaction"])
-def test_two_that_deadlock_are_both_done_once(
+def test_two_requests_that_deadlock_are_each_applied_once(
     client: AppClient, things: Things, sql: Sql, key: str | None, how: str
 ) -> None:
     sql(BOTH)
@@ -537,7 +537,7 @@ def test_two_that_deadlock_are_both_done_once(
 
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("state", ["deadlock_detected", "serialization_failure"])
-def test_a_transaction_that_was_undone_is_repeated_three_times(
+def test_a_transaction_rolled_back_by_postgresql_is_repeated_three_times(
     client: AppClient, things: Things, sql: Sql, key: str | None, state: str
 ) -> None:
     headers = {} if key is None else {"Idempotency-Key": key}
@@ -565,7 +565,7 @@ def test_a_request_that_has_committed_something_is_not_repeated(client: AppClien
 @pytest.mark.parametrize(
     "sql_text", ["DO 'BEGIN RAISE lock_not_available; END'", "SELECT pg_terminate_backend(pg_backend_pid())"]
 )
-def test_nothing_else_is_repeated(client: AppClient, things: Things, key: str | None, sql_text: str) -> None:
+def test_no_other_failure_is_repeated(client: AppClient, things: Things, key: str | None, sql_text: str) -> None:
     headers = {} if key is None else {"Idempotency-Key": key}
     assert client.post(THINGS + "/after", {"sql": sql_text}, headers=headers).status == 503
     assert things.runs == 1

@@ -50,7 +50,9 @@ def assert_away(client: AppClient, instance: Instance) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_a_stopped_server_is_told_and_found_again(client: AppClient, instance: Instance, postgres: Postgres) -> None:
+def test_a_stopped_server_is_reported_and_found_again(
+    client: AppClient, instance: Instance, postgres: Postgres
+) -> None:
     held = acquire(client, owner="a", ttl_seconds=600)
     identity = instance.instance_id
     postgres.stop()
@@ -65,7 +67,9 @@ def test_a_stopped_server_is_told_and_found_again(client: AppClient, instance: I
     assert client.get("/health").json["active_instances"] == 1
 
 
-def test_a_silent_server_costs_its_bound_once(client: AppClient, instance: Instance, postgres: Postgres) -> None:
+def test_a_silent_server_delays_requests_once_and_within_the_bound(
+    client: AppClient, instance: Instance, postgres: Postgres
+) -> None:
     acquire(client, owner="a", ttl_seconds=600)
     with postgres.frozen():
         started = time.monotonic()
@@ -78,7 +82,7 @@ def test_a_silent_server_costs_its_bound_once(client: AppClient, instance: Insta
     assert client.post(BUILD, {"owner": "a"}).status == 200
 
 
-def test_a_waiter_is_told_when_the_database_goes_away(client: AppClient, postgres: Postgres, sql: Sql) -> None:
+def test_a_waiter_is_answered_503_when_the_database_fails(client: AppClient, postgres: Postgres, sql: Sql) -> None:
     acquire(client, owner="holder")
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(client.post, BUILD, {"owner": "waiter", "wait_seconds": 30})
@@ -100,7 +104,7 @@ def test_a_hold_is_lost_when_its_ttl_passes_without_an_answer(postgres: Postgres
         work()
 
 
-def test_a_hold_outlives_an_outage_that_is_shorter_than_its_ttl(postgres: Postgres, database: Database) -> None:
+def test_a_hold_survives_an_outage_that_is_shorter_than_its_ttl(postgres: Postgres, database: Database) -> None:
     with locks.hold("build", ttl=6) as lock:
         with postgres.frozen():
             time.sleep(2.5)  # beyond the first renewal
@@ -140,7 +144,7 @@ def test_nothing_acknowledged_is_lost_in_a_power_cut(client: AppClient, postgres
     assert acquire(client, "next")["fencing_token"] > max(rows)
 
 
-def test_an_instance_that_starts_before_its_database_registers_when_that_is_there(
+def test_an_instance_that_starts_before_its_database_registers_when_the_database_is_up(
     dsn: str, postgres: Postgres, sql: Sql
 ) -> None:
     postgres.stop()
@@ -180,7 +184,7 @@ def pair(start_postgres: Callable[..., Postgres]) -> tuple[Postgres, Postgres, s
     return primary, standby, dsn
 
 
-def test_a_failover_needs_no_hand_and_loses_no_acknowledged_grant(pair: tuple[Postgres, Postgres, str]) -> None:
+def test_a_failover_loses_no_acknowledged_grant_and_needs_no_operator(pair: tuple[Postgres, Postgres, str]) -> None:
     primary, standby, dsn = pair
     database = Database(dsn)
     database.open()
@@ -216,7 +220,7 @@ def answers(grant: Callable[[str], locks.Attempt]) -> bool:
         return False
 
 
-def test_a_standby_is_not_taken_for_a_server_that_is_there(pair: tuple[Postgres, Postgres, str]) -> None:
+def test_a_standby_is_treated_as_an_outage_until_it_is_promoted(pair: tuple[Postgres, Postgres, str]) -> None:
     """It answers SELECT 1 for ever: only a refused write tells."""
     _, standby, dsn = pair
     database = Database(standby.dsn(parse_dsn(dsn)["dbname"]))

@@ -86,7 +86,7 @@ def assert_taken_back(client: AppClient, path: str) -> dict[str, Any]:
     return again.json
 
 
-def test_free_json_of_any_kind_is_answered_and_taken_back(client: AppClient, seed: int, long: bool) -> None:
+def test_any_json_in_a_free_field_is_answered_and_accepted_back(client: AppClient, seed: int, long: bool) -> None:
     dice = random.Random(seed)
     for kind in KINDS:
         entity(client, kind)
@@ -103,7 +103,7 @@ def test_free_json_of_any_kind_is_answered_and_taken_back(client: AppClient, see
         assert client.get(kind.list).status == client.get(f"{kind.path}/history").status == 200
 
 
-def test_a_shared_value_of_any_kind_is_answered_and_taken_back(client: AppClient, seed: int, long: bool) -> None:
+def test_any_json_as_a_shared_value_is_answered_and_accepted_back(client: AppClient, seed: int, long: bool) -> None:
     dice = random.Random(seed)
     for text in (*NUMBERS, "[" * 100 + "]" * 100, *(value(dice) for _ in range(200 if long else 40))):
         answer = client.put(f"{CONFIG}/k", f'{{"value": {text}}}'.encode())
@@ -128,7 +128,7 @@ def test_an_integer_keeps_its_digits(client: AppClient) -> None:
     assert client.get(BUILD).json["metadata"]["n"] == numbers
 
 
-def test_an_entity_in_any_state_is_taken_back_and_stays_in_it(client: AppClient, sql: Sql) -> None:
+def test_an_entity_in_any_state_is_accepted_back_and_keeps_its_state(client: AppClient, sql: Sql) -> None:
     team(client, "a", "b")
     make(client, PROVIDERS, id="v", name="v", last_heartbeat_at="2026-01-01T00:00:00Z", model_score=1e300)
     make(client, PROJECTS, id="q", name="q", git_repo="r", branch="b", parent_id=PROJECT, git_strategy="branch-pr")
@@ -158,7 +158,7 @@ def test_an_entity_in_any_state_is_taken_back_and_stays_in_it(client: AppClient,
     assert renew(client, "held", token).status == 200
 
 
-def test_json_that_was_written_by_hand_is_answered_and_taken_back(client: AppClient, sql: Sql) -> None:
+def test_json_that_was_written_by_hand_is_answered_and_accepted_back(client: AppClient, sql: Sql) -> None:
     """A double is all that a fraction may be: what has more digits is answered as the nearest one."""
     for kind in KINDS:
         entity(client, kind)
@@ -176,7 +176,7 @@ def test_json_that_was_written_by_hand_is_answered_and_taken_back(client: AppCli
 @pytest.mark.parametrize(
     "text", ["1e309", "-1e309", "1e5000", "1.5e400", "1" + "0" * 5000 + ".5", "[" * 101 + "]" * 101], ids=range(6)
 )
-def test_json_that_no_list_could_answer_is_refused_by_hand_too(client: AppClient, sql: Sql, text: str) -> None:
+def test_json_that_no_list_could_answer_is_refused_also_in_psql(client: AppClient, sql: Sql, text: str) -> None:
     """It would fail every list with the entity, and every reader of the feed."""
     for kind in KINDS:
         entity(client, kind)
@@ -189,7 +189,7 @@ def test_json_that_no_list_could_answer_is_refused_by_hand_too(client: AppClient
     assert client.get("/api/v1/events?after=0").status == client.get(CONFIG).status == 200
 
 
-def test_a_number_costs_no_more_than_its_digits(client: AppClient) -> None:
+def test_the_cost_of_a_number_is_bounded_by_its_digits(client: AppClient) -> None:
     team(client)
     bead(client, "x")
     started = time.process_time()

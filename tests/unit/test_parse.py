@@ -28,7 +28,7 @@ def looks_at(kind: type) -> bool:
     return "get_class_annotations" in called
 
 
-def test_a_worker_does_not_crash_when_its_first_requests_come_at_once() -> None:
+def test_a_worker_does_not_crash_when_its_first_requests_arrive_at_once() -> None:
     """Two threads that had msgspec look at one Struct at once ended the worker with SIGSEGV (1 of 60 starts)."""
 
     class Before(Body):
