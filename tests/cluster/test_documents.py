@@ -96,7 +96,7 @@ def test_each_named_file_exists(document: Path) -> None:
 
 
 def test_each_make_command_is_a_target_of_the_makefile(tmp_path: Path) -> None:
-    """They take long, so each is asked what it would run."""
+    """The targets take long, so `make --dry-run` only prints what each would run."""
     shown = [block for document in [*DOCUMENTS, CONTRIBUTING] for block in found(document) if block.language == "sh"]
     commands = [line for block in shown for line in block.text.splitlines() if line.startswith("make ")]
     assert len(commands) > 5

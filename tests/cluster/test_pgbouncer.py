@@ -1,4 +1,4 @@
-"""Through pgBouncer in transaction mode everything works as without it, and nothing stays on its sessions."""
+"""Through pgBouncer in transaction mode everything works as without it, and no setting stays on its sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loom import db, errors, locks
 
 SETTINGS = """
     SELECT name, setting FROM pg_settings, (SELECT pg_sleep(0.2)) AS meanwhile
-     WHERE source = 'session' AND name NOT IN ('application_name', 'TimeZone') -- which it keeps for each client
+     WHERE source = 'session' AND name NOT IN ('application_name', 'TimeZone') -- which pgBouncer keeps for each client
 """
 
 
@@ -25,7 +25,7 @@ def bouncer_dsn(pgbouncer: PgBouncer, database_name: str) -> str:
 
 @pytest.fixture
 def cluster(start_cluster: Callable[..., Cluster], bouncer_dsn: str) -> Cluster:
-    """Two instances that know the database through pgBouncer alone."""
+    """Two instances that reach the database only through pgBouncer."""
     cluster = start_cluster(2, dsn=bouncer_dsn)
     cluster.wait_healthy()
     return cluster

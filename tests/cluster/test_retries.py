@@ -45,14 +45,14 @@ def cluster(start_cluster: Callable[..., Cluster], sql: Sql, tmp_path: Path) -> 
 
 
 def keyed(client: Client, path: str, key: str, body: Any = None) -> Answer | None:
-    """None: its instance died."""
+    """POST with an Idempotency-Key; return None when the instance died."""
     with contextlib.suppress(OSError, http.client.HTTPException):
         return client.post(path, body, headers={"Idempotency-Key": key})
     return None
 
 
 def settled(client: Client, path: str, key: str) -> Answer:
-    """Asks, with pauses, until another twin is no longer in flight."""
+    """Retry until no other request with this key is in progress."""
 
     def ask() -> Answer | None:
         answer = keyed(client, path, key)

@@ -1,4 +1,4 @@
-"""What is set through one instance is seen by all at once, and in force everywhere within a heartbeat."""
+"""A setting changed through one instance is visible through all at once, and in force everywhere within a heartbeat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.locks import Sql, assert_problem
 from harness.work import ask, bead, claim, team
 
 CONFIG = "/api/v1/config"
-HEARTBEAT = 6.5  # seconds; the longest between two, and some more
+HEARTBEAT = 6.5  # seconds: the longest interval between two, and a margin
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_log_level_is_in_force_in_every_instance_within_a_heartbeat(cluster:
     assert said("settings-shared") == said("instance-registered") == [False, False]
     assert first.put(f"{CONFIG}/agents.dead_after", {"value": 30}).status == 200
     time.sleep(HEARTBEAT)
-    assert said("settings-shared") == [False, False], "the file's level lets no such line through"
+    assert said("settings-shared") == [False, False], "the level of the file hides such lines"
     changed = time.monotonic()
     assert first.put(f"{CONFIG}/logging.level", {"value": "info"}).status == 200
     assert first.put(f"{CONFIG}/agents.dead_after", {"value": 40}).status == 200
@@ -104,7 +104,7 @@ def limit(client: Client) -> int:
 
 
 def claims_until_busy(client: Client) -> int:
-    """How many claims an agent may have: what a claim goes by, as against what is shown."""
+    """Return how many claims an agent may hold: the limit that claims obey, as opposed to the one that is shown."""
     name = str(uuid.uuid4())
     team(client, name)
     for n in range(9):
@@ -119,7 +119,7 @@ def claims_until_busy(client: Client) -> int:
 def test_a_replaced_worker_uses_the_settings_that_its_master_read(
     start_cluster: Callable[..., Cluster], options: str, text: str | None
 ) -> None:
-    """Else HTTP and upkeep of one worker had different limits, and a typo ended the instance at the next crash."""
+    """Otherwise HTTP and upkeep of a worker had different limits, and a typo ended the instance at the next crash."""
     cluster = start_cluster(1, config="agents: {max_concurrent: 2}\n", env={"GUNICORN_CMD_ARGS": options})
     file = cluster.folder / "config.yaml"
     file.unlink() if text is None else file.write_text(text)
@@ -161,7 +161,7 @@ def test_a_reload_of_a_faulty_file_is_logged_and_changes_nothing(
 
 
 def reload(cluster: Cluster) -> None:
-    """SIGHUP to the master, and wait until its new worker has replaced the old one."""
+    """Send SIGHUP to the master, and wait until its new worker has replaced the old one."""
     former = cluster.pid(0)
     cluster.masters[0].send(signal.SIGHUP)
     wait_until(lambda: not os.path.exists(f"/proc/{former}"), 30)

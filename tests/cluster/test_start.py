@@ -53,7 +53,7 @@ def test_an_instance_that_may_not_create_tables_prints_the_grant_that_it_needs(
     start_cluster: Callable[..., Cluster], postgres: Postgres, empty: str
 ) -> None:
     if postgres.query("SELECT current_setting('server_version_num')::int < 150000") == [(True,)]:
-        pytest.skip("before PostgreSQL 15 everybody may")
+        pytest.skip("before PostgreSQL 15 every role may create tables")
     postgres.query(f"CREATE ROLE user_{empty} LOGIN")
     try:
         with pytest.raises(AssertionError, match=rf"GRANT USAGE, CREATE ON SCHEMA public TO user_{empty}"):
@@ -103,7 +103,7 @@ def threads(pid: int) -> int:
 def test_the_master_never_has_a_second_thread(
     start_cluster: Callable[..., Cluster], tmp_path: Path, options: str
 ) -> None:
-    """Whatever is switched on: what such a thread does during a fork would stay half done in the worker for ever."""
+    """With every option on. What a second thread does during a fork stays half done in the worker for ever."""
     folder = tmp_path / "postgres"
     config = (
         f"database: {{type: embedded, folder: {folder}}}\nserver: {{workers: 2, drain_seconds: 0.1}}\n"
@@ -157,7 +157,7 @@ def test_no_request_imports_a_module(start_cluster: Callable[..., Cluster], tmp_
 
 
 def all_kinds_of_requests(client: Client) -> Iterator[Answer]:
-    """Each operation of the contract, with what is there and with nonsense; and what is special to some."""
+    """Call each operation of the contract with valid and invalid requests, and some with special ones."""
     team(client, "a", "b")
     for key in ("x", "y", "z"):
         bead(client, key, **({"blocked_by": ["x"]} if key == "y" else {}))

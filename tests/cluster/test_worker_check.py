@@ -27,9 +27,9 @@ if left:
     new.replace(broken)
 {fault}
 """
-# By the way in which the application is broken, and what is said of it.
+# By the way in which the application is broken: its code, and the reason that is logged.
 FAULTS = {
-    # As it was found: an import that a thread of the master had begun was left half done in the worker.
+    # As it happened: an import that a thread of the master had begun was left half done in the worker.
     "an import that fails for ever": (
         "import codecs, encodings, sys\n"
         "sys.modules['encodings.idna'] = None\n"
@@ -62,7 +62,7 @@ FAULTS = {
 
 
 class Broken:
-    """The module that gunicorn loads, and how many of the workers to come it breaks."""
+    """The module that gunicorn loads, and how many of the next workers it breaks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -89,20 +89,21 @@ def broken(tmp_path: Path) -> Broken:
 
 def said(cluster: Cluster, event: str) -> list[dict[str, Any]]:
     """The lines of instance 0's log with this event."""
-    lines = cluster.masters[0].log.read_text(errors="replace").splitlines()
+    whole_lines = cluster.masters[0].log.read_text(errors="replace").rpartition("\n")[0]  # one may be half written
+    lines = whole_lines.splitlines()
     return [
         line for line in map(json.loads, filter(lambda line: line.startswith("{"), lines)) if line["event"] == event
     ]
 
 
 def failure(cluster: Cluster, number: int) -> dict[str, Any]:
-    """What the number-th worker that could not serve has said, once it has."""
+    """Wait until the worker with this number, from 0, has logged that it cannot serve, and return that line."""
     wait_until(lambda: len(said(cluster, "cannot-serve")) > number)
     return said(cluster, "cannot-serve")[number]
 
 
 def gone(sql: Sql, pid: int) -> bool:
-    """Whether the registry has nothing of a process."""
+    """Whether the registry has no row of this process."""
     return sql("SELECT 1 FROM instances WHERE (metadata->>'pid')::int = %s", pid) == []
 
 

@@ -1,4 +1,4 @@
-"""The `loom` command tells what is set and what is wrong, each in a line, and never a password."""
+"""The `loom` command prints each setting and each fault on one line, and never a password."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loom.cli import main
 
 
 @pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
+def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for variable in ("PORT", "DATABASE_TYPE", "DATABASE_DSN", "LOOM_CONFIG"):
         monkeypatch.delenv(variable, raising=False)
@@ -28,7 +28,7 @@ def loom(*words: str, **variables: str):
 
 
 def serve(**variables: str):
-    """`loom serve`, which ends at once: in a process of its own, since it becomes gunicorn."""
+    """Run `loom serve` with settings that end it at once; in its own process, since it becomes gunicorn."""
     command = [sys.executable, "-c", "from loom.cli import main; main()", "serve"]
     return subprocess.run(
         command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=30, check=False

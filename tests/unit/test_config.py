@@ -1,4 +1,4 @@
-"""The configuration a user writes works as the guide has it, and a fault in it is told in one line."""
+"""Configuration works as the guide shows it, and a fault in it is reported on one line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PASSWORDS = [
 
 
 @pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
+def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_read_stops_the_start(tmp_path):
 
 
 def traces(password: str) -> set[str]:
-    """What would show that a password came through: itself, encoded, or a piece between special characters."""
+    """Return the texts that would reveal a password: itself, percent-encoded, or a piece between special characters."""
     pieces = {piece for piece in re.split(r"[^\w]+", password) if len(piece) > 4}
     return pieces - {"password", "pool_max_conns", "postgresql"} | {password, quote(password, safe="")}
 

@@ -1,4 +1,4 @@
-"""Who writes, and under which locks: from the headers of a request."""
+"""The headers of a request say who makes a write and which locks fence it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from loom.http import headers
 from loom.state.writer import Writer
 
 
-def writer(actor: str | None = None, **said: str) -> Writer:
-    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in said.items()}
+def writer(actor: str | None = None, **sent: str) -> Writer:
+    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in sent.items()}
     with Flask("test").test_request_context(environ_overrides=names):
         return headers.writer("bead:bd-1", actor)
 

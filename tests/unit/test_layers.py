@@ -1,4 +1,4 @@
-"""The house stays as it is drawn: nobody imports upward, and one module reads the environment."""
+"""The layers are kept: no module imports from a layer above, and only one module reads the environment."""
 
 from __future__ import annotations
 

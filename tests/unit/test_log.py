@@ -1,4 +1,4 @@
-"""A log that a machine can read: one line an event, whatever is in it, and no password."""
+"""The log is machine-readable: one line for each event, whatever it contains, and no password."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("loom.test")
 
 
 @pytest.fixture(autouse=True)
-def _root_as_it_was():
+def _restore_root_logger():
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -36,7 +36,7 @@ def _root_as_it_was():
 
 @pytest.fixture
 def lines(tmp_path):
-    """Set the log up as asked, and return the function that reads its lines."""
+    """Configure the log with `settings`, and return the function that reads its lines."""
 
     def start(**settings):
         log.setup(LoggingConfig(output=str(tmp_path / "log"), **settings))
@@ -169,7 +169,7 @@ def test_a_syslog_server_gets_each_line_also_from_a_forked_process(lines, server
 
 
 def test_syslog_needs_no_thread(lines, server):
-    """Of a gunicorn master, which forks: what a thread of it imports meanwhile is broken in the worker for ever."""
+    """A module that a thread of the gunicorn master imports during a fork stays broken in the worker."""
     before = threading.enumerate()
     lines(syslog=syslog(server.getsockname()[1], "localhost"))
     logger.error("line")
@@ -209,8 +209,8 @@ def test_a_failure_to_send_to_syslog_is_logged_once(lines, server):
     assert b"short" in server.recv(65536)
 
 
-def in_a_network_of_its_own(code: str, *files: tuple[Path, str]) -> dict[str, Any]:
-    """Run Python where only the loopback is up and these files stand over the machine's; return what it prints."""
+def in_own_network(code: str, *files: tuple[Path, str]) -> dict[str, Any]:
+    """Run Python in a network of its own, with `files` mounted over the machine's; return the JSON that it prints."""
     mounts = "".join(f"mount --bind {ours} {theirs} && " for ours, theirs in files)
     script = f"ip link set lo up && {mounts} exec {sys.executable} -c {shlex.quote(code)}"
     command = [program("unshare", "util-linux"), "--net", "--mount", "sh", "-c", script]
@@ -232,7 +232,7 @@ def setup(address):
 
 def test_a_silent_name_server_delays_a_start_by_two_seconds_at_most(tmp_path):
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1")
-    said = in_a_network_of_its_own(
+    said = in_own_network(
         SETUP
         + """
 names = socket.socket(type=socket.SOCK_DGRAM)
@@ -255,7 +255,7 @@ print(json.dumps({"asked": len(names.recv(1000)), "took": took, "lines": time.mo
 
 def test_a_worker_finds_a_syslog_server_whose_name_resolves_only_later(tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
-    said = in_a_network_of_its_own(
+    said = in_own_network(
         SETUP
         + """
 server = socket.socket(type=socket.SOCK_DGRAM)
