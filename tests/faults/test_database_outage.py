@@ -27,7 +27,7 @@ def test_requests_stay_bounded_and_recover_by_themselves_when_the_database_is_st
             gone = time.monotonic()
             end()
             time.sleep(seconds)
-            back = time.monotonic()  # not before: within the start it may answer already
+            back = time.monotonic()  # taken before the start, during which the server may already answer
             own_postgres.start()
             started = time.monotonic()
             assert_healed(cluster, loads, started)

@@ -21,7 +21,7 @@ def failed_reads(calls: Sequence[Call]) -> list[Call]:
 
 
 def kill_and_watch(cluster: Cluster, i: int) -> None:
-    """Kills worker i, and sees through another instance that it is gone, and at its port that another serves."""
+    """Kill worker i; wait until another instance no longer lists it as active, and until its replacement serves."""
     before, other = cluster.health(i), cluster.client((i + 1) % 3)
     assert before is not None
 
@@ -54,7 +54,7 @@ def test_no_read_fails_when_a_worker_is_killed_and_replaced(start_cluster: Calla
 
 
 def test_no_read_fails_when_a_master_or_a_whole_host_is_killed(start_cluster: Callable[..., Cluster], sql: Sql) -> None:
-    """Without its master the worker leaves by itself; when both are gone at once, the heartbeat's age tells."""
+    """Without its master a worker leaves by itself; when both die at once, the age of the heartbeat shows it."""
     cluster = start_cluster(3, nginx=True)
     cluster.wait_healthy()
     ids = [cluster.health(i)["instance_id"] for i in range(3)]  # type: ignore[index]

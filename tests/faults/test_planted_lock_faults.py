@@ -1,4 +1,4 @@
-"""The race checker of test_lock_waits finds faults that are planted, so that its silence means something."""
+"""The race checker of test_lock_waits finds planted faults, so that a run without violations means something."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from harness.client import Answer
 from harness.load import Load, get, use_lock
 from harness.locks import BUILD, Sql, acquire
 
-# Each its own lock: a lock that is someone's would be refused, which is no failure but looks like one.
+# Each job has its own lock: a 409 because another job holds it would look like a failure.
 JOBS = [get("/api/v1/locks"), get("/health/live")] * 2 + [use_lock(f"used-{i}") for i in range(8)]
 ROUND = 15.0  # seconds within which an instance that is in use has restarted
 
@@ -62,7 +62,7 @@ def test_a_restart_answers_waiters_and_keeps_their_places(start_cluster: Callabl
     wait_until(lambda: sql("SELECT count(*) FROM lock_waiters") == [(2,)])
     cluster.masters[0].send(signal.SIGTERM)
     first.join(2)
-    assert not first.is_alive(), "the restart waits for who waits"
+    assert not first.is_alive(), "the restart waits for the waiters"
     assert answers.pop().status == 409
     again = threading.Thread(target=wait, args=(1, "first", 5))
     again.start()

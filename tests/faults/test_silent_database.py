@@ -21,8 +21,8 @@ def network() -> Iterator[Network]:
     network.close()
 
 
-def judge(cluster: Cluster, silence: Silence, long: bool) -> None:
-    """More clients than threads, so that some requests are queued for a thread when the database falls silent."""
+def check_silence(cluster: Cluster, silence: Silence, long: bool) -> None:
+    """Silence the database under load. More clients than threads: some requests are queued when it falls silent."""
     cluster.wait_healthy()
     before = identities(cluster)
     with loaded(cluster, times=2, pause=0.05) as loads:
@@ -48,7 +48,7 @@ def test_requests_are_bounded_when_the_processes_of_the_server_are_stopped(
     if not tcp and not long:
         pytest.skip("much like TCP: --long")
     cluster = few_threads(start_cluster, own_postgres.dsn(own_postgres.database(), tcp=tcp))
-    judge(cluster, own_postgres.frozen, long)
+    check_silence(cluster, own_postgres.frozen, long)
 
 
 def test_requests_are_bounded_when_the_network_drops_packets(
@@ -56,7 +56,7 @@ def test_requests_are_bounded_when_the_network_drops_packets(
 ) -> None:
     server = start_postgres(network=network)
     cluster = few_threads(start_cluster, server.dsn(server.database(), tcp=True))
-    judge(cluster, network.silent, long)
+    check_silence(cluster, network.silent, long)
 
 
 def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_dead(
@@ -71,7 +71,7 @@ def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_dead(
         own_postgres.start()
 
     try:
-        judge(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), dead, long)
+        check_silence(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), dead, long)
     finally:
         bouncer.close()
 
@@ -83,7 +83,7 @@ def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_stopped(
         pytest.skip("much like the server without it: --long")
     bouncer = PgBouncer(own_postgres)
     try:
-        judge(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), own_postgres.frozen, long)
+        check_silence(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), own_postgres.frozen, long)
     finally:
         bouncer.close()
 

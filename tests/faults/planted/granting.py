@@ -1,4 +1,4 @@
-"""What two planted faults share: a poll that grants the locks itself, as an earlier one did."""
+"""Shared by two planted faults: a poll that grants the locks itself, as an earlier one did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loom.routes import locks as routes
 
 
 class WaiterForGrant(Waiter):
-    """Knows what it asks for, so that the poll can ask for it."""
+    """A waiter with the arguments of its request, so that the poll can acquire the lock for it."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -21,7 +21,7 @@ class WaiterForGrant(Waiter):
 
 
 def grant(queue: Queue, conn: db.Connection, waiters: list[WaiterForGrant]) -> list[locks.Grant]:
-    """Grants what is free to those who are first, wakes them, and returns the grants for which nobody was there."""
+    """Grant free locks to their first waiters and wake them; return the grants whose waiters have gone."""
     rows = db.all(
         conn,
         "SELECT * FROM poll_waiters(%(names)s, %(owners)s)",
