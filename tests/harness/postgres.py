@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own, which a test may stop, kill and freeze."""
+"""PostgreSQL servers that the tests start, and may stop, kill and freeze."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Postgres:
         port: int | None = None,
         network: Network | None = None,
     ) -> None:
-        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to take over; `network`: where it is."""
+        """Start it. `settings` as in postgresql.conf; `copy_of`: a data folder to move here; `network`: its host."""
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", port or free_port()
         self.process: Process | None = None
-        self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to be root
+        self._identity = embedded.identity(self.folder, self.data)  # PostgreSQL refuses to run as root
         self.address = "127.0.0.1"
         if network is not None:
             self._identity, self.address = [*network.command, *self._identity], network.address
@@ -81,7 +81,7 @@ class Postgres:
 
     @property
     def pid(self) -> int:
-        """The postmaster's."""
+        """The process number of the postmaster."""
         assert self.process is not None
         return self.process.pid
 
@@ -109,7 +109,7 @@ class Postgres:
         command = [*self._identity, str(binaries() / "postgres"), "-D", str(self.data), "-p", str(self.port), *options]
 
         def answers() -> bool:
-            if self.process is None or not self.process.runs:  # after a kill -9 the former back ends end by and by
+            if self.process is None or not self.process.runs:  # after kill() it fails while old back ends run
                 self.process = Process(command, self.log, last=signal.SIGINT)
             with contextlib.suppress(psycopg2.OperationalError):
                 return bool(self.query("SELECT 1"))
@@ -118,7 +118,7 @@ class Postgres:
         wait_until(answers, 60, 0.05)
 
     def stop(self) -> None:
-        """End it in order, its sessions cut ("fast")."""
+        """Shut the server down and end its sessions ("fast")."""
         if self.process is not None:
             self.process.stop(signal.SIGINT, 30)
 
@@ -133,12 +133,12 @@ class Postgres:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """The whole server stopped by SIGSTOP: connections stay, nothing answers."""
+        """Keep the whole server stopped by SIGSTOP: connections stay open, and nothing answers."""
         with stopped([self.pid]), stopped(children(self.pid)):
             yield
 
     def database(self) -> str:
-        """Make a database with Loom's schema, and return its name."""
+        """Create a database with Loom's schema, and return its name."""
         if not self.query("SELECT 1 FROM pg_database WHERE datname = %s", TEMPLATE):
             self.query(f"CREATE DATABASE {TEMPLATE}")
             db.migrate(self.dsn(TEMPLATE))
@@ -150,7 +150,7 @@ class Postgres:
         return name
 
     def drop(self, database: str) -> None:
-        """Remove a database, if the server runs at all."""
+        """Remove a database, if the server runs."""
         if self.process is None or not self.process.runs:
             return
         self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)

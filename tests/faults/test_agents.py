@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from harness import Cluster, Patient, wait_until
+from harness.agents import LEASE, Agent, Holding, Plan, make_beads, plan_beads
 from harness.client import Methods
-from harness.drain import LEASE, Agent, Holding, Plan, make_beads, plan_beads
 from harness.feed import Event, Follower, assert_in_order, differences, follow, replay
 from harness.history import PastClaim, assert_one_claimant, claims
 from harness.locks import Sql, instant
