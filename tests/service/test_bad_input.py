@@ -1,4 +1,4 @@
-"""Bad input is the caller's 4xx that names the field; never a 500, and nothing of it is stored."""
+"""Bad input is answered by a 4xx that names the field, never by a 500, and none of it is stored."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ QUERIES = [
     ("GET", "/api/v1/locks?limit=ten", "limit"),
     ("GET", "/api/v1/locks?limit=1&after=!!!", "after"),
     ("GET", "/api/v1/locks?after=%FF", "after"),
-    ("GET", "/api/v1/locks?after=MTIz", "after"),  # a number, which is a cursor of the history
+    ("GET", "/api/v1/locks?after=MTIz", "after"),  # a number: a cursor of /grants
     ("GET", "/api/v1/locks?after=IgAi", "after"),
     ("GET", "/api/v1/locks?after=IlwAIg", "after"),
-    ("GET", "/api/v1/locks?after=Ilx1MDAwMCI", "after"),  # NUL, well written
+    ("GET", "/api/v1/locks?after=Ilx1MDAwMCI", "after"),  # an escaped NUL
     ("GET", "/api/v1/locks?after=Ilx1ZDgwMCI", "after"),  # half a surrogate pair
     ("GET", "/api/v1/locks?prefix=%00", "prefix"),
     ("GET", f"/api/v1/locks?prefix={'x' * 256}", "prefix"),
@@ -130,7 +130,7 @@ QUERIES = [
     ("GET", "/api/v1/grants?limit=-1", "limit"),
     ("GET", "/api/v1/grants?owner=a%00", "owner"),
     ("GET", "/api/v1/grants?lock_name=%0A", "lock_name"),
-    ("GET", "/api/v1/grants?after=ImEi", "after"),  # a text, which is a cursor of the list
+    ("GET", "/api/v1/grants?after=ImEi", "after"),  # a text: a cursor of /locks
     ("GET", "/api/v1/grants?after=e30", "after"),
     ("GET", "/api/v1/grants?after=dHJ1ZQ", "after"),
     ("GET", "/api/v1/grants?after=MS41", "after"),

@@ -1,4 +1,4 @@
-"""Every wait has a bound, what broke is replaced, and a busy database is not taken for one that is away."""
+"""Every wait has a bound, broken connections are replaced, and a busy database is not taken for an outage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TERMINATE = (
 
 @pytest.fixture
 def pool(dsn: str) -> Iterator[Pool]:
-    """Opens pools of a test's own on the test's database."""
+    """Opens pools on the test's database."""
     opened: list[Database] = []
 
     def start(**options: Any) -> Database:
@@ -51,13 +51,13 @@ def away(database: Database) -> bool:
     return database.away is not None
 
 
-# What broke is replaced
+# Broken connections are replaced
 
 
 def test_idle_connections_that_died_are_replaced_without_an_error(client: AppClient, sql: Sql) -> None:
     acquire(client)
     wait_until(lambda: sql(BACKENDS, "loom") >= [(2,)])
-    sql("SELECT pg_sleep(1.1)")  # for a second after its use a connection is believed to be alive
+    sql("SELECT pg_sleep(1.1)")  # for a second after its use a connection is not checked
     sql(TERMINATE, "loom")
     wait_until(lambda: sql(BACKENDS, "loom") == [(0,)])
     assert client.get(BUILD).status == 200
@@ -74,18 +74,18 @@ def test_a_connection_that_dies_during_a_statement_fails_only_that_statement(poo
 
 
 def test_a_lost_connection_of_a_background_thread_is_replaced(database: Database, sql: Sql) -> None:
-    line = database.dedicated("line")
-    for idle in (1.1, 0):  # seconds; for one it is believed to be alive
-        with line.connection() as conn:
+    dedicated = database.dedicated("test")
+    for idle in (1.1, 0):  # seconds; for one second it is not checked
+        with dedicated.connection() as conn:
             assert db.one(conn, "SELECT 1 AS one") == {"one": 1}
         sql("SELECT pg_sleep(%s)", idle)
-        sql(TERMINATE, "loom line")
-        wait_until(lambda: sql(BACKENDS, "loom line") == [(0,)])
-    with pytest.raises(errors.Unavailable), line.connection() as conn:
+        sql(TERMINATE, "loom test")
+        wait_until(lambda: sql(BACKENDS, "loom test") == [(0,)])
+    with pytest.raises(errors.Unavailable), dedicated.connection() as conn:
         db.one(conn, "SELECT 1 AS one")
-    with line.connection() as conn:
+    with dedicated.connection() as conn:
         assert db.one(conn, "SELECT 1 AS one") == {"one": 1}
-    line.close()
+    dedicated.close()
 
 
 # Every wait has a bound
@@ -163,7 +163,7 @@ def test_the_pool_never_opens_more_than_its_maximum(pool: Pool, sql: Sql) -> Non
 
 
 def test_too_many_clients_is_not_an_outage(pool: Pool, dsn: str, sql: Sql) -> None:
-    """What is open goes on; what cannot be opened is told as busy."""
+    """Open connections go on working; one that cannot be opened is reported as busy."""
     (name,) = sql("SELECT current_database()")[0]
     sql(f"CREATE ROLE user_{name} LOGIN")
     database = pool(dsn=make_dsn(dsn, user=f"user_{name}"), pool_min=1, pool_max=5, timeout=1.5)
@@ -243,7 +243,7 @@ def test_a_transaction_is_all_or_nothing(pool: Pool, sql: Sql) -> None:
     write(fail=False)
     assert sql("SELECT n FROM written") == [(1,), (2,)]
     with database.transaction():
-        pass  # without a statement nothing is begun
+        pass  # without a statement no transaction is begun
     assert database.usage()["idle"] == database.usage()["open"]
 
 
@@ -335,9 +335,9 @@ def test_background_work_goes_on_while_requests_use_up_the_pool(
     client: AppClient, database: Database, instance: Any, sql: Sql
 ) -> None:
     held = acquire(client)
-    with_all: list[Any] = [database.connection() for _ in range(10)]
-    for lease in with_all:
-        lease.__enter__()
+    borrowed: list[Any] = [database.connection() for _ in range(10)]
+    for connection in borrowed:
+        connection.__enter__()
     try:
         before = sql("SELECT last_heartbeat FROM instances")
         instance.beat()
@@ -346,6 +346,6 @@ def test_background_work_goes_on_while_requests_use_up_the_pool(
             sql("SELECT pg_sleep(1.5)")
             lock.ensure()
     finally:
-        for lease in with_all:
-            lease.__exit__(None, None, None)
+        for connection in borrowed:
+            connection.__exit__(None, None, None)
     assert client.get(BUILD).json["fencing_token"] == held["fencing_token"]

@@ -46,7 +46,7 @@ def dial(database: db.Database) -> Iterator[Dial]:
 
 @pytest.fixture
 def blocked(dial: Dial, sql: Sql) -> Iterator[Run]:
-    """Starts `function(conn, ...)` on a thread and returns its future once another session holds it up."""
+    """Starts `function(conn, ...)` on a thread and returns its future once another session blocks it."""
     with ThreadPoolExecutor(4) as threads:
 
         def run(function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -74,7 +74,7 @@ def first(cursor: psycopg2.extensions.cursor) -> Any:
 
 
 def token(dsn: str) -> int:
-    """A new grant's, in whatever server and database this is."""
+    """Acquire and release a lock in this database, and return its token."""
     outcome, number, _ = query(
         dsn,
         "SELECT a.outcome, a.fencing_token, release_lock('probe', a.fencing_token, 'released', NULL)"
@@ -115,7 +115,7 @@ def test_tokens_grow_across_a_restart_and_a_power_cut_of_the_server(own_postgres
         end()
         own_postgres.start()
         following = token(dsn)
-        assert last < following < last + 2**32, "the same history of the database goes on"
+        assert last < following < last + 2**32, "a restart is no new timeline"
         last = following
 
 
@@ -160,7 +160,7 @@ def test_tokens_grow_across_an_asynchronous_failover(start_postgres: Callable[..
 
 
 def test_tokens_grow_across_two_copies_of_the_same_database(postgres: Postgres) -> None:
-    """A failover, and then back to last night's backup: neither knows what the other gave."""
+    """A failover, and then a return to last night's backup: neither copy knows the tokens of the other."""
     original = postgres.database()
     first, second = postgres.empty_database(original), postgres.empty_database(original)
     last = max(token(postgres.dsn(first)) for _ in range(100))
@@ -196,7 +196,7 @@ def test_tokens_grow_across_a_recovery_to_a_point_in_time(
     assert token(recovered.dsn(name)) > last
 
 
-# A token is drawn, and the clock is read, only once the lock is ours
+# A token is drawn, and the clock is read, only under the lock of the name
 
 
 def test_no_older_token_is_granted_after_a_newer_one(
@@ -220,7 +220,7 @@ def test_a_transaction_paused_between_drawing_its_token_and_granting_blocks_othe
     session: Session, blocked: Run, sql: Sql
 ) -> None:
     with session() as holder, holder.cursor() as cursor:
-        cursor.execute(  # not committed: an insert of this name waits for our end
+        cursor.execute(  # not committed: an insert of this name waits for this transaction
             "INSERT INTO distributed_locks VALUES ('build', NULL, 'x', 1, now(), now(), now())"
         )
         drawn = sql(DRAWN)
@@ -228,7 +228,7 @@ def test_a_transaction_paused_between_drawing_its_token_and_granting_blocks_othe
         assert sql(DRAWN) != drawn
         drawn = sql(DRAWN)
         second = blocked(locks.acquire, "build", "second", MINUTE)
-        assert sql(DRAWN) == drawn, "or it could be granted a newer token before the older one"
+        assert sql(DRAWN) == drawn, "otherwise a newer token could be granted before the older one"
         holder.rollback()
     assert paused.result().owner == "paused"
     attempt = second.result()
@@ -401,7 +401,7 @@ def test_a_grant_does_not_end_before_the_write_that_it_fences_commits(
 def test_an_expired_lock_is_not_taken_before_the_write_that_it_fences_commits(
     database: db.Database, session: Session, sql: Sql
 ) -> None:
-    """Or the next holder's write could come before it. Who asks is told at once, and draws no token."""
+    """Otherwise the next holder's write could commit first. A request is refused at once and draws no token."""
     with database.connection() as conn:
         mine = grant(conn, ttl=SECOND)
         with session() as writer, writer.cursor() as cursor:
@@ -419,7 +419,7 @@ def test_an_expired_lock_is_not_taken_before_the_write_that_it_fences_commits(
 def test_a_holder_can_extend_its_lock_during_its_own_fenced_transaction(
     database: db.Database, session: Session
 ) -> None:
-    """Also by asking for it again: that, and all further requests for the name, waited for the transaction."""
+    """Also by acquiring again: that request, and all later ones for the name, once waited for the transaction."""
     with database.connection() as conn:
         mine = grant(conn)
         with session() as writer, writer.cursor() as cursor:

@@ -1,4 +1,4 @@
-"""Who held what, when, and how it ended: nothing that an operator or a fault does leaves a grant without its end."""
+"""The history of grants: whatever an operator or a fault does, each grant has its end there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Psql = Callable[[str], str]
 KEYS = ["lock_name", "owner", "instance_id", "fencing_token", "acquired_at", "expires_at", "heartbeat_at", "metadata"]
 KEYS += ["ended_at", "ended_how", "reason"]
 
-# The guide's, to the letter.
+# The guide's queries, to the letter.
 ACTIVE_INSTANCES = "SELECT * FROM instances WHERE last_heartbeat > NOW() - INTERVAL '60 seconds';"
 ACTIVE_LOCKS = """
 -- View active locks
@@ -133,14 +133,14 @@ def test_a_row_removed_by_hand_is_a_forced_end_and_its_holder_is_told(
     assert grant["acquired_at"] < row["ended_at"] < grant["expires_at"]
     assert_lost(client.put(BUILD, {"fencing_token": grant["fencing_token"]}), "forced")
     assert_lost(release(client, grant["fencing_token"]), "forced")
-    assert client.get(BUILD).status == 404, "nothing revives it"
+    assert client.get(BUILD).status == 404, "the renewal did not revive it"
     assert acquire(client, owner="a")["fencing_token"] > grant["fencing_token"]
 
 
 def test_a_release_that_starts_in_time_is_not_recorded_as_expired_when_it_takes_long(
     client: AppClient, sql: Sql
 ) -> None:
-    """Else the holder is told 204, and at its retry that it had lost the lock."""
+    """Otherwise the holder is answered 204, and its retry lock-lost."""
     sql("CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1.1); RETURN OLD; END'")
     sql("CREATE TRIGGER linger BEFORE DELETE ON distributed_locks FOR EACH ROW EXECUTE FUNCTION linger()")
     grant = acquire(client, owner="a", ttl_seconds=1)
@@ -214,7 +214,7 @@ def test_the_history_is_newest_first_and_can_be_filtered_by_name_and_owner(clien
 
 def test_pages_of_the_history_give_every_grant_once(client: AppClient) -> None:
     tokens = []
-    for i in range(8):  # those of odd numbers stay held
+    for i in range(8):  # the odd ones stay held
         tokens.append(acquire(client, f"lock {i}", owner="a b")["fencing_token"])
         if i % 2 == 0:
             release(client, tokens[-1], f"lock {i}")

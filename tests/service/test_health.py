@@ -1,4 +1,4 @@
-"""What /health says is so: to people, to load balancers, and to whoever restarts processes."""
+"""/health is true and bounded, for people, load balancers and process supervisors."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_a_draining_instance_is_healthy_but_not_ready(client: AppClient, instanc
 def test_an_instance_that_was_removed_from_the_registry_still_answers_health(
     client: AppClient, instance: Instance
 ) -> None:
-    """Health must not wait for a new identity: it is asked by those who decide about a restart."""
+    """It does not wait for a new id: supervisors decide by it about a restart."""
     instance._last_good = float("-inf")
-    with instance._beating:  # a heartbeat that takes its time
+    with instance._beating:  # a heartbeat is under way
         started = time.monotonic()
         for path in ("/health", "/health/live", "/health/ready", "/api/v1/health"):
             assert client.get(path).status == 200

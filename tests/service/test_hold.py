@@ -1,4 +1,4 @@
-"""`with locks.hold(...)` keeps a lock for as long as the work takes, and says at once when it is lost."""
+"""`with locks.hold(...)` keeps a lock for as long as the work takes, and reports at once when it is lost."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_an_exception_in_the_block_is_not_replaced_by_lock_lost(client: AppClien
 
 
 def test_a_holder_trusts_its_lock_only_for_the_ttl_from_when_it_sent_the_request(session: Session, sql: Sql) -> None:
-    """The answer comes late, and no renewal gets through: at the end of the TTL the holder must have stopped."""
+    """The answer comes late, and no renewal succeeds: at the end of the TTL the holder must have stopped."""
     told = threading.Event()
     first, second = session(), session()
     first.cursor().execute(NAME_LOCK)
@@ -164,7 +164,7 @@ def test_a_holder_trusts_its_lock_only_for_the_ttl_from_when_it_sent_the_request
     def let_through() -> None:
         waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         wait_until(lambda: sql(waits) == [(1,)])
-        blocker.start()  # stands behind the holder's acquire, before its renewals
+        blocker.start()  # queues behind the holder's acquire and before its renewals
         wait_until(lambda: sql(waits) == [(2,)])
         sql("SELECT pg_sleep(1)")
         first.rollback()
@@ -178,7 +178,7 @@ def test_a_holder_trusts_its_lock_only_for_the_ttl_from_when_it_sent_the_request
 
     with pytest.raises(errors.LockLost):
         work()
-    assert time.monotonic() - asked < 2.9, "the database itself would have it for a second more"
+    assert time.monotonic() - asked < 2.9, "by the database it holds the lock for another second"
     blocker.join()
     second.rollback()
 

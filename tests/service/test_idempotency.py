@@ -1,4 +1,4 @@
-"""A retry is safe: one Idempotency-Key is applied once and answered the same, but never with what has become untrue."""
+"""A retry is safe: one Idempotency-Key is applied once and answered the same, but never what is no longer true."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Things:
         return idempotency.once(self._make)
 
     def _make(self, conn: db.Connection) -> Response:
-        """Two rows on two connections of their own; then fails if it is told to."""
+        """Inserts two rows over two connections; then fails if the body asks for it."""
         self.runs += 1
         body = request.get_json(force=True)
         for _ in range(2):
@@ -80,7 +80,7 @@ class Things:
         return idempotency.once(self._both, in_transaction=how == "transaction")
 
     def _both(self, conn: db.Connection) -> Response:
-        """Counts up in two rows, in the order that the request tells: two such in two orders deadlock."""
+        """Increments two rows in the order of the request: two requests in opposite orders deadlock."""
         self.runs += 1
         body = request.get_json(force=True)
         if body["how"] == "statement":
@@ -98,7 +98,7 @@ class Things:
         return idempotency.once(self._after, in_transaction=not commits_first)
 
     def _after(self, conn: db.Connection) -> Response:
-        """Fails as it is told to, in a transaction; before that, if told to, it commits one row."""
+        """Runs the SQL of the request in a transaction; before, if the request asks for it, it commits one row."""
         self.runs += 1
         body = request.get_json(force=True)
         if body.get("first"):
@@ -268,7 +268,7 @@ def test_an_answer_is_kept_for_a_day(client: AppClient, sql: Sql, instance: Inst
 
 @pytest.mark.usefixtures("things")
 def test_a_key_costs_two_messages(client: AppClient, sent: list[str]) -> None:
-    """BEGIN with the look at the key, and the answer with COMMIT."""
+    """BEGIN with the look-up of the key, and the stored answer with COMMIT."""
     keyed(client, THINGS, {"n": 1})
     assert [text.split()[0] for text in sent] == ["SELECT", "INSERT", "INSERT", "INSERT"]
     assert sent[-1].endswith("; COMMIT")
@@ -276,7 +276,7 @@ def test_a_key_costs_two_messages(client: AppClient, sent: list[str]) -> None:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The messages that requests send to the database from now on."""
+    """Records the messages that requests send to the database from now on."""
     texts: list[str] = []
     execute, end = Connection._execute, Connection.end
 
@@ -294,7 +294,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-# Every POST takes a key, and is checked before its answer is looked for
+# Every POST takes a key, and is checked before a stored answer is looked up
 
 
 EVERY_POST = {
@@ -342,7 +342,7 @@ def test_every_post_takes_a_key_and_bad_headers_are_refused_before_a_replay(app:
         for name, value in (("Loom-Lock-Token", "none"), ("Loom-Lock-Token", "0"), ("Loom-Actor", "\x7f")):
             refused = client.post(f"/api/v1/{path}", body, headers={"Idempotency-Key": rule, name: value})
             if rule == "/api/v1/locks/<name:_>":
-                assert refused.status == 201, "an acquire writes under no lock, and for nobody"
+                assert refused.status == 201, "an acquire reads neither header"
             else:
                 assert assert_problem(refused, 400, "invalid")["errors"][0]["field"] == name, rule
         if rule in ("/api/v1/beads/bulk", "/api/v1/config/import.yaml"):
@@ -376,7 +376,9 @@ def test_the_key_of_an_acquire_finds_its_grant(client: AppClient, sql: Sql) -> N
     assert again.headers["Idempotency-Replayed"] == "true"
     assert again.json["fencing_token"] == first.json["fencing_token"]
     assert seconds(again.json) == 60
-    assert instant(again.json["expires_at"]) > instant(first.json["expires_at"]), "a client counts from its last ask"
+    assert instant(again.json["expires_at"]) > instant(first.json["expires_at"]), (
+        "clients count from their last request"
+    )
     client.put(BUILD, {"fencing_token": first.json["fencing_token"], "ttl_seconds": 600})
     assert (
         keyed(client, BUILD, {"owner": "a", "ttl_seconds": 60}).json["expires_at"]
@@ -411,7 +413,7 @@ def test_a_refused_acquire_can_be_retried_with_its_key(client: AppClient) -> Non
 
 
 def test_the_generated_owner_of_a_key_is_always_the_same(client: AppClient, sql: Sql) -> None:
-    """A crash after the grant and before its key was kept costs nothing."""
+    """So a crash between the grant and the storage of its key loses nothing."""
     first = keyed(client, BUILD)
     sql("DELETE FROM idempotency_keys")
     again = keyed(client, BUILD)
@@ -432,7 +434,7 @@ def test_twins_that_wait_share_one_grant_and_hold_no_transaction_open(client: Ap
         twins = [threads.submit(keyed, client, BUILD, {"wait_seconds": 20}) for _ in range(2)]
         wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
         idle = "SELECT 1 FROM pg_stat_activity WHERE state LIKE 'idle in%' AND datname = current_database()"
-        wait_until(lambda: sql(idle) == [])  # each ask is a transaction, which ends at once
+        wait_until(lambda: sql(idle) == [])  # each try is a transaction that ends at once
         release(client, held["fencing_token"])
         answers = [twin.result(20) for twin in twins]
     assert {a.status for a in answers} <= {200, 201}
@@ -441,7 +443,7 @@ def test_twins_that_wait_share_one_grant_and_hold_no_transaction_open(client: Ap
 
 
 def test_twins_of_an_acquire_are_told_the_same_grant(client: AppClient, sql: Sql, session: Session) -> None:
-    """The one that is later waits for the other's answer, and never asks for a grant of its own."""
+    """The later one waits for the other's answer, and never acquires a grant of its own."""
     blocker = session()
     blocker.cursor().execute("SELECT pg_advisory_xact_lock(hashtextextended('build', 0))")
     with ThreadPoolExecutor(2) as threads:
@@ -476,12 +478,18 @@ def test_a_twin_that_disconnected_does_not_take_the_grant_from_the_other(
 ) -> None:
     held = acquire(client, owner="holder")
     near, far = socket.socketpair()
-    queue = app.waiting.locks  # type: ignore[attr-defined]
+    polled: set[bool] = set()  # for the twin with the socket, and for the one without
+
+    def client_gone(environ: dict[str, Any]) -> bool:
+        with_socket = "gunicorn.socket" in environ
+        polled.add(with_socket)
+        return with_socket and sql(GRANTED) != []
+
     with near, far, ThreadPoolExecutor(2) as threads:
-        monkeypatch.setattr(waiting, "client_gone", lambda environ: "gunicorn.socket" in environ and sql(GRANTED) != [])
+        monkeypatch.setattr(waiting, "client_gone", client_gone)
         gone = threads.submit(keyed, AppClient(app, near), BUILD, {"wait_seconds": 20})
         twin = threads.submit(keyed, client, BUILD, {"wait_seconds": 20})
-        wait_until(lambda: len(queue._waiters) == 2)
+        wait_until(lambda: polled == {True, False})
         release(client, held["fencing_token"])
         answered = twin.result(5)
         gone.result(5)
@@ -489,7 +497,7 @@ def test_a_twin_that_disconnected_does_not_take_the_grant_from_the_other(
     assert client.get(BUILD).json["fencing_token"] == answered.json["fencing_token"]
 
 
-# Deadlocks and serialization failures are repeated inside
+# Transactions that PostgreSQL rolled back are repeated
 
 
 BOTH = """
@@ -503,7 +511,7 @@ BOTH = """
     END $$
 """
 DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
-# Fails so many times, and then no more: a sequence counts on though everything else is undone.
+# Fails so many times and then succeeds: a rollback does not set a sequence back.
 FAILS = "DO $$ BEGIN IF nextval('tries') <= {} THEN RAISE {}; END IF; INSERT INTO things VALUES (2); END $$"
 
 
@@ -557,7 +565,7 @@ def test_a_request_that_has_committed_something_is_not_repeated(client: AppClien
     assert client.post(THINGS + "/after", body).status == 503
     assert (things.runs, sql(COUNT)) == (1, [(1, 1)])
     sql("SELECT setval('tries', 1, false)")
-    assert keyed(client, THINGS + "/after", body).status == 201, "with a key it has not: all is one transaction"
+    assert keyed(client, THINGS + "/after", body).status == 201, "with a key all is one transaction"
     assert (things.runs, sql(COUNT)) == (3, [(1, 2), (2, 1)])
 
 

@@ -1,4 +1,4 @@
-"""The registry shows who lives: nobody comes back from the dead, and nobody dies because the database was away."""
+"""The registry shows which instances live: no dead one revives, and an outage of the database kills none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTANCES = "/api/v1/instances"
 
 @pytest.fixture
 def another(database: db.Database, sql: Sql) -> Callable[..., str]:
-    """Registers a further instance, silent for so many seconds, and returns its id."""
+    """Registers another instance, whose last heartbeat is `silent` seconds old, and returns its id."""
 
     def register(silent: float = 0, status: str = "active") -> str:
         number = str(uuid.uuid4())
@@ -75,7 +75,7 @@ def test_the_list_begins_with_the_oldest(client: AppClient, instance: Instance, 
     assert [one["instance_id"] for one in client.get(INSTANCES).json] == [instance.instance_id, second, third]
 
 
-# A new identity
+# A new id
 
 
 def test_an_instance_removed_by_hand_comes_back_with_a_new_id(client: AppClient, sql: Sql, instance: Instance) -> None:
@@ -110,16 +110,16 @@ def test_the_watcher_of_a_process_is_told_its_new_id_and_its_end(database: db.Da
     me.beat()
     assert told == [uuid.UUID(me.instance_id).bytes]
     me.leave()
-    assert told[1:] == [b""], "left in order"
+    assert told[1:] == [b""], "it has left in order"
 
 
 def test_an_instance_that_was_paused_for_long_takes_a_new_id_before_it_serves(
     client: AppClient, sql: Sql, instance: Instance
 ) -> None:
-    """As after SIGSTOP or a frozen machine: others have declared it dead meanwhile."""
+    """As after SIGSTOP or on a frozen machine: others have declared it dead meanwhile."""
     former = instance.instance_id
     sql("DELETE FROM instances")
-    assert acquire(client, "trusting", owner="a")["instance_id"] == former, "30 s after its last heartbeat it believes"
+    assert acquire(client, "trusting", owner="a")["instance_id"] == former, "it trusts its id for 30 s"
     instance._last_good -= instances.TRUST
     assert acquire(client, owner="a")["instance_id"] == instance.instance_id != former
     assert row(sql, instance.instance_id) is not None
@@ -155,7 +155,7 @@ def test_a_draining_instance_is_listed_as_draining_and_not_counted(
     health = client.get("/health")
     assert (health.status, health.json["active_instances"], health.json["draining"]) == (200, 0, True)
     assert client.get("/health/ready").status == 503
-    assert acquire(client)["lock_name"] == "build", "what still arrives is served"
+    assert acquire(client)["lock_name"] == "build", "requests that still arrive are served"
 
 
 def test_an_instance_that_leaves_removes_its_row_and_its_own_locks(

@@ -1,4 +1,4 @@
-"""A lock has one holder, who can rely on every answer about it: acquire, renew, release, force, inspect, list."""
+"""A lock has one holder, and every answer about it is true: acquire, renew, release, force, inspect, list."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_another_owner_is_refused_and_told_the_holder(client: AppClient) -> None
 
 def test_a_refused_request_is_told_its_generated_owner(client: AppClient) -> None:
     acquire(client, owner="a")
-    assert client.post(BUILD).json["owner"], "or it could not keep its place in the queue"
+    assert client.post(BUILD).json["owner"], "otherwise it could not keep its place in the queue"
 
 
 def test_an_owner_that_acquires_again_after_expiry_gets_a_new_grant(client: AppClient, sql: Sql) -> None:
@@ -210,7 +210,7 @@ def test_a_release_may_be_repeated_after_a_lost_answer(client: AppClient) -> Non
         answer = release(client, token)
         assert (answer.status, answer.body) == (204, b"")
     acquire(client, owner="b")
-    assert release(client, token).status == 204, "and does not end the next owner's grant"
+    assert release(client, token).status == 204, "without ending the next owner's grant"
     assert client.get(BUILD).json["owner"] == "b"
 
 
@@ -364,9 +364,9 @@ def test_one_of_many_simultaneous_requests_gets_the_lock(client: AppClient) -> N
 
 
 def test_no_two_grants_of_a_lock_ever_overlap(database: db.Database, sql: Sql, seed: int, long: bool) -> None:
-    """Random owners, TTLs of milliseconds, rows deleted by hand meanwhile: the history is the judge."""
+    """Random owners, TTLs of milliseconds, rows deleted by hand meanwhile: checked in the history."""
     until = time.monotonic() + (60 if long else 4)
-    told: list[tuple[int, str]] = []  # what each holder was told at its end
+    told: list[tuple[int, str]] = []  # how each grant ended, as its holder was told
 
     def live(number: int) -> None:
         dice = random.Random(seed + number)
@@ -413,5 +413,5 @@ def test_no_two_grants_of_a_lock_ever_overlap(database: db.Database, sql: Sql, s
         if one[0] == following[0]:
             assert one[3] <= following[2], f"{one} overlaps {following} (seed {seed})"
     ends = {token: how for _, token, _, _, how in history}
-    assert {(token, ends[token]) for token, _ in told} == set(told), "what a holder was told is what the history says"
+    assert {(token, ends[token]) for token, _ in told} == set(told), "each holder was told what the history has"
     assert {how for _, how in told} == {"released", "expired", "forced"}

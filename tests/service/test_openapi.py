@@ -1,4 +1,4 @@
-"""The contract is whole and true: clients are made from it, and the other tests hold each answer against it."""
+"""The contract is complete and correct: clients are generated from it, and other tests check each answer against it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from loom.routes import openapi
 
 PATH = "/api/openapi.yaml"
 METHODS = {"get", "put", "post", "patch", "delete"}
-# What the router does not tell apart, since it must not see slashes.
+# Routes that read several parameters as one, since the last may contain slashes.
 WHOLE = {"/api/v1/file-locks/<name:_>": "/api/v1/file-locks/<project_id>/<path>"}
 
 
@@ -128,7 +128,7 @@ def test_a_body_is_required_where_it_says_so(client: AppClient) -> None:
 
 
 def test_every_example_is_accepted_as_a_body(client: AppClient) -> None:
-    """Whatever it names is not there; but it is no bad body."""
+    """The ids that it names do not exist, but the body is valid."""
     for method, path, operation in operations():
         for media in operation.get("requestBody", {}).get("content", {}).values():
             if "example" in media:

@@ -1,4 +1,4 @@
-"""A database that is away costs bounded time, then none, and everything goes on by itself when it is back."""
+"""An outage of the database costs bounded time, then none, and everything recovers by itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOUND = 5.0 + 0.5  # database.timeout, and what a busy machine adds to it
 
 @pytest.fixture
 def postgres(own_postgres: Postgres) -> Postgres:
-    """Each test's own, which it may stop: it takes the place of the session's server for all fixtures."""
+    """A server of the test's own, which it may stop: it replaces the session's server in all fixtures."""
     return own_postgres
 
 
@@ -31,7 +31,7 @@ def healthy(client: AppClient) -> bool:
 
 
 def assert_away(client: AppClient, instance: Instance) -> None:
-    """What an instance answers without a database, and that at once."""
+    """Check the answers of an instance without a database, and that they come at once."""
     started = time.monotonic()
     answer = client.get("/health")
     health = answer.json
@@ -46,7 +46,7 @@ def assert_away(client: AppClient, instance: Instance) -> None:
         for answer in (client.post(BUILD), client.put(BUILD, {"fencing_token": 1}), client.get("/api/v1/locks")):
             assert_problem(answer, 503, "unavailable")
             assert answer.headers["Retry-After"] == "1"
-    assert client.put(BUILD, {}).status == 400, "what needs no database is answered as ever"
+    assert client.put(BUILD, {}).status == 400, "a refusal that needs no database is answered as always"
     assert time.monotonic() - started < 1
 
 
@@ -221,7 +221,7 @@ def answers(grant: Callable[[str], locks.Attempt]) -> bool:
 
 
 def test_a_standby_is_treated_as_an_outage_until_it_is_promoted(pair: tuple[Postgres, Postgres, str]) -> None:
-    """It answers SELECT 1 for ever: only a refused write tells."""
+    """It answers SELECT 1: only a refused write shows that it is a standby."""
     _, standby, dsn = pair
     database = Database(standby.dsn(parse_dsn(dsn)["dbname"]))
     database.open()

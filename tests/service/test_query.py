@@ -1,4 +1,4 @@
-"""A misspelt query parameter is refused: ignored, it would answer everything, or end a wait at once."""
+"""A misspelt query parameter is refused: if it were ignored, a filter would return everything or a wait end at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUIRED = {"fencing_token": "1", "agent_id": "a"}
 
 
 def operations() -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """Of each operation: method, a path, and its query parameters in the contract, all and the required ones."""
+    """Yield each operation's method, a path, and its query parameters in the contract, all and the required ones."""
     for template, item in document()["paths"].items():
         for method in item.keys() - {"parameters"}:
             told = [resolved(each) for each in [*item.get("parameters", ()), *item[method].get("parameters", ())]]
@@ -38,19 +38,19 @@ def fault(answer: Answer, case: Any) -> dict[str, Any]:
 
 
 def test_an_unknown_parameter_is_refused_with_the_parameters_of_the_contract(client: AppClient) -> None:
-    looked_at = 0
+    checked = 0
     for method, path, names, _ in operations():
         if path.startswith(API):
             for query in ("nonsense=1", "nonsense", "limit=1&nonsense=1" if "limit" in names else "nonsense=&x=1"):
                 wrong = fault(client.request(method, f"{path}?{query}"), (method, path))
                 assert (wrong["field"], wrong["allowed"]) == ("nonsense", sorted(names)), (method, path)
-            looked_at += 1
-    assert looked_at > 50
+            checked += 1
+    assert checked > 50
 
 
 def test_each_parameter_of_the_contract_is_checked_and_may_be_given_once(client: AppClient) -> None:
-    """A control character is a value that none of them may have."""
-    looked_at = set()
+    """No parameter may have a control character as its value."""
+    checked = set()
     for method, path, names, required in operations():
         for name in names:
             rest = "".join(f"&{each}={REQUIRED[each]}" for each in required if each != name)
@@ -59,8 +59,8 @@ def test_each_parameter_of_the_contract_is_checked_and_may_be_given_once(client:
             assert wrong["problem"] != "is not a known parameter"
             twice = fault(client.request(method, f"{path}?{name}=1&{name}=1{rest}"), (method, path, name))
             assert (twice["field"], twice["problem"]) == (name, "is given twice"), (method, path)
-            looked_at.add(name)
-    assert looked_at >= {"limit", "after", "force", "reason", "wait_seconds", "prefix", "status", "project_id"}
+            checked.add(name)
+    assert checked >= {"limit", "after", "force", "reason", "wait_seconds", "prefix", "status", "project_id"}
 
 
 def test_a_write_with_an_unknown_parameter_changes_nothing(client: AppClient, sql: Sql) -> None:

@@ -1,4 +1,4 @@
-"""Who waits for a lock gets it in turn, and neither the dead nor the impatient hold up the others."""
+"""Waiters get a lock in turn, and a waiter that has died or given up does not delay the others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def waiters(sql: Sql) -> list[str]:
 
 @pytest.fixture
 def ask(client: AppClient, sql: Sql) -> Iterator[Ask]:
-    """Asks for a lock on a thread, and returns once that waits."""
+    """Requests a lock on a thread, and returns once that request waits."""
     with ThreadPoolExecutor(16) as threads:
 
         def start(owner: str, name: str = "build", wait: int = 20, by: AppClient = client) -> Future[Answer]:
@@ -57,14 +57,14 @@ def test_a_waiter_gets_the_lock_when_it_is_released(client: AppClient, ask: Ask,
     assert answer.status == 201
     assert answer.json["owner"] == "waiter"
     assert answer.json["fencing_token"] > held["fencing_token"]
-    assert waiters(sql) == [], "a place ends with its grant"
+    assert waiters(sql) == [], "the grant removes the place"
     assert client.get(BUILD).json["waiting"] == 0
 
 
 def test_a_released_lock_is_granted_to_the_next_waiter_at_once_and_leaves_no_place(
     client: AppClient, ask: Ask, sql: Sql
 ) -> None:
-    """A place that outlived its grant would keep everybody from the lock for 2 s."""
+    """A place that remains after its grant would block the lock for 2 s."""
     over = threading.Event()
 
     def release_others() -> None:  # each release makes the worker poll at once
@@ -129,12 +129,12 @@ def test_a_wait_that_ends_without_the_lock_is_answered_after_wait_seconds(client
 
 def test_a_free_lock_that_is_promised_to_a_waiter_is_refused_to_others(client: AppClient, sql: Sql) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
-    client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})  # in vain, but its place lasts 2 s
+    client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})  # it times out, but its place lasts 2 s
     release(client, token)
     answer = client.post(BUILD, {"owner": "newcomer"})
     assert_problem(answer, 409, "lock-held", holder=None, waiting=1)
     assert client.get(BUILD).status == 404
-    assert client.post(BUILD, {"owner": "waiter"}).status == 201, "for whom it is promised"
+    assert client.post(BUILD, {"owner": "waiter"}).status == 201, "the lock is promised to this owner"
 
 
 def test_a_place_lasts_two_seconds_after_its_last_request(client: AppClient, sql: Sql) -> None:
@@ -160,7 +160,7 @@ def test_a_waiter_that_asks_again_in_time_keeps_its_place_and_a_late_one_goes_to
         locks.acquire(conn, "build", "holder", minute)
     for owner in ("late", "prompt", "third"):
         ask(owner)
-    wait_until(lambda: ask("prompt") == ["prompt"])  # the others' places lapse meanwhile
+    wait_until(lambda: ask("prompt") == ["prompt"])  # meanwhile the other places lapse
     ask("late")
     ask("prompt")
     ask("third")
@@ -179,11 +179,11 @@ def test_only_a_request_with_wait_seconds_takes_a_place(client: AppClient, sql: 
 def test_a_request_that_may_wait_gets_a_free_lock_at_once(client: AppClient) -> None:
     assert client.post(BUILD, {"owner": "a", "wait_seconds": 30}).status == 201
     again = client.post(BUILD, {"owner": "a", "wait_seconds": 30})
-    assert again.status == 200, "nor does waiting for one's own"
+    assert again.status == 200, "and its own grant as well"
 
 
 def test_a_waiter_that_died_is_skipped(client: AppClient, ask: Ask, database: db.Database) -> None:
-    """It asked once, from an instance that is gone by now."""
+    """It asked once, through an instance that is gone by now."""
     token = acquire(client, owner="holder")["fencing_token"]
     with database.connection() as conn:
         locks.acquire(conn, "build", "dead", timedelta(minutes=1), wait=True)
@@ -201,7 +201,7 @@ def test_a_waiter_whose_client_disconnected_stops_waiting_and_gets_no_grant(
         gone = ask("gone", by=AppClient(app, far))
         second = ask("second")
         near.close()
-        assert gone.result(5).status == 409, "its thread serves others"
+        assert gone.result(5).status == 409, "its thread is free again"
         release(client, token)
         assert second.result(10).json["owner"] == "second"
     assert sql("SELECT 1 FROM grants WHERE owner = 'gone'") == []
@@ -234,7 +234,7 @@ def test_a_worker_does_not_poll_while_nobody_waits(client: AppClient, ask: Ask, 
 def test_a_lock_with_an_open_fenced_transaction_does_not_delay_waiters_for_other_locks(
     client: AppClient, ask: Ask, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
-    """A fenced transaction outlives its grant: who waits for that lock waits on, and nobody else does."""
+    """A fenced transaction may outlast its grant: only the waiters for that lock have to wait for it."""
     fenced = acquire(client, "a", owner="holder", ttl_seconds=1)["fencing_token"]
     held = acquire(client, "b", owner="holder")["fencing_token"]
     with session() as conn, conn.cursor() as cursor:
@@ -248,7 +248,7 @@ def test_a_lock_with_an_open_fenced_transaction_does_not_delay_waiters_for_other
 
 
 def test_waiting_requests_leave_threads_for_other_requests(dsn: str, app: Flask, ask: Ask, sql: Sql) -> None:
-    """Past a bound a waiter is answered at once, and asking again keeps its place."""
+    """Beyond a number of waiters a request is answered at once, and keeps its place by asking again."""
     config = Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=4))
     client = AppClient(create_app(config))
     token = acquire(client, owner="holder")["fencing_token"]
@@ -268,7 +268,7 @@ def test_waiting_requests_leave_threads_for_other_requests(dsn: str, app: Flask,
 def test_a_waiter_at_a_draining_instance_is_answered_at_once_and_keeps_its_place(
     client: AppClient, ask: Ask, sql: Sql, instance: Instance
 ) -> None:
-    """So it can ask another instance, and a restart need not wait for it."""
+    """So it can ask another instance, and a restart does not wait for it."""
     acquire(client, owner="holder")
     waiting = ask("waiter")
     instance.drain()

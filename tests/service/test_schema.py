@@ -1,4 +1,4 @@
-"""The schema comes by itself, once, never over a newer one, and with the rights that the guide's steps give."""
+"""Loom applies its schema by itself, once, never over a newer one, and with the rights that the guide grants."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def empty(postgres: Postgres) -> Iterator[str]:
 
 
 def use(dsn: str) -> None:
-    """A lock's whole life, as whoever the DSN says."""
+    """Acquire, renew, check and release a lock as the role in the DSN."""
     database = db.Database(dsn)
     database.open()
     try:
@@ -107,7 +107,7 @@ def test_a_failed_migration_leaves_nothing_behind(empty: str) -> None:
 
 
 def test_after_the_guides_steps_the_error_names_the_one_missing_grant(postgres: Postgres, empty: str) -> None:
-    """GRANT ALL ON DATABASE lets nobody create tables since PostgreSQL 15; before, it is all that it takes."""
+    """Since PostgreSQL 15 GRANT ALL ON DATABASE does not allow to create tables; before, it is all that is needed."""
     (name,) = query(empty, "SELECT current_database()")[0]
     user = f"loom_user_{name}"
     postgres.query(f"CREATE USER {user} WITH ENCRYPTED PASSWORD 'your_secure_password'")
@@ -135,7 +135,7 @@ def test_after_the_guides_steps_the_error_names_the_one_missing_grant(postgres: 
 
 
 def test_a_role_without_create_rights_starts_on_an_existing_schema(postgres: Postgres, dsn: str) -> None:
-    """Where an administrator applies the schema, Loom's own role needs no more than data."""
+    """Where an administrator applies the schema, Loom's role only needs rights on the data."""
     (name,) = query(dsn, "SELECT current_database()")[0]
     user = f"plain_{name}"
     postgres.query(f"CREATE USER {user}")
@@ -162,7 +162,7 @@ def test_an_unreachable_server_is_reported_without_its_password(postgres: Postgr
 
 
 def test_names_and_ids_do_not_depend_on_the_c_library(sql: Sql) -> None:
-    """An upgrade of it changes collations, which corrupts their unique indexes: then a lock has two holders."""
+    """An upgrade of libc can change collations and so corrupt unique indexes: then a lock has two holders."""
     rows = sql(
         "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
         " AND (column_name IN ('lock_name', 'owner', 'id', 'key', 'parent', 'assigned_to') OR column_name LIKE '%%_id')"

@@ -1,4 +1,4 @@
-"""What is shared is seen by all and takes effect; a bad value is named, and breaks nobody."""
+"""Shared settings are visible to all instances and take effect; a bad value is refused by name and breaks nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shared(client: AppClient) -> dict[str, Any]:
     return answer.json["shared"]
 
 
-def take_in(client: AppClient, text: str | bytes, **headers: str) -> Answer:
+def import_yaml(client: AppClient, text: str | bytes, **headers: str) -> Answer:
     raw = text.encode() if isinstance(text, str) else text
     return client.post(f"{CONFIG}/import.yaml", raw, headers=headers)
 
@@ -56,13 +56,13 @@ def assert_invalid(answer: Answer, field: str) -> dict[str, Any]:
 
 @pytest.fixture
 def level() -> Iterator[None]:
-    """The process's log level, afterwards as before."""
+    """Restore the process's log level afterwards."""
     before = logging.getLogger().level
     yield
     logging.getLogger().setLevel(before)
 
 
-# Keys of anybody's
+# Free keys
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_key_holds_any_json(client: AppClient, value: Any) -> None:
 
 def test_updated_by_is_the_last_writer(client: AppClient, sql: Sql) -> None:
     assert put(client, "k", 1, **{"Loom-Actor": "ann"}).json["updated_by"] == "ann"
-    assert take_in(client, "k: 2", **{"Loom-Actor": "bob"}).status == 200
+    assert import_yaml(client, "k: 2", **{"Loom-Actor": "bob"}).status == 200
     assert client.get(f"{CONFIG}/k").json["updated_by"] == "bob"
     sql("UPDATE config SET value = '3'")
     made = client.get(f"{CONFIG}/k").json
@@ -138,7 +138,7 @@ def test_a_write_that_nginx_repeats_is_made_once(client: AppClient) -> None:
     for _ in range(2):
         assert client.delete(f"{CONFIG}/k", headers={"Loom-Proxy-Request-ID": "n2"}).status == 204
     for _ in range(2):
-        answer = take_in(client, "n: 1", **{"Idempotency-Key": "k1", "Loom-Actor": "ann"})
+        answer = import_yaml(client, "n: 1", **{"Idempotency-Key": "k1", "Loom-Actor": "ann"})
     assert answer.headers["Idempotency-Replayed"] == "true"
     assert client.get(f"{CONFIG}/n").json["version"] == 1
 
@@ -207,14 +207,14 @@ def test_values_are_limited_to_64_kib_each_and_1_mib_and_1000_keys_in_all(client
     assert len(shared(client)) == 16
     sql("DELETE FROM config")
     lines = [f"k{n}: {n}" for n in range(1001)]
-    assert_invalid(take_in(client, "\n".join(lines)), "value")
+    assert_invalid(import_yaml(client, "\n".join(lines)), "value")
     assert shared(client) == {}
-    assert take_in(client, "\n".join(lines[:1000])).status == 200
+    assert import_yaml(client, "\n".join(lines[:1000])).status == 200
     assert_invalid(put(client, "more", 1), "value")
     assert put(client, "k7", 1).status == 200
 
 
-# Settings of ours
+# Loom's own settings
 
 BAD = [
     *(("agents.max_concurrent", value) for value in (0, 1001, -1, 2.0, "20", True, None, [], {})),
@@ -236,8 +236,8 @@ def test_a_bad_value_is_refused_in_every_request_that_sets_it(
     for answer in (
         put(client, key, value),
         client.put(CONFIG, {"beads": {"max_failures": 7}, section: {name: value}}),
-        take_in(client, json.dumps({"a": 1, key: value, "z": 2})),
-        take_in(client, json.dumps({"a": 1, section: {name: value}, "z": 2})),
+        import_yaml(client, json.dumps({"a": 1, key: value, "z": 2})),
+        import_yaml(client, json.dumps({"a": 1, section: {name: value}, "z": 2})),
     ):
         fault = assert_invalid(answer, key)
         assert "expected" in fault["problem"]
@@ -337,11 +337,11 @@ def test_an_instance_starts_with_the_shared_settings(client: AppClient, database
     me.leave()
 
 
-HAND_PUT = ['"x"', "0", "1e300", "null", "[]", '{"a": 1}', json.dumps("x" * 1000), "1" * 300]
+WRITTEN_BY_HAND = ['"x"', "0", "1e300", "null", "[]", '{"a": 1}', json.dumps("x" * 1000), "1" * 300]
 
 
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("bad", HAND_PUT, ids=range(len(HAND_PUT)))
+@pytest.mark.parametrize("bad", WRITTEN_BY_HAND, ids=range(len(WRITTEN_BY_HAND)))
 def test_a_bad_value_written_by_hand_is_ignored_and_logged_once(
     client: AppClient, sql: Sql, instance: Instance, caplog: pytest.LogCaptureFixture, bad: str
 ) -> None:
@@ -420,7 +420,7 @@ def test_a_setting_that_cannot_be_shared_is_refused_by_name_and_nothing_is_store
     )
     assert fault["allowed"] == sorted(SHAREABLE)
     assert_invalid(
-        take_in(client, json.dumps({"agents.dead_after": 30, f"{section}.{name}": value})), f"{section}.{name}"
+        import_yaml(client, json.dumps({"agents.dead_after": 30, f"{section}.{name}": value})), f"{section}.{name}"
     )
     assert sql("SELECT * FROM config") == []
 
@@ -448,7 +448,7 @@ def test_no_answer_shows_a_password(client: AppClient) -> None:
         client.put(CONFIG, whole.json),
         client.put(CONFIG, {"database": {"dsn": dsn + "x"}}),
         put(client, "database.dsn", dsn),
-        take_in(client, "a: 1"),
+        import_yaml(client, "a: 1"),
         client.get(f"{CONFIG}/export.yaml"),
         client.get(f"{CONFIG}/database.dsn"),
     ]
@@ -475,18 +475,18 @@ def test_an_export_can_be_imported_again(client: AppClient, sql: Sql) -> None:
     assert (export.status, export.headers["Content-Type"]) == (200, "application/x-yaml")
     assert export.body.count(b"\n") == len(values)
     sql("DELETE FROM config")
-    assert take_in(client, export.body).json["shared"] == shared(client)
+    assert import_yaml(client, export.body).json["shared"] == shared(client)
     assert [client.get(f"{CONFIG}/{key}").json["value"] for key in values] == list(values.values())
     assert client.get(f"{CONFIG}/export.yaml").body == export.body
-    assert take_in(client, export.body).status == 200
-    assert sql("SELECT DISTINCT version FROM config") == [(1,)], "what is as it was makes no version"
+    assert import_yaml(client, export.body).status == 200
+    assert sql("SELECT DISTINCT version FROM config") == [(1,)], "a value that does not change gets no new version"
 
 
 def test_a_number_beyond_64_bits_survives_export_and_import(client: AppClient) -> None:
     for value in (1e300, 2**64, -(10**308)):
         share(client, "k", value)
         shared_before = client.get(f"{CONFIG}/k").body
-        assert take_in(client, client.get(f"{CONFIG}/export.yaml").body).status == 200
+        assert import_yaml(client, client.get(f"{CONFIG}/export.yaml").body).status == 200
         assert client.get(f"{CONFIG}/k").body == shared_before
         assert float(client.get(f"{CONFIG}/k").json["value"]) == float(value)
 
@@ -494,11 +494,11 @@ def test_a_number_beyond_64_bits_survives_export_and_import(client: AppClient) -
 def test_nothing_is_exported_when_nothing_is_shared(client: AppClient) -> None:
     export = client.get(f"{CONFIG}/export.yaml")
     assert yaml.read(export.body) == {}
-    assert take_in(client, export.body).json == client.get(CONFIG).json
+    assert import_yaml(client, export.body).json == client.get(CONFIG).json
 
 
 def test_an_import_accepts_the_configuration_files_of_loom_and_of_the_original(client: AppClient) -> None:
-    """As sections; those that Loom has not are passed over."""
+    """Their sections; those that Loom does not have are ignored."""
     text = """
         agents: {max_concurrent: 9, default_persona_path: ./personas, heartbeat_interval: 30000000000}
         server: {http_port: 8081, threads: 32}
@@ -507,14 +507,14 @@ def test_an_import_accepts_the_configuration_files_of_loom_and_of_the_original(c
         team: 2026-01-01
         logging.level: warning
     """
-    answer = take_in(client, text)
+    answer = import_yaml(client, text)
     assert answer.status == 200
     assert answer.json["shared"] == {"agents.max_concurrent": 9, "logging.level": "warning", "team": "2026-01-01"}
 
 
 def test_an_import_does_not_change_keys_that_it_does_not_name(client: AppClient) -> None:
     share(client, "a", 1)
-    assert take_in(client, "b: 2").json["shared"] == {"a": 1, "b": 2}
+    assert import_yaml(client, "b: 2").json["shared"] == {"a": 1, "b": 2}
 
 
 WRONG = [
@@ -554,15 +554,15 @@ WRONG = [
 
 @pytest.mark.parametrize(("text", "field"), WRONG, ids=range(len(WRONG)))
 def test_a_document_with_any_fault_changes_nothing(client: AppClient, sql: Sql, text: str | bytes, field: str) -> None:
-    assert_invalid(take_in(client, text), field)
+    assert_invalid(import_yaml(client, text), field)
     assert sql("SELECT * FROM config") == sql("SELECT * FROM events") == []
 
 
 def test_an_import_may_have_5_mib_and_any_other_body_1_mib(client: AppClient) -> None:
-    assert take_in(client, b"a: 1\n" + b"#" * (5 * MIB - 5)).json["shared"] == {"a": 1}
+    assert import_yaml(client, b"a: 1\n" + b"#" * (5 * MIB - 5)).json["shared"] == {"a": 1}
     for answer in (
-        take_in(client, b"a: 2\n" + b"#" * (5 * MIB - 4)),
-        take_in(client, b"a: 2\n" + b"#" * (5 * MIB - 4), **{"Idempotency-Key": "k"}),
+        import_yaml(client, b"a: 2\n" + b"#" * (5 * MIB - 4)),
+        import_yaml(client, b"a: 2\n" + b"#" * (5 * MIB - 4), **{"Idempotency-Key": "k"}),
         client.put(CONFIG, b" " * MIB + b"{}"),
         client.put(f"{CONFIG}/a", b" " * MIB + b'{"value": 2}'),
     ):
@@ -572,10 +572,10 @@ def test_an_import_may_have_5_mib_and_any_other_body_1_mib(client: AppClient) ->
 
 def test_the_cost_of_an_import_is_bounded_by_its_length(client: AppClient) -> None:
     started = time.monotonic()
-    assert "500000" in assert_invalid(take_in(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")["problem"]
-    assert_invalid(take_in(client, b"a: 1" + b":1" * 400_000), "a")  # which would be a number to the base 60
+    assert "500000" in assert_invalid(import_yaml(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")["problem"]
+    assert_invalid(import_yaml(client, b"a: 1" + b":1" * 400_000), "a")  # a number to the base 60 in YAML 1.1
     lines = [b"a%d: &a%d [%s]" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9) if n else b"lol") for n in range(10)]
-    assert_invalid(take_in(client, b"\n".join(lines)), "a1")
+    assert_invalid(import_yaml(client, b"\n".join(lines)), "a1")
     assert time.monotonic() - started < 20
 
 
