@@ -1,4 +1,4 @@
-"""Whatever is sent, good or bad, an instance answers as its contract says, and never with a fault of its own."""
+"""Every answer, to valid and to invalid requests, matches the OpenAPI contract, and none is a server error."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CHECKS = (
     *("response_schema_conformance", "negative_data_rejection", "unsupported_method"),
 )
 CONTRACT = "/api/openapi.yaml"
-PLENTY = 30  # of each kind, and as many to be deleted
+PLENTY = 30  # entities of each kind, and as many to be deleted
 
 
 def world(client: Client) -> dict[str, list[Any]]:
-    """What there is to be reached: ids by the name of what refers to them, and claims and locks with their tokens.
+    """Create what the generated requests use: ids by the field that refers to them, claims and locks with their tokens.
 
-    Of each kind, there are some to which nothing refers, to be deleted.
+    Nothing refers to the `doomed` entities, so that they can be deleted.
     """
     names = [f"n{i}" for i in range(PLENTY)]
     doomed = [f"d{i}" for i in range(PLENTY)]
@@ -62,10 +62,10 @@ def world(client: Client) -> dict[str, list[Any]]:
     }
 
 
-def test_no_request_is_answered_in_a_way_that_the_contract_does_not_tell_of(
+def test_every_answer_is_described_in_the_contract(
     start_cluster: Callable[..., Cluster], tmp_path: Path, seed: int, long: bool
 ) -> None:
-    """Every operation, with good and bad requests, on two instances at once: all edge cases, and random ones."""
+    """Every operation, with valid and invalid requests, on two instances at once: all edge cases, and random ones."""
     cluster = start_cluster(2)
     assert len({cluster.client(i).get(CONTRACT).headers["ETag"] for i in range(2)}) == 1
     (tmp_path / "world.json").write_text(json.dumps({**world(cluster.client()), "seed": [seed]}))
@@ -105,9 +105,9 @@ def test_no_request_is_answered_in_a_way_that_the_contract_does_not_tell_of(
 
 
 def assert_reached(seen: Counter[str]) -> None:
-    """Each operation but that of the contract, which is not called, did at least once what it is for.
+    """Each operation succeeded at least once, except that of the contract itself, which is not called.
 
-    Else only refusals would have been looked at.
+    Otherwise only refusals would have been checked.
     """
     operations = {
         f"{method.upper()} {path}"

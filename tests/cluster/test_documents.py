@@ -69,13 +69,13 @@ def test_each_command_works_as_it_is_written(
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, CONTRIBUTING], ids=name)
-def test_what_does_not_run_here_names_the_test_that_covers_it(document: Path) -> None:
+def test_a_block_that_does_not_run_here_names_a_test_that_exists(document: Path) -> None:
     missing = [test for block in found(document) for test in block.tests if not documents.is_test(test)]
     assert missing == []
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, CONTRIBUTING], ids=name)
-def test_no_command_escapes_these_tests(document: Path) -> None:
+def test_every_command_is_in_a_block_that_these_tests_know(document: Path) -> None:
     assert documents.unclear(document.read_text()) == []
 
 
@@ -90,13 +90,13 @@ def test_each_link_leads_to_a_file_and_a_heading(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, CONTRIBUTING], ids=name)
-def test_each_file_that_is_named_is_there(document: Path) -> None:
+def test_each_named_file_exists(document: Path) -> None:
     named = re.findall(r"`((?:loom|tests|nginx|systemd|bench)/[\w./@-]+\.\w+)`", document.read_text())
     assert [file for file in named if not (ROOT / file).is_file()] == []
 
 
-def test_each_make_command_is_one_of_the_makefile(tmp_path: Path) -> None:
-    """They take long, so each is asked what it would run."""
+def test_each_make_command_is_a_target_of_the_makefile(tmp_path: Path) -> None:
+    """The targets take long, so `make --dry-run` only prints what each would run."""
     shown = [block for document in [*DOCUMENTS, CONTRIBUTING] for block in found(document) if block.language == "sh"]
     commands = [line for block in shown for line in block.text.splitlines() if line.startswith("make ")]
     assert len(commands) > 5
@@ -138,7 +138,7 @@ def anchors(document: Path) -> set[str]:
         ("…", ""),
     ],
 )
-def test_a_placeholder_stands_for_what_differs(shown: str, printed: str) -> None:
+def test_a_placeholder_matches_values_that_differ(shown: str, printed: str) -> None:
     assert documents.matches(shown, printed)
 
 
@@ -153,7 +153,7 @@ def test_a_placeholder_stands_for_what_differs(shown: str, printed: str) -> None
         ("[]", ""),
     ],
 )
-def test_what_is_shown_wrong_is_seen(shown: str, printed: str) -> None:
+def test_a_wrong_output_is_detected(shown: str, printed: str) -> None:
     assert not documents.matches(shown, printed)
 
 
@@ -166,5 +166,5 @@ def test_what_is_shown_wrong_is_seen(shown: str, printed: str) -> None:
         "```output\nschema version 1\n```\n",
     ],
 )
-def test_a_command_that_would_not_run_is_seen(text: str) -> None:
+def test_a_command_in_a_block_that_does_not_run_is_detected(text: str) -> None:
     assert documents.unclear(text) != []

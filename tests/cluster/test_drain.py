@@ -1,4 +1,4 @@
-"""An instance that leaves, in order: nobody loses a request by it, and it does not stay for ever."""
+"""An orderly shutdown loses no request and ends within a bound."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_restart_of_each_instance_fails_no_request(start_cluster: Callable[...
 def test_a_reload_fails_no_request(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1)
     first = cluster.pid(0)
-    with Load([cluster.ports[0]], [fresh(i) for i in range(8)], pause=0.002) as load:
+    with Load([cluster.ports[0]], [post_over_new_connections(i) for i in range(8)], pause=0.002) as load:
         time.sleep(0.5)
         os.kill(cluster.master(0), signal.SIGHUP)
         wait_until(lambda: not os.path.exists(f"/proc/{first}"), 30)
@@ -52,7 +52,7 @@ def test_a_reload_fails_no_request(start_cluster: Callable[..., Cluster]) -> Non
     assert [call for call in load.calls if call.status not in GOOD] == []
 
 
-def fresh(number: int) -> Callable[[Caller], object]:
+def post_over_new_connections(number: int) -> Callable[[Caller], object]:
     """Posts over a new connection each time."""
     names = itertools.count()
 
@@ -67,7 +67,7 @@ def fresh(number: int) -> Callable[[Caller], object]:
 def test_sigterm_resets_no_connection(start_cluster: Callable[..., Cluster], workers: int) -> None:
     """A refused connection may be tried elsewhere; one that was accepted must be answered."""
     cluster = start_cluster(1, config=f"server: {{workers: {workers}}}")
-    with Load([cluster.ports[0]], [fresh(i) for i in range(8)], pause=0.002) as load:
+    with Load([cluster.ports[0]], [post_over_new_connections(i) for i in range(8)], pause=0.002) as load:
         for _ in range(3):
             time.sleep(0.5)
             cluster.restart(0)
@@ -75,7 +75,7 @@ def test_sigterm_resets_no_connection(start_cluster: Callable[..., Cluster], wor
     assert {fault for fault in said if not fault.startswith("ConnectionRefusedError")} == set()
 
 
-def test_a_draining_instance_serves_on_and_says_that_it_is_not_ready(
+def test_a_draining_instance_still_serves_and_reports_that_it_is_not_ready(
     start_cluster: Callable[..., Cluster], sql: Sql
 ) -> None:
     cluster = start_cluster(1, config="server: {drain_seconds: 3}")
@@ -103,16 +103,16 @@ def test_a_request_in_flight_is_finished(start_cluster: Callable[..., Cluster]) 
     time.sleep(0.5)
     cluster.client(1).delete(f"/api/v1/locks/x?fencing_token={held['fencing_token']}")
     waiter.join(20)
-    assert answers[0].status in (201, 409)  # the lock; or that it shall ask another instance, its place kept
+    assert answers[0].status in (201, 409)  # granted, or asked to retry at another instance, where it keeps its place
     cluster.masters[0].wait(10)
 
 
 @contextlib.contextmanager
-def connections(port: int, *said: bytes) -> Iterator[list[socket.socket]]:
-    """A connection for each text, which is all that its client ever says."""
+def connections(port: int, *sent: bytes) -> Iterator[list[socket.socket]]:
+    """Open a connection for each text; its client sends that text and nothing more."""
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in said]
-        for sock, text in zip(opened, said, strict=True):
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in sent]
+        for sock, text in zip(opened, sent, strict=True):
             sock.sendall(text)
         yield opened
 
@@ -121,17 +121,17 @@ REQUEST = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 HALF_A_REQUEST = b"GET /health/l"
 
 
-def test_idle_connections_do_not_hold_it_up(start_cluster: Callable[..., Cluster]) -> None:
+def test_idle_connections_do_not_delay_a_shutdown(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1)
     with connections(cluster.ports[0], REQUEST, b""):
-        time.sleep(6)  # by then it no longer waits for the silent one's first byte
+        time.sleep(6)  # by then gunicorn no longer waits for the silent connection's first byte
         started = time.monotonic()
         cluster.masters[0].send(signal.SIGTERM)
         cluster.masters[0].wait(30)
     assert time.monotonic() - started < 5
 
 
-def test_who_never_finishes_a_request_does_not_keep_it_in_the_registry(
+def test_a_client_that_never_finishes_its_request_does_not_keep_the_instance_registered(
     start_cluster: Callable[..., Cluster], sql: Sql
 ) -> None:
     cluster = start_cluster(1)
@@ -139,11 +139,13 @@ def test_who_never_finishes_a_request_does_not_keep_it_in_the_registry(
         time.sleep(0.2)
         cluster.masters[0].send(signal.SIGTERM)
         cluster.masters[0].wait(30)
-    assert sql("SELECT 1 FROM instances") == []  # not marked dead either: it left before it was killed
+    assert sql("SELECT 1 FROM instances") == []  # nor marked dead: the worker removed its row before it was killed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
-def test_ctrl_c_is_quick_and_in_order(start_cluster: Callable[..., Cluster], sql: Sql, number: signal.Signals) -> None:
+def test_ctrl_c_ends_an_instance_quickly_and_removes_its_row(
+    start_cluster: Callable[..., Cluster], sql: Sql, number: signal.Signals
+) -> None:
     cluster = start_cluster(1)
     assert len(sql("SELECT 1 FROM instances")) == 1
     with connections(cluster.ports[0], REQUEST, b"", HALF_A_REQUEST):
@@ -157,10 +159,10 @@ def test_ctrl_c_is_quick_and_in_order(start_cluster: Callable[..., Cluster], sql
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_that_is_told_to_end_while_it_starts_does_so(
+def test_a_worker_that_is_told_to_stop_while_it_starts_stops(
     start_cluster: Callable[..., Cluster], own_postgres: Postgres, number: signal.Signals
 ) -> None:
-    """A silent database holds it up between its fork, at which it has its master's handlers, and its own."""
+    """A silent database blocks the worker after the fork, while it still has its master's signal handlers."""
     dsn = own_postgres.dsn(own_postgres.database())
     cluster = start_cluster(1, dsn=dsn)
     with own_postgres.frozen():
@@ -169,14 +171,16 @@ def test_a_worker_that_is_told_to_end_while_it_starts_does_so(
         for pid in (cluster.pid(0), cluster.master(0)):
             os.kill(pid, number)
         wait_until(lambda: "Handling signal" in cluster.masters[0].log.read_text())  # and passes it on
-        if number == signal.SIGINT:  # the database does not come back for it
+        if number == signal.SIGINT:  # while the database is still silent
             assert cluster.masters[0].wait(15) == 0
     assert cluster.masters[0].wait(15) == 0
     assert f"Worker exiting (pid: {cluster.pid(0)})" in cluster.masters[0].log.read_text()
     assert query(dsn, "SELECT 1 FROM instances WHERE (metadata->>'pid')::int = %s", cluster.pid(0)) == []
 
 
-def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_client_that_leaves_its_connection_open_blocks_no_other_request(
+    start_cluster: Callable[..., Cluster],
+) -> None:
     cluster = start_cluster(1)
     client = cluster.client(0)
     closing = REQUEST.replace(b"x\r\n", b"x\r\nConnection: close\r\n")
@@ -189,7 +193,7 @@ def test_a_client_that_does_not_hang_up_holds_up_nobody(start_cluster: Callable[
         assert time.monotonic() - started < 0.5
 
 
-def test_who_stalls_within_a_request_keeps_no_thread(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_client_that_stalls_within_its_request_occupies_no_thread(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, config="server: {threads: 2}")
     half_a_body = b"POST /api/v1/locks/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
     with connections(cluster.ports[0], HALF_A_REQUEST, half_a_body) as (headers, body):
@@ -200,7 +204,7 @@ def test_who_stalls_within_a_request_keeps_no_thread(start_cluster: Callable[...
     assert "Traceback" not in cluster.masters[0].log.read_text()
 
 
-def test_a_request_whose_client_gave_up_in_the_queue_is_not_begun(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_queued_request_whose_client_has_disconnected_is_not_started(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, config="server: {threads: 1}")
     client = cluster.client(0)
     with socket.create_connection(("127.0.0.1", cluster.ports[0])) as slow:

@@ -22,12 +22,12 @@ LOCKS = "/api/v1/locks/"
 
 @pytest.fixture
 def nginx(start_cluster: Callable[..., Cluster]) -> Client:
-    """A connection to nginx before two instances."""
+    """A connection to nginx in front of two instances."""
     return start_cluster(2, nginx=True).nginx_client()
 
 
 class DyingServer:
-    """Takes requests on an instance's port and closes the connection unanswered, as a worker that is killed."""
+    """Accepts requests on an instance's port and closes each connection without an answer, as a killed worker does."""
 
     def __init__(self, port: int) -> None:
         self.methods: Counter[str] = Counter()
@@ -52,7 +52,7 @@ def encoded(name: str) -> str:
     return quote(name, safe="")
 
 
-def test_names_of_locks_pass_untouched(nginx: Client) -> None:
+def test_lock_names_reach_an_instance_unchanged(nginx: Client) -> None:
     names = [
         "a b",
         "a:b",
@@ -83,7 +83,7 @@ def test_a_slash_in_a_name_may_be_encoded_or_not(nginx: Client) -> None:
     assert first.json["fencing_token"] == second.json["fencing_token"]
 
 
-def test_a_bad_name_is_refused_and_never_another_one(nginx: Client) -> None:
+def test_a_bad_name_is_refused_and_never_changed_into_another(nginx: Client) -> None:
     bad = [
         "a//b",
         "a%2F%2Fb",
@@ -107,29 +107,29 @@ def test_a_bad_name_is_refused_and_never_another_one(nginx: Client) -> None:
     assert nginx.get("/api/v1/locks").json == []
 
 
-def test_a_request_id_is_passed_on_or_made(nginx: Client) -> None:
+def test_a_request_id_is_passed_on_or_generated(nginx: Client) -> None:
     def answered(request_id: str | None) -> str:
         headers = {} if request_id is None else {"X-Request-ID": request_id}
         return nginx.get("/health/live", headers=headers).headers["X-Request-ID"]
 
     for own in ("7f3b2c4e-0000-4000-8000-1234567890ab", "job:17/step=2", "x" * 128):
         assert answered(own) == own
-    for not_sane in (None, "", "two words", 'a"b', "x" * 129, "\xfc"):
-        assert re.fullmatch("[0-9a-f]{32}", answered(not_sane))
+    for invalid in (None, "", "two words", 'a"b', "x" * 129, "\xfc"):
+        assert re.fullmatch("[0-9a-f]{32}", answered(invalid))
     assert answered(None) != answered(None)
 
 
-def test_a_body_over_the_limit_is_refused_in_the_same_words(nginx: Client) -> None:
+def test_a_body_over_the_limit_is_refused_with_the_same_problem_as_by_loom(nginx: Client) -> None:
     def refused(size: int, path: str = "x") -> tuple[int, str, str]:
         answer = nginx.post(LOCKS + path, b'{"owner":"' + b"x" * (size - 12) + b'"}')
         return answer.status, answer.headers["Content-Type"], answer.json["type"]
 
-    assert refused(MIB) == (400, "application/problem+json", "/problems/invalid")  # whole, and the owner is too long
+    assert refused(MIB) == (400, "application/problem+json", "/problems/invalid")  # passed on; the owner is too long
     assert refused(MIB + 1) == (413, "application/problem+json", "/problems/too-large")
     assert refused(3 * MIB) == (413, "application/problem+json", "/problems/too-large")
 
 
-def test_an_import_may_be_larger(nginx: Client) -> None:
+def test_an_import_may_have_a_larger_body(nginx: Client) -> None:
     path = "/api/v1/config/import.yaml"
     assert nginx.post(path, b"a: 1\n" + b"#" * (5 * MIB - 5)).json["shared"] == {"a": 1}
     answer = nginx.post(path, b"a: 2\n" + b"#" * (5 * MIB - 4))
@@ -137,7 +137,7 @@ def test_an_import_may_be_larger(nginx: Client) -> None:
     assert nginx.get("/api/v1/config/a").json["value"] == 1
 
 
-def test_what_is_too_long_is_refused_in_the_form_of_our_problems(nginx: Client) -> None:
+def test_a_request_line_or_header_that_is_too_long_is_refused_as_a_problem(nginx: Client) -> None:
     assert nginx.get("/" + "x" * 8000).status == 404  # reached an instance
     for status, answer in [
         (414, nginx.get("/" + "x" * 9000)),
@@ -147,8 +147,10 @@ def test_what_is_too_long_is_refused_in_the_form_of_our_problems(nginx: Client) 
         assert answer.headers["Content-Type"] == "application/problem+json"
 
 
-def test_a_database_that_returns_serves_at_once(start_cluster: Callable[..., Cluster], own_postgres: Postgres) -> None:
-    """With `fail_timeout=30s` and `http_503` in `proxy_next_upstream` nginx answered its own 502 for 25 s more."""
+def test_requests_succeed_at_once_when_the_database_is_back(
+    start_cluster: Callable[..., Cluster], own_postgres: Postgres
+) -> None:
+    """With `fail_timeout=30s` and `http_503` in `proxy_next_upstream` nginx answered its own 502 for another 25 s."""
     cluster = start_cluster(2, nginx=True, dsn=own_postgres.dsn(own_postgres.database()))
     nginx = cluster.nginx_client()
     assert nginx.post(LOCKS + "x", {"owner": "me"}).status == 201
@@ -163,7 +165,7 @@ def test_a_database_that_returns_serves_at_once(start_cluster: Callable[..., Clu
     assert [nginx.get(LOCKS + "x").status for _ in range(20)] == [200] * 20
 
 
-def test_without_any_instance_nginx_says_so_as_loom_would(start_cluster: Callable[..., Cluster]) -> None:
+def test_without_any_instance_nginx_answers_a_problem_as_loom_does(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, nginx=True)
     nginx = cluster.nginx_client()
     cluster.masters[0].stop(signal.SIGTERM, 30)
@@ -172,21 +174,20 @@ def test_without_any_instance_nginx_says_so_as_loom_would(start_cluster: Callabl
     assert (answer.headers["Retry-After"], answer.headers["X-Request-ID"]) == ("1", "mine")
 
 
-def test_an_instance_serves_as_soon_as_it_is_back_even_if_all_were_away(start_cluster: Callable[..., Cluster]) -> None:
-    """With `fail_timeout` alone nginx said "no live upstreams" for up to 2 s more, also after quick restarts."""
+def test_an_instance_serves_as_soon_as_it_is_back_after_all_were_down(start_cluster: Callable[..., Cluster]) -> None:
+    """With `fail_timeout` alone nginx reported "no live upstreams" for up to 2 s more, also after quick restarts."""
     cluster = start_cluster(2, nginx=True)
     for master in cluster.masters:
         master.stop(signal.SIGTERM, 30)
     with Load([cluster.nginx_url], [get("/health/live")] * 2, pause=0.01) as load:
         wait_until(lambda: load.statuses()[502] > 20)
-        cluster.masters[0] = cluster._start(0)
-        cluster.wait_serving(0)
+        cluster.start(0)
         back = time.monotonic()
         time.sleep(2)
     assert {call.status for call in load.between(back)} == {200}
 
 
-def test_a_read_is_repeated_elsewhere_and_a_post_is_not(start_cluster: Callable[..., Cluster]) -> None:
+def test_nginx_repeats_a_read_at_another_instance_but_not_a_post(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(2, nginx=True)
     nginx = cluster.nginx_client()
     cluster.masters[1].stop(signal.SIGTERM, 30)
@@ -195,7 +196,7 @@ def test_a_read_is_repeated_elsewhere_and_a_post_is_not(start_cluster: Callable[
         for i in range(8):
             statuses["GET"].append(nginx.get("/health/live").status)
             statuses["POST"].append(nginx.post(LOCKS + str(i), {}).status)
-            time.sleep(0.4)  # or nginx would leave it alone, after three failures within a second
+            time.sleep(0.4)  # after three failures within a second nginx would stop using it
     assert statuses["GET"] == [200] * 8
     assert dying.methods["GET"] >= 1
     assert set(statuses["POST"]) == {201, 502}

@@ -1,4 +1,4 @@
-"""Headers and body leave in one send: a worker killed between two cuts an answer that nginx can't ask for again."""
+"""Headers and body leave in one send: nginx cannot retry an answer that a worker, killed between two sends, has cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Through pgBouncer in transaction mode everything works as without it, and nothing stays on its sessions."""
+"""Through pgBouncer in transaction mode everything works as without it, and no setting stays on its sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loom import db, errors, locks
 
 SETTINGS = """
     SELECT name, setting FROM pg_settings, (SELECT pg_sleep(0.2)) AS meanwhile
-     WHERE source = 'session' AND name NOT IN ('application_name', 'TimeZone') -- which it keeps for each client
+     WHERE source = 'session' AND name NOT IN ('application_name', 'TimeZone') -- which pgBouncer keeps for each client
 """
 
 
@@ -25,13 +25,13 @@ def bouncer_dsn(pgbouncer: PgBouncer, database_name: str) -> str:
 
 @pytest.fixture
 def cluster(start_cluster: Callable[..., Cluster], bouncer_dsn: str) -> Cluster:
-    """Two instances that know the database through pgBouncer alone."""
+    """Two instances that reach the database only through pgBouncer."""
     cluster = start_cluster(2, dsn=bouncer_dsn)
     cluster.wait_healthy()
     return cluster
 
 
-def test_a_locks_whole_life(cluster: Cluster, sql: Sql) -> None:
+def test_a_lock_is_acquired_renewed_waited_for_released_and_forced(cluster: Cluster, sql: Sql) -> None:
     one, two = cluster.client(0), cluster.client(1)
     held = acquire(one, owner="a", metadata={"why": "pooled"})
     assert_problem(two.post(BUILD, {"owner": "b"}), 409, "lock-held")
@@ -50,7 +50,7 @@ def test_a_locks_whole_life(cluster: Cluster, sql: Sql) -> None:
     assert len(one.get("/api/v1/instances").json) == 2
 
 
-def test_nothing_stays_on_a_session_that_another_client_gets_next(
+def test_no_setting_or_lock_stays_on_a_session_for_its_next_client(
     bouncer_dsn: str, sql: Sql, start_cluster: Callable[..., Cluster]
 ) -> None:
     sql(f"ALTER DATABASE {sql('SELECT current_database()')[0][0]} SET timezone = 'Asia/Kolkata'")
@@ -71,7 +71,7 @@ def test_nothing_stays_on_a_session_that_another_client_gets_next(
     assert sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
 
 
-def test_an_instance_is_noticed_by_its_master_and_replaced(cluster: Cluster, sql: Sql) -> None:
+def test_a_killed_instance_is_marked_dead_by_its_master_and_replaced(cluster: Cluster, sql: Sql) -> None:
     former = cluster.client(0).get("/health").json["instance_id"]
     cluster.kill(0)
     wait_until(lambda: sql("SELECT status FROM instances WHERE instance_id = %s", former) == [("dead",)])
@@ -102,7 +102,7 @@ def test_holding_and_fencing_in_python(bouncer_dsn: str, sql: Sql) -> None:
     assert sql("SELECT token FROM work") == [(lock.fencing_token,)] * 2
 
 
-def test_the_schema_comes_through_it_too(pgbouncer: PgBouncer, postgres: Postgres) -> None:
+def test_several_instances_can_apply_the_schema_through_it_at_once(pgbouncer: PgBouncer, postgres: Postgres) -> None:
     name = postgres.empty_database()
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: db.migrate(pgbouncer.dsn(name)), range(4)))
@@ -110,11 +110,11 @@ def test_the_schema_comes_through_it_too(pgbouncer: PgBouncer, postgres: Postgre
     postgres.drop(name)
 
 
-def test_a_name_of_every_kind_reaches_its_lock(cluster: Cluster) -> None:
+def test_a_percent_encoded_name_reaches_its_lock(cluster: Cluster) -> None:
     assert cluster.client(0).post(LOCKS + "a%2F%C3%BC%20(1)%25").json["lock_name"] == "a/ü (1)%"
 
 
-def test_tokens_grow_when_the_server_behind_it_is_another_one(
+def test_tokens_grow_after_a_failover_of_the_server_behind_it(
     start_postgres: Callable[..., Postgres],
 ) -> None:
     """A pooler hides that its server changed: only the granting function itself can notice."""

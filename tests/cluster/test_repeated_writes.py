@@ -1,4 +1,4 @@
-"""What nginx sends once more is answered as the first time; what a client sends once more is done once more."""
+"""A write that nginx repeats is made once and answered as the first time; one that a client repeats is made again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = "/api/v1/config/k"
 FILE_LOCKS = "/api/v1/file-locks"
 FILE = f"{FILE_LOCKS}/{PROJECT}/f?agent_id=a"
 
-# Kills the worker that has committed a request, before it answers, once for each time that the file DYING is made.
+# Kills the worker after it has committed a request and before it answers, once each time the file DYING is created.
 DYING = """
 import os
 import pathlib
@@ -42,7 +42,7 @@ app.wsgi_app = wsgi_app
 
 
 class Dying:
-    """nginx before two instances, of which the one that serves a request may be killed right after the commit."""
+    """nginx in front of two instances; the one that serves a request can be killed right after its commit."""
 
     def __init__(self, start_cluster: Callable[..., Cluster], folder: Path) -> None:
         (folder / "dying.py").write_text(DYING)
@@ -72,7 +72,7 @@ def lock_file(client: Client) -> Answer:
     return client.post(FILE_LOCKS, {"file_path": "f", "project_id": PROJECT, "agent_id": "a"})
 
 
-def test_a_write_whose_instance_dies_right_after_the_commit_is_answered_as_made(dying: Dying, sql: Sql) -> None:
+def test_a_write_whose_instance_dies_right_after_the_commit_is_answered_as_applied(dying: Dying, sql: Sql) -> None:
     nginx = dying.nginx
     team(nginx, "a")
     bead(nginx, "x")
@@ -90,10 +90,10 @@ def test_a_write_whose_instance_dies_right_after_the_commit_is_answered_as_made(
     assert nginx.get(FILE_LOCKS).json == []
 
 
-def test_a_write_that_is_repeated_while_its_first_time_is_still_under_way_is_made_once(
+def test_a_write_that_nginx_repeats_while_the_first_is_still_running_is_made_once(
     start_cluster: Callable[..., Cluster], sql: Sql, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
-    """The instance is killed while its statement waits in the database, where it goes on."""
+    """The instance is killed while its statement waits for a row lock; the statement goes on in the database."""
     cluster = start_cluster(2, nginx=True)
     nginx = cluster.nginx_client()
     team(nginx)
@@ -102,7 +102,7 @@ def test_a_write_that_is_repeated_while_its_first_time_is_still_under_way_is_mad
     blocker.cursor().execute("SELECT FROM beads WHERE id = 'x' FOR UPDATE")
 
     def waiting() -> list[str]:
-        """The instances with a change that waits for a lock."""
+        """Return the instances with a change that waits for a row lock."""
         rows = sql(
             "SELECT application_name FROM pg_stat_activity"
             " WHERE wait_event_type = 'Lock' AND query LIKE '%change_entity%'"
@@ -120,7 +120,7 @@ def test_a_write_that_is_repeated_while_its_first_time_is_still_under_way_is_mad
     assert sql("SELECT count(*) FROM events WHERE entity_id = 'x'") == [(2,)]
 
 
-def test_a_client_that_uses_one_request_id_again_is_never_told_that_it_was_done_before(
+def test_a_client_that_reuses_a_request_id_has_every_write_applied(
     start_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = start_cluster(2, nginx=True)

@@ -45,14 +45,14 @@ def cluster(start_cluster: Callable[..., Cluster], sql: Sql, tmp_path: Path) -> 
 
 
 def keyed(client: Client, path: str, key: str, body: Any = None) -> Answer | None:
-    """None: its instance died."""
+    """POST with an Idempotency-Key; return None when the instance died."""
     with contextlib.suppress(OSError, http.client.HTTPException):
         return client.post(path, body, headers={"Idempotency-Key": key})
     return None
 
 
 def settled(client: Client, path: str, key: str) -> Answer:
-    """Asks, with pauses, until another twin is no longer in flight."""
+    """Retry until no other request with this key is in progress."""
 
     def ask() -> Answer | None:
         answer = keyed(client, path, key)
@@ -88,7 +88,7 @@ def test_a_key_sent_to_two_instances_at_once_is_applied_once(cluster: Cluster, s
     assert sql("SELECT count(*) FROM grants WHERE lock_name ~ '^[0-9]+$'") == [(0,)]
 
 
-def test_a_worker_killed_in_the_middle_of_a_request_leaves_its_key_to_a_retry(
+def test_the_key_of_a_request_whose_worker_was_killed_can_be_retried(
     cluster: Cluster, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
     blocker, other = session(), cluster.client(1)
@@ -107,7 +107,9 @@ def test_a_worker_killed_in_the_middle_of_a_request_leaves_its_key_to_a_retry(
     cluster.wait_serving(0)
 
 
-def test_a_worker_killed_at_any_moment_has_applied_a_key_once_or_never(cluster: Cluster, sql: Sql, seed: int) -> None:
+def test_a_key_is_applied_once_after_a_retry_whenever_its_worker_is_killed(
+    cluster: Cluster, sql: Sql, seed: int
+) -> None:
     rng, rounds = random.Random(seed), 20
     with ThreadPoolExecutor(1) as threads:
         for n in range(rounds):

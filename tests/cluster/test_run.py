@@ -1,4 +1,4 @@
-"""`loom cluster`, which `make run` calls: one command starts everything, and nothing stays behind."""
+"""`loom cluster`, which `make run` calls: one command starts everything, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Run:
         return None
 
     def processes(self) -> list[str]:
-        """What still runs of it, whoever its parent is by now."""
+        """Return the command lines of its processes that still run, whatever their parent is by now."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ def runs(folder: Path) -> Iterator[list[Run]]:
         print(run.said())
 
 
-def test_one_command_and_ctrl_c(folder: Path, runs: list[Run]) -> None:
+def test_one_command_starts_everything_and_ctrl_c_stops_it(folder: Path, runs: list[Run]) -> None:
     program("nginx", "nginx")
     runs.append(run := Run(folder))
     run.wait_up()
@@ -118,7 +118,7 @@ def test_one_command_and_ctrl_c(folder: Path, runs: list[Run]) -> None:
     assert run.listens() == []
 
 
-def test_killed_itself_it_leaves_nothing_either(folder: Path, runs: list[Run]) -> None:
+def test_a_killed_loom_cluster_leaves_no_process_behind(folder: Path, runs: list[Run]) -> None:
     runs.append(run := Run(folder))
     run.wait_up()
     run.process.kill()
@@ -141,17 +141,23 @@ def test_a_killed_gunicorn_and_a_killed_nginx_are_started_again(folder: Path, ru
     assert run.listens() == []
 
 
-def test_a_killed_database_comes_back_by_itself(folder: Path, runs: list[Run]) -> None:
+def test_a_killed_database_is_started_again(folder: Path, runs: list[Run]) -> None:
     runs.append(run := Run(folder))
     run.wait_up()
     pid_file = folder / "var/postgres/data/postmaster.pid"
     server = pid_file.read_text().split()[0]
     os.kill(int(server), signal.SIGKILL)
-    wait_until(lambda: pid_file.exists() and pid_file.read_text().split()[:1] not in ([], [server]), 30)
+
+    def another_server() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # the file comes and goes with the server
+            return pid_file.read_text().split()[:1] not in ([], [server])
+        return False
+
+    wait_until(another_server, 30)
     wait_until(lambda: [run.active(run.port + i) for i in range(3)] == [3, 3, 3], 30)
 
 
-def test_a_taken_port_is_told_before_anything_starts(folder: Path, runs: list[Run]) -> None:
+def test_a_taken_port_is_reported_before_anything_starts(folder: Path, runs: list[Run]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -173,9 +179,9 @@ def test_without_nginx_it_says_what_to_install(folder: Path, runs: list[Run]) ->
     assert _refused(run.nginx_port)
 
 
-def test_an_ordinary_user_runs_it_all(folder: Path, runs: list[Run]) -> None:
+def test_an_ordinary_user_can_run_everything(folder: Path, runs: list[Run]) -> None:
     if os.geteuid() != 0:
-        pytest.skip("this run is one")
+        pytest.skip("the tests run as an ordinary user")
     program("nginx", "nginx")
     ordinary = as_nobody()
     os.chown(folder, NOBODY, NOBODY)

@@ -1,4 +1,4 @@
-"""What is set through one instance is seen by all at once, and in force everywhere within a heartbeat."""
+"""A setting changed through one instance is visible through all at once, and in force everywhere within a heartbeat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.locks import Sql, assert_problem
 from harness.work import ask, bead, claim, team
 
 CONFIG = "/api/v1/config"
-HEARTBEAT = 6.5  # seconds; the longest between two, and some more
+HEARTBEAT = 6.5  # seconds: the longest interval between two, and a margin
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def second(cluster: Cluster) -> Client:
     return cluster.client(1)
 
 
-def test_a_change_is_seen_through_another_instance_at_once(first: Client, second: Client) -> None:
+def test_a_change_is_visible_through_another_instance_at_once(first: Client, second: Client) -> None:
     for n in range(100):
         assert first.put(f"{CONFIG}/agents.dead_after", {"value": 100 + n}).status == 200
         assert second.get(f"{CONFIG}/agents.dead_after").json["value"] == 100 + n
@@ -69,7 +69,7 @@ def test_the_log_level_is_in_force_in_every_instance_within_a_heartbeat(cluster:
     assert said("settings-shared") == said("instance-registered") == [False, False]
     assert first.put(f"{CONFIG}/agents.dead_after", {"value": 30}).status == 200
     time.sleep(HEARTBEAT)
-    assert said("settings-shared") == [False, False], "the file's level lets no such line through"
+    assert said("settings-shared") == [False, False], "the level of the file hides such lines"
     changed = time.monotonic()
     assert first.put(f"{CONFIG}/logging.level", {"value": "info"}).status == 200
     assert first.put(f"{CONFIG}/agents.dead_after", {"value": 40}).status == 200
@@ -79,7 +79,7 @@ def test_the_log_level_is_in_force_in_every_instance_within_a_heartbeat(cluster:
     assert time.monotonic() - changed < 2 * HEARTBEAT + 1
 
 
-def test_a_bad_value_put_there_by_hand_breaks_no_instance(cluster: Cluster, first: Client, sql: Sql) -> None:
+def test_a_bad_value_written_by_hand_breaks_no_instance(cluster: Cluster, first: Client, sql: Sql) -> None:
     sql("""INSERT INTO config VALUES ('agents.max_concurrent', '"x"'), ('logging.level', '1e300')""")
     wait_until(lambda: all("setting-ignored" in m.log.read_text() for m in cluster.masters), HEARTBEAT)
     cluster.restart(1)
@@ -104,7 +104,7 @@ def limit(client: Client) -> int:
 
 
 def claims_until_busy(client: Client) -> int:
-    """How many claims an agent may have: what a claim goes by, as against what is shown."""
+    """Return how many claims an agent may hold: the limit that claims obey, as opposed to the one that is shown."""
     name = str(uuid.uuid4())
     team(client, name)
     for n in range(9):
@@ -116,10 +116,10 @@ def claims_until_busy(client: Client) -> int:
 
 @PRELOAD
 @pytest.mark.parametrize("text", ["agents: {max_concurrent: 3}\n", TYPO, None], ids=["changed", "broken", "gone"])
-def test_a_replaced_worker_goes_by_what_its_master_read(
+def test_a_replaced_worker_uses_the_settings_that_its_master_read(
     start_cluster: Callable[..., Cluster], options: str, text: str | None
 ) -> None:
-    """Else HTTP and upkeep of one worker had different limits, and a typo ended the instance at the next crash."""
+    """Otherwise HTTP and upkeep of a worker had different limits, and a typo ended the instance at the next crash."""
     cluster = start_cluster(1, config="agents: {max_concurrent: 2}\n", env={"GUNICORN_CMD_ARGS": options})
     file = cluster.folder / "config.yaml"
     file.unlink() if text is None else file.write_text(text)
@@ -147,7 +147,7 @@ def test_a_reload_puts_a_changed_file_in_force(start_cluster: Callable[..., Clus
     ],
     ids=["key", "log", "database"],
 )
-def test_a_reload_with_a_fault_says_so_and_changes_nothing(
+def test_a_reload_of_a_faulty_file_is_logged_and_changes_nothing(
     start_cluster: Callable[..., Cluster], text: str, reason: str, dsn: str
 ) -> None:
     config = f"database: {{type: postgres, dsn: '{dsn}'}}\nagents: {{max_concurrent: 2}}\n"
@@ -161,7 +161,7 @@ def test_a_reload_with_a_fault_says_so_and_changes_nothing(
 
 
 def reload(cluster: Cluster) -> None:
-    """SIGHUP to the master, and wait until its new worker has replaced the old one."""
+    """Send SIGHUP to the master, and wait until its new worker has replaced the old one."""
     former = cluster.pid(0)
     cluster.masters[0].send(signal.SIGHUP)
     wait_until(lambda: not os.path.exists(f"/proc/{former}"), 30)
@@ -178,7 +178,7 @@ def test_without_gunicorn_the_application_reads_the_file_itself(tmp_path: Path) 
     assert "ConfigError" in subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, check=False).stderr
 
 
-def test_two_imports_at_once_leave_one_of_them_whole(first: Client, second: Client) -> None:
+def test_two_concurrent_imports_leave_the_values_of_one(first: Client, second: Client) -> None:
     keys = [f"k{n}" for n in range(100)]
     documents = ["\n".join(f"{key}: {who}" for key in order) for who, order in (("a", keys), ("b", reversed(keys)))]
     with ThreadPoolExecutor(2) as threads:

@@ -28,7 +28,7 @@ def empty(postgres: Postgres) -> Iterator[str]:
     postgres.drop(name)
 
 
-def test_three_that_start_at_once_on_an_empty_database_find_each_other(
+def test_three_instances_that_start_at_once_on_an_empty_database_find_each_other(
     start_cluster: Callable[..., Cluster], postgres: Postgres, empty: str
 ) -> None:
     cluster = start_cluster(3, dsn=postgres.dsn(empty, tcp=True))
@@ -49,11 +49,11 @@ def test_an_instance_does_not_start_on_a_newer_schema(
     assert sql("SELECT 1 FROM instances") == []
 
 
-def test_an_instance_that_may_not_create_tables_says_what_mends_it(
+def test_an_instance_that_may_not_create_tables_prints_the_grant_that_it_needs(
     start_cluster: Callable[..., Cluster], postgres: Postgres, empty: str
 ) -> None:
     if postgres.query("SELECT current_setting('server_version_num')::int < 150000") == [(True,)]:
-        pytest.skip("before PostgreSQL 15 everybody may")
+        pytest.skip("before PostgreSQL 15 every role may create tables")
     postgres.query(f"CREATE ROLE user_{empty} LOGIN")
     try:
         with pytest.raises(AssertionError, match=rf"GRANT USAGE, CREATE ON SCHEMA public TO user_{empty}"):
@@ -75,7 +75,7 @@ def test_each_worker_of_a_gunicorn_is_an_instance_of_its_own(start_cluster: Call
     assert {one for one, _ in before[1:]} < alive
 
 
-def test_an_instance_that_is_told_to_end_leaves_nothing_in_the_registry(cluster: Cluster, sql: Sql) -> None:
+def test_an_instance_that_is_told_to_stop_removes_its_row(cluster: Cluster, sql: Sql) -> None:
     cluster.wait_healthy()
     for master in cluster.masters:
         master.stop(signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_an_instance_that_is_told_to_end_leaves_nothing_in_the_registry(cluster:
     assert sql("SELECT 1 FROM instances") == []
 
 
-def test_a_master_that_is_killed_takes_its_worker_along(cluster: Cluster, sql: Sql) -> None:
+def test_the_worker_of_a_killed_master_leaves(cluster: Cluster, sql: Sql) -> None:
     cluster.wait_healthy()
     pid = cluster.pid(0)
     cluster.masters[0].send(signal.SIGKILL)
@@ -103,7 +103,7 @@ def threads(pid: int) -> int:
 def test_the_master_never_has_a_second_thread(
     start_cluster: Callable[..., Cluster], tmp_path: Path, options: str
 ) -> None:
-    """Whatever is switched on: what such a thread does during a fork would stay half done in the worker for ever."""
+    """With every option on. What a second thread does during a fork stays half done in the worker for ever."""
     folder = tmp_path / "postgres"
     config = (
         f"database: {{type: embedded, folder: {folder}}}\nserver: {{workers: 2, drain_seconds: 0.1}}\n"
@@ -123,7 +123,7 @@ def test_the_master_never_has_a_second_thread(
     assert "master-has-threads" not in cluster.masters[0].log.read_text()
 
 
-def test_a_master_that_has_threads_says_so(start_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+def test_a_master_with_threads_is_logged(start_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
     (tmp_path / "threaded.py").write_text(
         "import threading\nfrom app import app\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
@@ -144,9 +144,7 @@ def app(environ, start_response):
 """
 
 
-def test_no_request_is_the_first_to_import_something(
-    start_cluster: Callable[..., Cluster], tmp_path: Path, sql: Sql
-) -> None:
+def test_no_request_imports_a_module(start_cluster: Callable[..., Cluster], tmp_path: Path, sql: Sql) -> None:
     (tmp_path / "with_modules.py").write_text(WITH_MODULES)
     cluster = start_cluster(1, app="with_modules:app", env={"PYTHONPATH": str(tmp_path)}, config="server: {threads: 4}")
     client = cluster.client(0)
@@ -159,7 +157,7 @@ def test_no_request_is_the_first_to_import_something(
 
 
 def all_kinds_of_requests(client: Client) -> Iterator[Answer]:
-    """Each operation of the contract, with what is there and with nonsense; and what is special to some."""
+    """Call each operation of the contract with valid and invalid requests, and some with special ones."""
     team(client, "a", "b")
     for key in ("x", "y", "z"):
         bead(client, key, **({"blocked_by": ["x"]} if key == "y" else {}))

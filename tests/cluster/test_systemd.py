@@ -31,7 +31,7 @@ def units(tmp_path: Path) -> Path:
 
 
 def analyze(*arguments: str | Path) -> str:
-    """What systemd-analyze has to say. Fails the test when it is not content."""
+    """Return what systemd-analyze prints. Fails the test when it reports a fault."""
     command = [program("systemd-analyze", "systemd"), *arguments]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert run.returncode == 0, run.stdout
@@ -43,10 +43,12 @@ def test_systemd_finds_no_fault_in_the_units(units: Path) -> None:
 
 
 def test_the_service_is_hardened(units: Path) -> None:
-    analyze("security", "--offline=true", "--threshold=15", units / "loom@8080.service")  # 1.5 of 10, where 10 is bare
+    analyze(
+        "security", "--offline=true", "--threshold=15", units / "loom@8080.service"
+    )  # 1.5 of 10, where 10 is unprotected
 
 
-def test_it_is_given_longer_to_stop_than_gunicorn_takes() -> None:
+def test_systemd_waits_longer_for_a_stop_than_gunicorn_takes() -> None:
     unit, gunicorn = (UNITS / "loom@.service").read_text(), (ROOT / "gunicorn.conf.py").read_text()
     systemds, gunicorns = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.M), re.search(r"timeout = (\d+) \+", gunicorn)
     assert systemds
@@ -56,7 +58,7 @@ def test_it_is_given_longer_to_stop_than_gunicorn_takes() -> None:
 
 @pytest.fixture
 def notified(tmp_path: Path) -> Iterator[socket.socket]:
-    """The socket on which systemd hears of a service."""
+    """The socket on which a service notifies systemd."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "notify"))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -64,7 +66,7 @@ def notified(tmp_path: Path) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_it_tells_systemd_when_it_is_ready(notified: socket.socket, dsn: str, tmp_path: Path) -> None:
+def test_the_service_notifies_systemd_when_it_is_ready(notified: socket.socket, dsn: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     env = {"NOTIFY_SOCKET": notified.getsockname(), "DATABASE_DSN": dsn, "PORT": str(free_port())}
     command = [sys.executable, "-c", "from loom.cli import main; main()", "serve"]

@@ -27,9 +27,9 @@ if left:
     new.replace(broken)
 {fault}
 """
-# By the way in which the application is broken, and what is said of it.
+# By the way in which the application is broken: its code, and the reason that is logged.
 FAULTS = {
-    # As it was found: an import that a thread of the master had begun was left half done in the worker.
+    # As it happened: an import that a thread of the master had begun was left half done in the worker.
     "an import that fails for ever": (
         "import codecs, encodings, sys\n"
         "sys.modules['encodings.idna'] = None\n"
@@ -62,7 +62,7 @@ FAULTS = {
 
 
 class Broken:
-    """The module that gunicorn loads, and how many of the workers to come it breaks."""
+    """The module that gunicorn loads, and how many of the next workers it breaks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -89,25 +89,26 @@ def broken(tmp_path: Path) -> Broken:
 
 def said(cluster: Cluster, event: str) -> list[dict[str, Any]]:
     """The lines of instance 0's log with this event."""
-    lines = cluster.masters[0].log.read_text(errors="replace").splitlines()
+    whole_lines = cluster.masters[0].log.read_text(errors="replace").rpartition("\n")[0]  # one may be half written
+    lines = whole_lines.splitlines()
     return [
         line for line in map(json.loads, filter(lambda line: line.startswith("{"), lines)) if line["event"] == event
     ]
 
 
 def failure(cluster: Cluster, number: int) -> dict[str, Any]:
-    """What the number-th worker that could not serve has said, once it has."""
+    """Wait until the worker with this number, from 0, has logged that it cannot serve, and return that line."""
     wait_until(lambda: len(said(cluster, "cannot-serve")) > number)
     return said(cluster, "cannot-serve")[number]
 
 
 def gone(sql: Sql, pid: int) -> bool:
-    """Whether the registry has nothing of a process."""
+    """Whether the registry has no row of this process."""
     return sql("SELECT 1 FROM instances WHERE (metadata->>'pid')::int = %s", pid) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_three_workers_in_a_row_that_cannot_serve_end_gunicorn_which_says_why(
+def test_three_workers_in_a_row_that_cannot_serve_end_gunicorn_with_the_reason(
     start_cluster: Callable[..., Cluster], broken: Broken, sql: Sql, fault: str
 ) -> None:
     broken.write(fault, 0)
@@ -125,7 +126,7 @@ def test_three_workers_in_a_row_that_cannot_serve_end_gunicorn_which_says_why(
     assert sql("SELECT status FROM instances WHERE status <> 'dead'") == []
 
 
-def test_a_worker_that_cannot_serve_is_replaced_and_one_that_can_begins_the_count_anew(
+def test_a_worker_that_cannot_serve_is_replaced_and_one_that_can_resets_the_count(
     start_cluster: Callable[..., Cluster], broken: Broken, sql: Sql
 ) -> None:
     broken.write("an exception", 2)
@@ -142,7 +143,7 @@ def test_a_worker_that_cannot_serve_is_replaced_and_one_that_can_begins_the_coun
     assert sql("SELECT count(*) FROM instances WHERE status = 'active'") == [(1,)]
 
 
-def test_several_workers_that_cannot_serve_are_told_of_once(
+def test_gunicorn_reports_once_that_several_workers_cannot_serve(
     start_cluster: Callable[..., Cluster], broken: Broken, sql: Sql
 ) -> None:
     broken.write("a status", 1000)

@@ -34,13 +34,13 @@ def over_http(client: Client, name: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def in_python(name: str) -> Iterator[int]:
-    """The lock as Python holds it: renewed, and known to be lost."""
+    """The lock as `locks.hold` holds it: renewed, and its loss is reported."""
     with contextlib.suppress(errors.LockLost), locks.hold(name, TTL, wait=30) as lock:
         yield lock.fencing_token
 
 
 def pause(chance: float) -> None:
-    """At times: stopped for longer than the lock lasts, by whoever wakes us."""
+    """Sometimes stop this process; the test wakes it once the lock has expired."""
     if random.random() < chance:
         os.kill(os.getpid(), signal.SIGSTOP)
 

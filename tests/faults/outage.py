@@ -1,4 +1,4 @@
-"""Promises 8 and 9 under load: what an outage of the database may cost a request, and how soon all is well again."""
+"""Promises 8 and 9 under load: what an outage of the database may cost a request, and how soon it is over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def jobs(i: int, times: int = 1) -> list[Job]:
 
 @contextlib.contextmanager
 def loaded(cluster: Cluster, times: int = 1, pause: float = 0.03) -> Iterator[list[Load]]:
-    """Load on each instance beside the block: seven clients, `times` over."""
+    """Put load on each instance while the block runs: seven clients, `times` over."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(Load([port], jobs(i, times), pause)) for i, port in enumerate(cluster.ports)]
 
@@ -45,7 +45,7 @@ def first_refusal(load: Load) -> float:
 
 
 def assert_bounded(loads: list[Load]) -> None:
-    """Every request was answered, in time, and honestly; the process said all the while that it lives."""
+    """Every request was answered within the bound, by success or 503, and /health/live always by 200."""
     for load in loads:
         assert [call for call in load.calls if call.status not in GOOD | {503}] == []
         assert [call for call in load.calls if call.seconds > BOUND + MARGIN] == []
@@ -53,7 +53,7 @@ def assert_bounded(loads: list[Load]) -> None:
 
 
 def assert_at_once(loads: list[Load], gone: float, back: float) -> None:
-    """From each instance's first 503 on, until the database was back, nobody waited for it."""
+    """From each instance's first 503 on, until the database was back, no request waited for it."""
     for load in loads:
         during = [call for call in load.calls if call.at > first_refusal(load) and call.ended < back]
         assert len(during) > 20, "the load saw nothing of the outage"

@@ -1,4 +1,4 @@
-"""Promises 1 and 2: one holder at a time, and a loser is told, whatever dies or pauses."""
+"""Promises 1 and 2: one holder at a time, and a holder that loses its lock is told, whatever dies or pauses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LOCK = "/api/v1/locks/contended"
 
 
 class Contender:
-    """A client with one wish. It keeps what it was told, and when, by its own monotonic clock."""
+    """A client that acquires the lock again and again. It records its grants, by its own monotonic clock."""
 
     def __init__(self, ports: list[int], number: int, seed: int, turns: Iterator[int]) -> None:
-        """`turns` counts the grants of all contenders, so that each fate has its share of however many there are."""
+        """`turns` counts the grants of all contenders, so that each fate gets its share however many there are."""
         self.turns = turns
         self.random = random.Random(f"{seed}/{number}")
         self.ports, self.client = ports, Patient([*ports[number % 3 :], *ports[: number % 3]])
@@ -45,7 +45,7 @@ class Contender:
         self.client.close()
 
     def hang_up(self, owner: str, ttl: int) -> None:
-        """Waits for the lock and is gone before it can be told."""
+        """Wait for the lock, and disconnect before the answer."""
         client = Client(self.random.choice(self.ports), timeout=self.random.uniform(0.1, 0.5))
         with contextlib.suppress(OSError, http.client.HTTPException):
             client.post(LOCK, {"owner": owner, "ttl_seconds": ttl, "wait_seconds": 10})
@@ -70,7 +70,7 @@ class Contender:
             sent = time.monotonic()
             answer = self.client.put(LOCK, {"fencing_token": holding.token, "ttl_seconds": holding.ttl})
             holding.hear(answer, sent)
-            assert fate != "pause" or answer.status == 409, f"renewed {holding.ttl + 0.2} s after a grant of it"
+            assert fate != "pause" or answer.status == 409, f"a grant for {holding.ttl} s was renewed too late"
             time.sleep(self.random.uniform(0, 0.03))
         holding.stop()
         holding.hear(self.client.delete(f"{LOCK}?fencing_token={holding.token}"), time.monotonic())
@@ -87,7 +87,7 @@ class Holding:
         self.lost: dict[str, Any] | None = None
 
     def stop(self) -> None:
-        """Trusts in it no more: the release is under way."""
+        """The holder no longer trusts its grant: the release is under way."""
         self.until = min(self.until, time.monotonic())
 
     def hear(self, answer: Answer, sent: float) -> None:
@@ -107,7 +107,7 @@ class Holding:
 
 @contextlib.contextmanager
 def faults(cluster: Cluster, back_ends: Callable[[], list[int]], chance: random.Random) -> Iterator[Counter[str]]:
-    """Beside the block: workers killed, workers and back ends of the database stopped beyond the TTL."""
+    """While the block runs, kill workers, and stop workers and back ends of the database for longer than the TTL."""
     over, done = threading.Event(), Counter[str]()
 
     def strike() -> None:
@@ -135,7 +135,7 @@ def faults(cluster: Cluster, back_ends: Callable[[], list[int]], chance: random.
         thread.join()
 
 
-def test_two_never_hold_a_lock_and_each_loser_is_told(
+def test_a_lock_never_has_two_holders_and_each_loser_is_told(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
     seconds = 60 if long else 12
@@ -159,7 +159,9 @@ def test_two_never_hold_a_lock_and_each_loser_is_told(
         return [pid for (pid,) in rows]
 
     threads = [threading.Thread(target=run, args=(contender,)) for contender in contenders]
-    rush = Load(cluster.ports, [use_lock("rushed", ttl_seconds=1)] * 6)  # a queue spares a lock the race for it
+    rush = Load(
+        cluster.ports, [use_lock("rushed", ttl_seconds=1)] * 6
+    )  # without a queue, so that requests race for the lock
     with rush, faults(cluster, back_ends, random.Random(seed)) as done:
         for thread in threads:
             thread.start()
@@ -170,14 +172,14 @@ def test_two_never_hold_a_lock_and_each_loser_is_told(
     for error in errors:
         raise error
 
-    time.sleep(2)  # the longest TTL: whoever died has lost it by now
+    time.sleep(2)  # the longest TTL: by now every lock that was not released has expired
     client = cluster.client(0)
     last = client.post(LOCK, {"ttl_seconds": 1}).json
     assert client.delete(f"{LOCK}?fencing_token={last['fencing_token']}").status == 204
 
     past = grants(sql, "contended")
     assert_one_holder(past)
-    assert past[-1].ended_how == "released", "a grant is without an end"
+    assert past[-1].ended_how == "released", "a grant has no end"
     assert_one_holder(rushed := grants(sql, "rushed"))
     by_token = {grant.token: grant for grant in past}
     holdings = [h for c in contenders for h in c.held]

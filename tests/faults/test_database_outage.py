@@ -10,7 +10,7 @@ from harness.history import assert_one_holder, grants
 from outage import assert_at_once, assert_bounded, assert_healed, identities, loaded
 
 
-def test_a_database_that_is_stopped_killed_and_restarted_costs_bounded_time_and_needs_no_hand(
+def test_requests_stay_bounded_and_recover_by_themselves_when_the_database_is_stopped_killed_or_restarted(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     name = own_postgres.database()
@@ -27,7 +27,7 @@ def test_a_database_that_is_stopped_killed_and_restarted_costs_bounded_time_and_
             gone = time.monotonic()
             end()
             time.sleep(seconds)
-            back = time.monotonic()  # not before: within the start it may answer already
+            back = time.monotonic()  # taken before the start, during which the server may already answer
             own_postgres.start()
             started = time.monotonic()
             assert_healed(cluster, loads, started)

@@ -1,4 +1,4 @@
-"""Promise 6 under faults: no event is skipped or doubled when instances and the database die while they number."""
+"""Promise 6 under faults: no event is skipped or doubled when instances and the database die during the numbering."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNNUMBERED = "SELECT (SELECT max(place) FROM events) - (SELECT max(place) FROM e
 
 
 def change_beads(i: int, seed: int, acknowledged: dict[tuple[str, int], dict[str, Any]]) -> Callable[[Caller], None]:
-    """A job that makes beads and changes them, and notes which versions it was told of."""
+    """A job that creates and changes beads, and records each acknowledged version."""
     chance, mine = random.Random(f"{seed}/{i}"), list[str]()
 
     def job(call: Caller) -> None:
@@ -44,7 +44,7 @@ def change_beads(i: int, seed: int, acknowledged: dict[tuple[str, int], dict[str
 
 @contextlib.contextmanager
 def numbering(postgres: Postgres, name: str) -> Iterator[int]:
-    """The back end that is numbering, held in the midst of it: some rows are written and none is committed."""
+    """Yield the pid of a back end that is blocked while it numbers: some rows are written and none is committed."""
     with (
         contextlib.suppress(psycopg2.OperationalError),
         contextlib.closing(psycopg2.connect(postgres.dsn(name))) as conn,
@@ -57,7 +57,7 @@ def numbering(postgres: Postgres, name: str) -> Iterator[int]:
         yield wait_until(lambda: postgres.query(NUMBERING, database=name), 10, 0.01)[0][0]
 
 
-def test_no_event_is_skipped_or_doubled_when_everything_dies(
+def test_no_event_is_skipped_or_doubled_whatever_dies(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], seed: int, long: bool
 ) -> None:
     name = own_postgres.database()

@@ -1,4 +1,4 @@
-"""An instance that was stopped for a while and goes on: it finds out, and held up nobody meanwhile."""
+"""An instance that was frozen for a while learns what happened meanwhile, and has blocked nobody."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.locks import BUILD, LOCKS, Sql, acquire, release
 from harness.processes import stopped
 
 
-def test_an_instance_removed_while_it_was_frozen_comes_back_as_another(
+def test_an_instance_removed_while_frozen_comes_back_with_a_new_id(
     start_cluster: Callable[..., Cluster], sql: Sql
 ) -> None:
     cluster = start_cluster(2)
@@ -34,10 +34,10 @@ def test_an_instance_removed_while_it_was_frozen_comes_back_as_another(
     wait_until(lambda: sql("SELECT count(*) FROM instances WHERE status = 'dead'") == [(1,)], 2)
 
 
-def test_a_request_that_met_a_frozen_instance_is_served_by_its_next_identity(
+def test_a_request_sent_to_a_frozen_instance_is_served_under_its_new_id(
     start_cluster: Callable[..., Cluster], sql: Sql, long: bool
 ) -> None:
-    """A host that sleeps for more than 30 s, declared dead meanwhile."""
+    """A host that sleeps for more than 30 s, and is declared dead meanwhile."""
     if not long:
         pytest.skip("sleeps for 32 s: --long")
     cluster = start_cluster(1)
@@ -51,7 +51,7 @@ def test_a_request_that_met_a_frozen_instance_is_served_by_its_next_identity(
             sql("UPDATE instances SET status = 'dead'")
             time.sleep(32)
         request.join(5)
-        time.sleep(1.5)  # or its master would take it for hung
+        time.sleep(1.5)  # otherwise its master would kill it as hung
     (answer,) = answers
     assert answer.status == 201
     after = cluster.health(0)
@@ -60,7 +60,7 @@ def test_a_request_that_met_a_frozen_instance_is_served_by_its_next_identity(
     assert sql("SELECT status FROM instances ORDER BY started_at") == [("dead",), ("active",)]
 
 
-def test_a_waiter_at_a_frozen_instance_is_passed_over(cluster: Cluster, sql: Sql) -> None:
+def test_a_waiter_at_a_frozen_instance_is_skipped(cluster: Cluster, sql: Sql) -> None:
     token = acquire(cluster.client(2), ttl_seconds=60)["fencing_token"]
     answers: dict[str, Answer] = {}
 
@@ -73,7 +73,7 @@ def test_a_waiter_at_a_frozen_instance_is_passed_over(cluster: Cluster, sql: Sql
 
     threads = [wait(0, "frozen"), wait(1, "awake")]
     with cluster.frozen(0):
-        time.sleep(2.1)  # a place lasts 2 s after its last ask
+        time.sleep(2.1)  # a place lasts 2 s after its last request
         release(cluster.client(2), token)
         wait_until(lambda: "awake" in answers, 1)
     assert answers["awake"].status == 201
@@ -87,8 +87,8 @@ def test_a_waiter_at_a_frozen_instance_is_passed_over(cluster: Cluster, sql: Sql
         thread.join()
 
 
-def test_what_an_instance_holds_for_itself_ends_when_it_is_killed(cluster: Cluster, sql: Sql) -> None:
-    """Also when it was frozen and could not have noticed; a client's lock goes on."""
+def test_the_own_locks_of_an_instance_end_when_it_is_killed(cluster: Cluster, sql: Sql) -> None:
+    """Also when it was frozen before. A client's lock is kept."""
     for i, freeze in ((0, False), (1, True)):
         health = cluster.health(i)
         assert health is not None

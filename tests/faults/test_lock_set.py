@@ -1,4 +1,4 @@
-"""Promise 1: a write that is fenced in its own transaction is never lost; and this test can see one that is not."""
+"""Promise 1: a write that is fenced in its own transaction is never lost; without fencing this test finds lost ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stopped_since(process: Process, stops: dict[int, float]) -> float:
 
 
 def run(writers: list[Process]) -> None:
-    """Until all have ended; wakes those that stopped themselves, once they have slept for long enough."""
+    """Wait until all have ended; wake those that stopped themselves, once they have slept for long enough."""
     stops: dict[int, float] = {}
     while any(writer.runs for writer in writers):
         for writer in writers:
@@ -42,7 +42,7 @@ def said(writers: list[Process], word: str) -> set[int]:
     return {int(line[1]) for line in lines if line[0] == word}
 
 
-def test_fenced_no_acknowledged_write_is_lost_and_unfenced_some_are(
+def test_no_acknowledged_write_is_lost_with_fencing_and_some_are_without(
     cluster: Cluster, dsn: str, sql: Sql, tmp_path: Path, long: bool
 ) -> None:
     sql("CREATE TABLE lock_set (name text PRIMARY KEY, numbers integer[] NOT NULL)")
@@ -63,7 +63,7 @@ def test_fenced_no_acknowledged_write_is_lost_and_unfenced_some_are(
     lost = {name: len(acknowledged[name] - kept[name]) for name in writers}
     print(f"lost {lost} of { ({name: len(some) for name, some in acknowledged.items()}) } acknowledged, {refused=}")
     assert acknowledged["fenced"] == kept["fenced"]
-    assert refused, "nobody was asleep for too long, so nothing was shown"
-    assert lost["unfenced"], "without fencing nothing was lost: this test sees nothing"
+    assert refused, "no writer slept for longer than its TTL, so nothing was tested"
+    assert lost["unfenced"], "without fencing nothing was lost: this test detects nothing"
     for name in writers:
         assert_one_holder(grants(sql, name))

@@ -1,4 +1,4 @@
-"""Promises 1 and 2 for clients that wait: what they are told as a wait ends, they hang up or they retry is true."""
+"""Promises 1 and 2 for waiters: each answer is true, also as a wait ends, a client disconnects or a client retries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRIKES = ("drain", "kill", "freeze", "restart")
 ROUND = 60.0  # seconds; after each, the answers are compared with the history
 
 
-def test_what_waiters_are_told_is_true_whatever_happens_as_their_locks_become_free(
+def test_every_answer_to_a_waiter_is_true_whatever_happens_as_its_lock_becomes_free(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
     cluster = start_cluster(config="server: {threads: 96}")
@@ -34,11 +34,11 @@ def test_what_waiters_are_told_is_true_whatever_happens_as_their_locks_become_fr
 def test_a_lock_granted_as_the_wait_for_it_ends_stays_held(
     start_cluster: Callable[..., Cluster], seed: int, long: bool
 ) -> None:
-    """No faults: the lock expires, and a poll may be under way when the request whose wait is over asks by itself."""
+    """Without faults: the lock expires as the wait ends, so that the poll and the request may both acquire it."""
     cluster = start_cluster(config="server: {threads: 96}")
     told: list[bool] = []
 
-    start = threading.Barrier(48)  # a poll that has many waiters to look at takes longer
+    start = threading.Barrier(48)  # a poll for many waiters takes longer
 
     def wait_as_it_expires(number: int) -> None:
         chance, client = random.Random(f"{seed}/{number}"), cluster.client(0)

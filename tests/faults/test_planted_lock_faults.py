@@ -1,4 +1,4 @@
-"""The race checker of test_lock_waits finds faults that are planted, so that its silence means something."""
+"""The race checker of test_lock_waits finds planted faults, so that a run without violations means something."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ROUND = 6  # seconds
     ("module", "strikes", "seen"),
     [
         ("poll_takes_back", (), "was released, not by its holder"),
-        ("poll_grants_to_gone", (), "was granted to one who had left, or was told otherwise"),
+        ("poll_grants_to_gone", (), "was granted to a client that had left, or was refused"),
         ("twin_takes_back", (), "was released, not by its holder"),
-        ("drain_forgets", ("drain",), "was granted to one who had left, or was told otherwise"),
+        ("drain_forgets", ("drain",), "was granted to a client that had left, or was refused"),
         ("hang_up_takes_back", (), "was released, not by its holder"),
-        ("hang_up_unnoticed", (), "was granted to one who had left, or was told otherwise"),
-        ("key_forgotten", (), "one key was told of"),
+        ("hang_up_unnoticed", (), "was granted to a client that had left, or was refused"),
+        ("key_forgotten", (), "one key was answered the grants"),
     ],
 )
 def test_the_race_checker_finds(

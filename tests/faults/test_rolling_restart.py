@@ -13,7 +13,7 @@ from harness.client import Answer
 from harness.load import Load, get, use_lock
 from harness.locks import BUILD, Sql, acquire
 
-# Each its own lock: a lock that is someone's would be refused, which is no failure but looks like one.
+# Each job has its own lock: a 409 because another job holds it would look like a failure.
 JOBS = [get("/api/v1/locks"), get("/health/live")] * 2 + [use_lock(f"used-{i}") for i in range(8)]
 ROUND = 15.0  # seconds within which an instance that is in use has restarted
 
@@ -46,9 +46,7 @@ def test_restarts_and_reloads_for_a_minute_lose_no_request(
     assert sql("SELECT count(*) FROM distributed_locks WHERE lock_name LIKE 'used-%%'") == [(0,)]
 
 
-def test_a_restart_answers_those_who_wait_for_a_lock_and_keeps_their_place(
-    start_cluster: Callable[..., Cluster], sql: Sql
-) -> None:
+def test_a_restart_answers_waiters_and_keeps_their_places(start_cluster: Callable[..., Cluster], sql: Sql) -> None:
     cluster = start_cluster(2)
     token = acquire(cluster.client(1), ttl_seconds=60)["fencing_token"]
     answers: list[Answer] = []
@@ -64,7 +62,7 @@ def test_a_restart_answers_those_who_wait_for_a_lock_and_keeps_their_place(
     wait_until(lambda: sql("SELECT count(*) FROM lock_waiters") == [(2,)])
     cluster.masters[0].send(signal.SIGTERM)
     first.join(2)
-    assert not first.is_alive(), "the restart waits for who waits"
+    assert not first.is_alive(), "the restart waits for the waiters"
     assert answers.pop().status == 409
     again = threading.Thread(target=wait, args=(1, "first", 5))
     again.start()

@@ -21,8 +21,8 @@ def network() -> Iterator[Network]:
     network.close()
 
 
-def judge(cluster: Cluster, silence: Silence, long: bool) -> None:
-    """More clients than threads, so that some requests are queued for a thread when the database falls silent."""
+def check_silence(cluster: Cluster, silence: Silence, long: bool) -> None:
+    """Silence the database under load. More clients than threads: some requests are queued when it falls silent."""
     cluster.wait_healthy()
     before = identities(cluster)
     with loaded(cluster, times=2, pause=0.05) as loads:
@@ -42,24 +42,24 @@ def few_threads(start_cluster: Callable[..., Cluster], dsn: str) -> Cluster:
 
 
 @pytest.mark.parametrize("tcp", [True, False], ids=["TCP", "Unix socket"])
-def test_a_server_whose_processes_are_stopped(
+def test_requests_are_bounded_when_the_processes_of_the_server_are_stopped(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], tcp: bool, long: bool
 ) -> None:
     if not tcp and not long:
         pytest.skip("much like TCP: --long")
     cluster = few_threads(start_cluster, own_postgres.dsn(own_postgres.database(), tcp=tcp))
-    judge(cluster, own_postgres.frozen, long)
+    check_silence(cluster, own_postgres.frozen, long)
 
 
-def test_a_network_that_drops_the_packets(
+def test_requests_are_bounded_when_the_network_drops_packets(
     network: Network, start_postgres: Callable[..., Postgres], start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     server = start_postgres(network=network)
     cluster = few_threads(start_cluster, server.dsn(server.database(), tcp=True))
-    judge(cluster, network.silent, long)
+    check_silence(cluster, network.silent, long)
 
 
-def test_a_pgbouncer_before_a_dead_server(
+def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_dead(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     bouncer = PgBouncer(own_postgres)
@@ -71,24 +71,24 @@ def test_a_pgbouncer_before_a_dead_server(
         own_postgres.start()
 
     try:
-        judge(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), dead, long)
+        check_silence(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), dead, long)
     finally:
         bouncer.close()
 
 
-def test_a_pgbouncer_before_a_server_whose_processes_are_stopped(
+def test_requests_are_bounded_when_the_server_behind_pgbouncer_is_stopped(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     if not long:
         pytest.skip("much like the server without it: --long")
     bouncer = PgBouncer(own_postgres)
     try:
-        judge(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), own_postgres.frozen, long)
+        check_silence(few_threads(start_cluster, bouncer.dsn(own_postgres.database())), own_postgres.frozen, long)
     finally:
         bouncer.close()
 
 
-def test_an_instance_that_nobody_asks_has_found_out_when_somebody_does(
+def test_an_idle_instance_knows_of_an_outage_before_its_next_request(
     own_postgres: Postgres, start_cluster: Callable[..., Cluster], long: bool
 ) -> None:
     if not long:

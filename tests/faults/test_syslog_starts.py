@@ -1,7 +1,7 @@
-"""With lines to a syslog server, as the guide has them, each start serves.
+"""With syslog on, as in the guide, every start serves.
 
-30 of 150 did not: a thread of the gunicorn master looked the server's name up, and with that imported a module, while
-the master forked; the worker, with half of the module, answered 500 to everything for ever.
+30 of 150 did not: while the gunicorn master forked, a thread of it looked up the server's name and imported a module
+for that. The worker got half of the module and answered 500 to every request.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def served(folder: Path, dsn: str, host: str) -> Iterator[tuple[int, Process]]:
         process.stop()
 
 
-def test_each_start_serves(tmp_path: Path, dsn: str, long: bool) -> None:
+def test_every_start_with_syslog_serves(tmp_path: Path, dsn: str, long: bool) -> None:
     def start(number: int) -> tuple[str, int, bool]:
-        # On one processor the master often forks in the midst of what a thread of it does.
+        # On one processor the master often forks while one of its threads is at work.
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
         host = ADDRESSES[number % len(ADDRESSES)]
         with served(tmp_path, dsn, host) as (status, process):

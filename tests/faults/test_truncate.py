@@ -1,4 +1,4 @@
-"""An operator at the rows by hand, under load: holders are told, nothing revives what was ended, history is whole."""
+"""Rows removed by hand, under load: holders are told, no grant is revived, and the history is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.history import assert_one_holder, grants
 from harness.load import Job, Load, use_lock
 from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost
 
-# As the guide has them.
+# As the guide shows them.
 CLEAN_LOCKS = """
 DELETE FROM distributed_locks
 WHERE expires_at < NOW();
@@ -28,7 +28,7 @@ def renew(token: int) -> Job:
 
 
 def leave_to_expire(name: str) -> Job:
-    """Takes a lock for a second, and forgets it."""
+    """A job that acquires a lock for a second and does not release it."""
     return lambda call: call("POST", LOCKS + name, {"ttl_seconds": 1, "wait_seconds": 5})
 
 

@@ -1,4 +1,4 @@
-"""What the tests stand on: real servers in processes of their own, and a client. `from harness import Cluster`."""
+"""What the tests share: real servers in processes of their own, and clients. `from harness import Cluster`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A WSGI application with answers of every kind, to see how the worker sends them."""
+"""A WSGI application with answers of every kind, to test how the worker sends them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small HTTP client: to an instance or nginx over a kept connection, or straight into the application."""
+"""HTTP clients: of an instance or nginx over a kept connection, or of the application in this process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from werkzeug.test import run_wsgi_app
 from harness import contract
 
 BOUND = 40.0  # seconds for an answer: the longest wait for a lock, and the bound for the rest
-PATIENCE = 90.0  # seconds for which somebody asks who goes on asking
+PATIENCE = 90.0  # seconds for which a Patient client retries
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `headers` are read regardless of case."""
+    """An HTTP answer. Names in `headers` are case-insensitive."""
 
     status: int
     headers: Headers
@@ -38,7 +38,7 @@ class Answer:
 
 
 class Methods:
-    """One call a method of HTTP."""
+    """One function for each HTTP method."""
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         raise NotImplementedError
@@ -60,14 +60,14 @@ class Methods:
 
 
 def _encoded(body: Any) -> bytes:
-    """Bytes go out as they are, None as no body, all else as JSON."""
+    """Return the body to send: bytes unchanged, None as no body, anything else as JSON."""
     if body is None:
         return b""
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
 class Client(Methods):
-    """One connection, dialled when needed and kept. Not for several threads at once. Nothing is ever sent twice."""
+    """One connection, opened when needed and kept. Not thread-safe. Never retries a request."""
 
     def __init__(self, url: str | int, timeout: float = BOUND) -> None:
         """`url`: of the server, or its port on the loopback."""
@@ -77,7 +77,7 @@ class Client(Methods):
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         """Send and wait for the answer. Raises OSError or http.client.HTTPException when the connection fails."""
         sock = self._conn.sock
-        if sock is not None and select.select([sock], [], [], 0)[0]:  # closed by the server since
+        if sock is not None and select.select([sock], [], [], 0)[0]:  # the server has closed it
             self._conn.close()
         try:
             self._conn.request(method, path, _encoded(body) or None, headers or {})
@@ -92,13 +92,13 @@ class Client(Methods):
 
 
 class Patient(Methods):
-    """Asks, each server in turn, until somebody answers, as one must who cannot know whether a lost answer was a yes.
+    """Retries each request, at each server in turn, until one answers.
 
-    What is asked for must bear that, as with an Idempotency-Key. `lost` counts the answers that it did without.
+    Requests must be safe to retry, for example by an Idempotency-Key. `lost` counts the failed tries by their reason.
     """
 
     def __init__(self, servers: Sequence[str | int], timeout: float = BOUND) -> None:
-        """`timeout`: seconds until it asks again."""
+        """`timeout`: seconds until it retries."""
         self._clients = [Client(server, timeout) for server in servers]
         self.lost: Counter[str] = Counter()
 
@@ -124,15 +124,15 @@ class Patient(Methods):
 
 
 def _in_progress(answer: Answer) -> bool:
-    """Whether a former try of the same request is still at it."""
+    """Whether an earlier try of the same request is still being processed."""
     return answer.status == 409 and answer.json["type"] == "/problems/in-progress"
 
 
 class AppClient(Methods):
-    """Calls the application in this process, with the environ that gunicorn makes of the same bytes."""
+    """Calls the application in this process, with the environ that gunicorn would make."""
 
     def __init__(self, app: Flask, sock: socket.socket | None = None) -> None:
-        """`sock`: what the application takes for the client's connection."""
+        """`sock`: passed to the application as the client's connection."""
         self._app, self._sock = app, sock
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:

@@ -36,7 +36,7 @@ class Cluster:
     ) -> None:
         """Start and wait until they serve.
 
-        `config`: what stands in config.yaml; `env`: added to the environment; `app`: what gunicorn loads.
+        `config`: the text of config.yaml; `env`: added to the environment; `app`: what gunicorn loads.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-cluster-"))
         self.ports = [free_port() for _ in range(count)]
@@ -68,7 +68,7 @@ class Cluster:
 
     @property
     def nginx_url(self) -> str:
-        assert self._nginx is not None, "made without nginx"
+        assert self._nginx is not None, "started without nginx"
         return self._nginx.url
 
     def nginx_client(self, timeout: float = 40.0) -> Client:
@@ -81,19 +81,19 @@ class Cluster:
         return self.masters[i].pid
 
     def pid(self, i: int) -> int:
-        """The process number of instance i's worker: the last that its master said it booted."""
-        booted = re.findall(r"Booting worker with pid: (\d+)", self.masters[i].log.read_text(errors="replace"))
+        """The process number of instance i's worker: the last one in its master's log."""
+        booted = re.findall(r"Booting worker with pid: (\d+)\D", self.masters[i].log.read_text(errors="replace"))
         return int(booted[-1])
 
     def kill(self, i: int) -> int:
-        """SIGKILL to the worker, whose number it returns; the master starts another."""
+        """Kill the worker by SIGKILL and return its process number; the master starts another."""
         pid = self.pid(i)
         os.kill(pid, signal.SIGKILL)
         return pid
 
     @contextlib.contextmanager
     def frozen(self, i: int) -> Iterator[None]:
-        """The worker stopped by SIGSTOP."""
+        """Keep the worker stopped by SIGSTOP."""
         with stopped([self.pid(i)]):
             yield
 
@@ -103,12 +103,12 @@ class Cluster:
         self.start(i)
 
     def start(self, i: int) -> None:
-        """Start gunicorn i again, after whatever ended it, and wait until it serves."""
+        """Start gunicorn i again, once it has ended, and wait until it serves."""
         self.masters[i] = self._start(i)
         self.wait_serving(i)
 
     def wait_serving(self, i: int, timeout: float = 20.0) -> None:
-        """Wait until instance i answers at all, be it 503."""
+        """Wait until instance i answers anything, even 503."""
 
         def serves() -> bool:
             assert self.masters[i].runs, f"gunicorn {i} ended:\n{self.masters[i].last_lines()}"
@@ -117,7 +117,7 @@ class Cluster:
         wait_until(serves, timeout, 0.02)
 
     def health(self, i: int, timeout: float = 10.0) -> dict[str, Any] | None:
-        """What instance i's /health says, or None when it cannot be reached."""
+        """What instance i answers to GET /health, or None when it cannot be reached."""
         client = Client(self.ports[i], timeout)
         with contextlib.suppress(OSError), contextlib.closing(client):
             return client.get("/health").json
@@ -134,7 +134,7 @@ class Cluster:
         wait_until(all_healthy, timeout, 0.05)
 
     def close(self) -> None:
-        """Stop everything; pytest shows the logs' ends when the test failed."""
+        """Stop everything and print the end of each log, which pytest shows when the test has failed."""
         for client in self._clients:
             client.close()
         if self._nginx is not None:
@@ -146,9 +146,8 @@ class Cluster:
                 master.send(signal.SIGINT)
         for i, master in enumerate(self.masters):
             master.stop(signal.SIGINT)
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # what it left behind, such as who tells a database that is away
+            # Its other children, such as the one that reports a dead worker to an unreachable database.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(master.pid, signal.SIGKILL)
             print(f"--- gunicorn {i} on port {self.ports[i]}\n{master.last_lines()}")
         shutil.rmtree(self.folder, ignore_errors=True)

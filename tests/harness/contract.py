@@ -1,4 +1,4 @@
-"""Holds answers against the OpenAPI document: nothing may be answered that it does not tell of."""
+"""Checks answers against the OpenAPI document: it must describe everything that is answered."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from loom.routes import openapi
 if TYPE_CHECKING:
     from harness.client import Answer
 
-TOLD = ("ETag", "Link", "Retry-After", "Idempotency-Replayed")  # the headers that mean something
-SLASHES = ("/api/v1/locks/{name}", "/api/v1/file-locks/{project_id}/{path}")  # whose last part may hold them
+HEADERS = ("ETag", "Link", "Retry-After", "Idempotency-Replayed")  # those that clients rely on
+SLASHES = ("/api/v1/locks/{name}", "/api/v1/file-locks/{project_id}/{path}")  # the last parameter may contain slashes
 
 
 @functools.cache
@@ -35,16 +35,16 @@ def operation(method: str, path: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def check(method: str, path: str, answer: Answer) -> None:
-    """Asserts that the document tells of such an answer. Of what it has no operation, it says nothing."""
+    """Assert that the document describes this answer. Does nothing where the document has no such operation."""
     found = operation(method, path.partition("?")[0])
     if found is None:
         return
-    template, asked = found
+    template, described = found
     where = f"{method} {template}: {answer.status} {answer.body[:1000]!r}"
-    told = asked["responses"].get(str(answer.status))
+    told = described["responses"].get(str(answer.status))
     assert told is not None, f"{where}: no such status in the contract"
     told = resolved(told)
-    for name in TOLD:
+    for name in HEADERS:
         assert name not in answer.headers or name in told.get("headers", {}), f"{where}: {name} is not in the contract"
     if "ETag" in told.get("headers", {}):
         assert "ETag" in answer.headers, f"{where}: no ETag"
@@ -69,7 +69,7 @@ def resolved(node: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _patterns() -> list[tuple[re.Pattern[str], str]]:
-    """Those with fewer parameters first: /beads/claim is no bead."""
+    """Paths with fewer parameters come first: /beads/claim is not the bead `claim`."""
     found = []
     for template in sorted(document()["paths"], key=lambda path: path.count("{")):
         text = re.sub(r"\\\{[^}]*\\\}", "[^/]+", re.escape(template))
@@ -79,7 +79,7 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 
 @functools.cache
 def _validator(schema: str) -> Any:
-    """For a schema within the document, closed: it has no keys that are not told."""
+    """Return a validator for a schema of the document that refuses keys the schema does not have."""
     told = json.loads(schema)
     closed = {**told, "unevaluatedProperties": False} if told.get("type") != "array" else told
     if told.get("type") == "array":

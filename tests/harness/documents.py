@@ -1,4 +1,4 @@
-"""README.md and docs/ as tests read them: their code blocks, and a shell that runs those blocks as a reader does."""
+"""The code blocks of README.md and docs/, and a shell that runs them as a reader does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ END = "--- end of block, status"
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: `line` is that of its first line, `tests` those that cover it when it does not run."""
+    """A fenced block: `line` is the number of its first line, `tests` cover it when it does not run."""
 
     line: int
     language: str
@@ -39,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Ran:
-    """A block that ran, what the document shows under it (None: nothing), and what happened."""
+    """A block that ran, the output that the document shows (None: no output), and the real one."""
 
     block: Block
     shown: str | None
@@ -48,7 +48,7 @@ class Ran:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with the block, or None."""
+        """Why the block is wrong, or None."""
         if self.status:
             return f"ends with status {self.status}"
         if self.shown is None:
@@ -75,7 +75,7 @@ def blocks(markdown: str) -> list[Block]:
 
 
 def unclear(markdown: str) -> list[str]:
-    """Return what may be a command but is no block of a known language, each with its line."""
+    """Return a message with the line for each possible command that is in no block of a known language."""
     lines = markdown.splitlines()
     known = COMMANDS | OTHER | {"output"}
     faults = []
@@ -97,7 +97,7 @@ def unclear(markdown: str) -> list[str]:
 
 
 def is_test(name: str) -> bool:
-    """Whether there is such a test, named as pytest does: tests/service/test_locks.py::test_x."""
+    """Whether a test exists, named as in pytest: tests/service/test_locks.py::test_x."""
     path, _, function = name.partition("::")
     file = ROOT / path
     return file.is_file() and re.search(rf"^def {re.escape(function)}\(", file.read_text(), re.MULTILINE) is not None

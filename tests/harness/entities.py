@@ -1,4 +1,4 @@
-"""The kinds of shared state as a test makes them, and what holds of all."""
+"""The kinds of shared state, for tests that hold for all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROJECTS = "/api/v1/projects"
 
 
 class Kind(NamedTuple):
-    """path: of one entity, "x". text, other: two fields that hold text."""
+    """`path` of the entity "x", `new`: the body that creates it; `text` and `other` name two fields that hold text."""
 
     name: str
     path: str
@@ -36,7 +36,7 @@ KINDS = [
 
 
 def entity(client: Methods, kind: Kind) -> dict[str, Any]:
-    """A new one, in a project."""
+    """Create the entity "x", and the project that it belongs to."""
     if kind.name != "project":
         client.post(PROJECTS, {"id": PROJECT, "name": "p", "git_repo": "r", "branch": "b"})
     return make(client, kind.list, **kind.new)

@@ -1,4 +1,4 @@
-"""The feed of events as a client follows it, and what it tells of the entities."""
+"""The feed of events as a client follows it, and the entities that result from it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Event = dict[str, Any]
 
 FEED = "/api/v1/events"
 
-# Of an entity's JSON: what no event tells of, and of an event what is no field of the entity.
+# Fields of an entity that no event has, and `changes` of an event that are no fields of its entity.
 DERIVED = {"blocks", "children", "open_blockers", "open_children", "current_bead", "open_claims", "agents", "comments"}
 LEASE = {"lease_seconds", "lease_expires_at", "claimed_at", "not_before", "heartbeat_at", "last_active"}
-UNTOLD = {*DERIVED, *LEASE, "updated_at"}
+NOT_IN_EVENTS = {*DERIVED, *LEASE, "updated_at"}
 REMARKS = {"claim_ended", "reason"}
 
 
 def read(client: Methods, after: int | None = 0, **query: Any) -> tuple[list[Event], int]:
-    """One page, and where to go on."""
+    """Return one page and the next cursor."""
     words = {} if after is None else {"after": after}
     answer = client.get(FEED + "?" + "&".join(f"{name}={value}" for name, value in (words | query).items()))
     assert answer.status == 200, answer
@@ -36,7 +36,7 @@ def read(client: Methods, after: int | None = 0, **query: Any) -> tuple[list[Eve
 
 
 def follow(client: Methods, after: int = 0, **query: Any) -> Iterator[Event]:
-    """All that follows the cursor, until nothing more comes."""
+    """Yield all events after the cursor, until a page is empty."""
     while True:
         found, on = read(client, after, **query)
         yield from found
@@ -46,9 +46,9 @@ def follow(client: Methods, after: int = 0, **query: Any) -> Iterator[Event]:
 
 
 class Follower(threading.Thread):
-    """Follows the feed, from server to server, and asks again from the same cursor when it was not answered.
+    """Follows the feed; retries from the same cursor at the next server when a request fails.
 
-    `seen`: what it was told; `longest`: seconds that one answer took.
+    `seen`: the events; `longest`: seconds that the slowest answer took.
     """
 
     def __init__(self, servers: Sequence[str | int], first: int = 0, limit: int = 50) -> None:
@@ -85,7 +85,7 @@ class Follower(threading.Thread):
 
 
 def assert_in_order(events: Iterable[Event]) -> None:
-    """Ids grow, and each entity has every version once, in order; after its deletion it may begin again."""
+    """Ids grow, and each entity has every version once, in order; after a deletion they may start at 1 again."""
     last, versions = 0, defaultdict[tuple[str, str], int](int)
     for event in events:
         assert event["id"] > last, f"{event} after {last}"
@@ -95,7 +95,7 @@ def assert_in_order(events: Iterable[Event]) -> None:
 
 
 def replay(events: Iterable[Event]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every entity there is at the end, by its kind and id, from the changes alone."""
+    """Return the entities that exist at the end, by kind and id, from the changes alone."""
     entities: dict[tuple[str, str], dict[str, Any]] = {}
     for event in events:
         entity = event["entity_type"], event["entity_id"]
@@ -108,13 +108,13 @@ def replay(events: Iterable[Event]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def differences(replayed: dict[str, Any], entity: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields in which an entity, as GET answers it, is not what the feed makes of it."""
-    pairs = {name: (replayed.get(name), entity.get(name)) for name in (replayed.keys() | entity.keys()) - UNTOLD}
+    """Return the fields in which an entity, as GET answers it, differs from the one replayed from the feed."""
+    pairs = {name: (replayed.get(name), entity.get(name)) for name in (replayed.keys() | entity.keys()) - NOT_IN_EVENTS}
     return {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
 
 
 def _plain(value: Any) -> Any:
-    """One form for what is empty or left out, and for a time."""
+    """Return one form for empty and absent values, and one for times."""
     if isinstance(value, str) and len(value) > 18 and value[10:11] == "T":
         try:
             return datetime.fromisoformat(value.replace("Z", "+00:00"))

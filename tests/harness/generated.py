@@ -1,6 +1,6 @@
-"""Hooks of schemathesis: what it generates reaches what is there, and waits for nothing long. Loaded by its command.
+"""Hooks of schemathesis: generated requests use entities that exist, and do not wait for long. Loaded by its command.
 
-CONTRACT_WORLD names a file with what is there, CONTRACT_SEEN one that takes what was answered, a line a call.
+CONTRACT_WORLD names a file with the existing entities, CONTRACT_SEEN one that gets a line for each answer.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ numbers = itertools.count(1)
 
 @schemathesis.hook
 def filter_query(context: HookContext, query: dict[str, Any]) -> bool:
-    """An empty object or list vanishes in a URL: what was to be a bad request is a good one."""
+    """An empty object or list vanishes in a URL, so that a request meant to be invalid is valid."""
     return not any(value in ({}, []) for value in (query or {}).values())
 
 
 @schemathesis.hook
 def filter_failure(context: HookContext, failure: Failure, case: Case, response: Response) -> bool:
-    """A request line beyond 8,190 bytes is refused by gunicorn, before the application sees it."""
+    """gunicorn refuses a request line beyond 8,190 bytes before the application sees it."""
     return response.status_code != 414
 
 
@@ -41,7 +41,7 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     for part in (case.query, case.body):
         if isinstance(part, dict) and str(part.get("wait_seconds")) in LONG:
             part["wait_seconds"] = 0
-    if (case.headers or {}).get("Idempotency-Key", "").isalnum():  # else one is the retry of another
+    if (case.headers or {}).get("Idempotency-Key", "").isalnum():  # otherwise one would be the retry of another
         case.headers["Idempotency-Key"] = f"key-{os.getpid()}-{next(numbers)}"
     if case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE:
         _reach(case)
@@ -54,7 +54,7 @@ def after_call(context: HookContext, case: Case, response: Response) -> None:
 
 
 def _reach(case: Case) -> None:
-    """Puts ids and tokens that exist for most of those in a good request."""
+    """Replace most ids and tokens of a valid request by ones that exist."""
     parts = case.path.split("/")
     named = case.path_parameters or {}
     doomed = case.method == "DELETE" and parts[-1] == "{id}"
@@ -64,7 +64,9 @@ def _reach(case: Case) -> None:
         if not isinstance(part, dict):
             continue
         for name in part.keys() & WORLD.keys():
-            if chance.random() < (0.3 if (case.method, name) == ("POST", "name") else 0.9):  # to acquire others, too
+            if chance.random() < (
+                0.3 if (case.method, name) == ("POST", "name") else 0.9
+            ):  # so that new locks are acquired, too
                 part[name] = chance.choice(WORLD[name])
         for name in part.keys() & {"blocked_by", "blocks", "children", "related_to"}:
             part[name] = chance.sample(WORLD["bead_id"], 2)

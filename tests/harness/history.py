@@ -1,4 +1,4 @@
-"""What the history of grants and claims must look like, whatever was done to their holders."""
+"""Rules that the history of grants and claims must keep, whatever was done to their holders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.locks import Sql
 
 @dataclass(frozen=True)
 class Past:
-    """A grant as the database remembers it; `ended_at` and `ended_how` are None for the one in distributed_locks."""
+    """A grant in the database; `ended_at` and `ended_how` are None for the one in distributed_locks."""
 
     token: int
     owner: str
@@ -23,7 +23,7 @@ class Past:
 
 
 def grants(sql: Sql, name: str) -> list[Past]:
-    """Every grant of a lock, in the order in which they began."""
+    """Return every grant of a lock, in the order in which they began."""
     rows = sql(
         """
         SELECT fencing_token, owner, acquired_at, expires_at, ended_at, ended_how FROM grants WHERE lock_name = %s
@@ -38,7 +38,7 @@ def grants(sql: Sql, name: str) -> list[Past]:
 
 
 def assert_one_holder(past: list[Past]) -> None:
-    """No two overlap by the database's clock, tokens grow, and only the last may still be without its end."""
+    """No two overlap by the database's clock, tokens grow, and only the last may have no end yet."""
     for former, later in itertools.pairwise(past):
         assert former.ended_at is not None, f"{former} has no end, yet {later} followed"
         assert former.ended_at <= later.acquired_at, f"{former} overlaps {later}"
@@ -50,7 +50,7 @@ def assert_one_holder(past: list[Past]) -> None:
 
 
 class PastClaim(NamedTuple):
-    """A claim that has ended, as the database remembers it."""
+    """A claim in the database that has ended."""
 
     token: int
     bead: str
@@ -62,7 +62,7 @@ class PastClaim(NamedTuple):
 
 
 def claims(sql: Sql) -> dict[str, list[PastClaim]]:
-    """Every claim that has ended, by bead, in the order of the tokens."""
+    """Return every claim that has ended, by bead, in the order of the tokens."""
     rows = sql(
         "SELECT fencing_token, bead_id, agent_id, claimed_at, lease_expires_at, ended_at, ended_how"
         "  FROM claims ORDER BY bead_id, fencing_token"
@@ -71,7 +71,7 @@ def claims(sql: Sql) -> dict[str, list[PastClaim]]:
 
 
 def assert_one_claimant(past: list[PastClaim]) -> None:
-    """No two of a bead overlap by the database's clock, tokens grow, and none lapsed too early."""
+    """No two claims of a bead overlap by the database's clock, and none lapsed too early."""
     for former, later in itertools.pairwise(past):
         assert former.ended_at <= later.claimed_at, f"{former} overlaps {later}"
     for claim in past:

@@ -1,4 +1,4 @@
-"""Load on bounded threads, with a record of every answer: what a user would have seen of a fault."""
+"""Load from a fixed number of threads, with a record of every answer: what users see of a fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.client import Answer, Client
 
 @dataclass(frozen=True)
 class Call:
-    """One request: `at` is when it was sent (monotonic), `status` 0 and `said` the fault when no whole answer came."""
+    """One request, sent at `at` (monotonic). Without a whole answer, `status` is 0 and `said` the error."""
 
     at: float
     seconds: float
@@ -36,7 +36,7 @@ class Caller:
         self._calls = calls
 
     def __call__(self, method: str, path: str, body: Any = None) -> Answer | None:
-        """The answer, or None when there was none."""
+        """Return the answer, or None when there was none."""
         sent = time.monotonic()
         try:
             answer = self._clients[0].request(method, path, body)
@@ -57,10 +57,10 @@ Job = Callable[[Caller], object]
 
 
 class Load:
-    """Each of `jobs` on a thread of its own, again and again until the block ends; `calls` are the answers."""
+    """Runs each of `jobs` on a thread of its own, repeatedly until the block ends; `calls` are the answers."""
 
     def __init__(self, servers: Sequence[str | int], jobs: Sequence[Job], pause: float = 0.02) -> None:
-        """`servers`: URLs or ports, among which the threads are shared out; `pause`: seconds between two runs."""
+        """`servers`: URLs or ports, among which the threads are distributed; `pause`: seconds between two runs."""
         self.calls: list[Call] = []
         self._pause, self._over, self._faults = pause, threading.Event(), list[BaseException]()
         self._threads = [
@@ -74,7 +74,7 @@ class Load:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Waits for the answers that are still to come. Raises what a job raised."""
+        """Wait for the outstanding answers. Raises what a job raised."""
         self._over.set()
         for thread in self._threads:
             thread.join()
@@ -92,7 +92,7 @@ class Load:
             caller.close()
 
     def between(self, start: float, end: float = float("inf")) -> list[Call]:
-        """The calls sent from `start` to `end`."""
+        """Return the calls sent from `start` to `end`."""
         return [call for call in self.calls if start <= call.at <= end]
 
     def statuses(self) -> Counter[int]:
@@ -105,7 +105,7 @@ def get(path: str) -> Job:
 
 
 def use_lock(name: str, ttl_seconds: int = 30) -> Job:
-    """A job that writes: takes a lock, renews it, and gives it back."""
+    """A job that writes: acquires a lock, renews and releases it."""
 
     def job(call: Caller) -> None:
         taken = call("POST", f"/api/v1/locks/{name}", {"ttl_seconds": ttl_seconds})

@@ -1,4 +1,4 @@
-"""The lock interface as a test calls it, and what it must answer."""
+"""Requests to the lock interface, and checks of their answers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def instant(text: str) -> datetime:
 
 
 def seconds(grant: dict[str, Any]) -> float:
-    """From the last acquire or renewal to its end."""
+    """Return the seconds from the last acquire or renewal to the end of the grant."""
     return round((instant(grant["expires_at"]) - instant(grant["heartbeat_at"])).total_seconds(), 3)
 
 
 def wait_expired(sql: Sql, name: str = "build") -> None:
-    """Until the database's clock says so."""
+    """Wait until the grant has expired by the database's clock."""
     wait_until(
         lambda: sql("SELECT expires_at <= clock_timestamp() FROM distributed_locks WHERE lock_name = %s", name)[0][0]
     )

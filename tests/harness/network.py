@@ -1,4 +1,4 @@
-"""A network of two hosts on one machine, where packets can be made to vanish."""
+"""A network of two hosts on one machine that can drop all packets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _numbers = itertools.count()
 
 
 class Network:
-    """This host, and another at `address` where what is run after `command` lives."""
+    """This host and another at `address`; commands run there when prefixed by `command`."""
 
     def __init__(self) -> None:
-        """Needs root: skips the test without, or fails where CI=true."""
+        """Needs root; without it the test is skipped, or fails where CI=true."""
         self._ip = program("ip", "iproute2")
         name = f"loom{os.getpid()}x{next(_numbers)}"[-15:]
         self._name, self._here, self._there = name, f"{name}h"[-15:], f"{name}t"[-15:]
@@ -47,7 +47,7 @@ class Network:
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
-        """No packet arrives at either end, and no end is told: no refusal, no reset."""
+        """Drop all packets in both directions: neither end sees a refusal or a reset."""
         self._run("neighbour", "replace", self.address, "lladdr", NOWHERE, "nud", "permanent", "dev", self._here)
         self._run(
             "-n", self._name, "neighbour", "replace", self._ours, "lladdr", NOWHERE, "nud", "permanent", "dev",

@@ -16,7 +16,7 @@ from loom import embedded
 
 
 class PgBouncer:
-    """Hands connections on to `server`, each for the length of a transaction; stands in the server's folder."""
+    """Passes connections on to `server`, each for one transaction; its files are in the server's folder."""
 
     def __init__(self, server: Postgres, pool_size: int = 20) -> None:
         self.port = free_port()
@@ -30,7 +30,7 @@ class PgBouncer:
             "default_pool_size": pool_size,
             "max_client_conn": 1000,
             "server_tls_sslmode": "disable",
-            "server_login_retry": 1,  # seconds; with its 15 an outage lasts so much longer
+            "server_login_retry": 1,  # seconds; the default of 15 would prolong an outage
         }
         lines = [f"{name} = {value}" for name, value in settings.items()]
         target = f"* = host=127.0.0.1 port={server.port} user={SUPERUSER}"

@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own, which a test may stop, kill and freeze."""
+"""PostgreSQL servers that the tests start, and may stop, kill and freeze."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Postgres:
 
     @property
     def pid(self) -> int:
-        """The postmaster's."""
+        """The process number of the postmaster."""
         assert self.process is not None
         return self.process.pid
 
@@ -123,7 +123,7 @@ class Postgres:
         ]
 
         def answers() -> bool:
-            if self.process is None or not self.process.runs:  # after a kill -9 the former back ends end by and by
+            if self.process is None or not self.process.runs:  # after kill() it fails while old back ends run
                 self.process = Process(command, self.log, last=signal.SIGINT)
             with contextlib.suppress(psycopg2.OperationalError):
                 return bool(self.query("SELECT 1"))
@@ -132,7 +132,7 @@ class Postgres:
         wait_until(answers, 60, 0.05)
 
     def stop(self) -> None:
-        """End it in order, its sessions cut ("fast")."""
+        """Shut the server down and end its sessions ("fast")."""
         if self.process is not None:
             self.process.stop(signal.SIGINT, 30)
 
@@ -147,12 +147,12 @@ class Postgres:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """The whole server stopped by SIGSTOP: connections stay, nothing answers."""
+        """Keep the whole server stopped by SIGSTOP: connections stay open, and nothing answers."""
         with stopped([self.pid]), stopped(children(self.pid)):
             yield
 
     def database(self) -> str:
-        """Make a database with Loom's schema, and return its name."""
+        """Create a database with Loom's schema, and return its name."""
         if not self.query("SELECT 1 FROM pg_database WHERE datname = %s", TEMPLATE):
             self.query(f"CREATE DATABASE {TEMPLATE}")
             db.migrate(self.dsn(TEMPLATE))
@@ -164,7 +164,7 @@ class Postgres:
         return name
 
     def drop(self, database: str) -> None:
-        """Remove a database, if the server runs at all."""
+        """Remove a database, if the server runs."""
         if self.process is None or not self.process.runs:
             return
         self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)

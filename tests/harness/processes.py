@@ -1,4 +1,4 @@
-"""Child processes that end with the tests, ports that nobody else takes, and waiting for conditions."""
+"""Child processes that end with the tests, reserved ports, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from loom.embedded import parent_bound
 
 T = TypeVar("T")
 
-PORTS = range(10_000, 32_000)  # below those that outgoing connections get by themselves
+PORTS = range(10_000, 32_000)  # below the ports of outgoing connections
 _reserved: dict[int, socket.socket] = {}
 
 
 def wait_until(condition: Callable[[], T], timeout: float = 10.0, period: float = 0.01) -> T:
-    """Poll until `condition` gives something true, and return that. Fails the test after `timeout` seconds."""
+    """Poll until `condition` returns a true value, and return it. Fails the test after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
@@ -38,9 +38,9 @@ def wait_until(condition: Callable[[], T], timeout: float = 10.0, period: float 
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback that no test of any run on this machine gets while this process lives.
+    """Return a TCP port of the loopback that no other test run on this machine gets while this process lives.
 
-    The UDP port of the same number, which nothing here uses, is what reserves it.
+    It is reserved by its UDP port, which nothing here uses.
     """
     while True:
         port = random.SystemRandom().choice(PORTS)
@@ -59,7 +59,7 @@ def _find(name: str) -> str | None:
 
 
 def program(name: str, package: str) -> str:
-    """Return the path of a program; without it skips the test, naming Debian's package, or fails where CI=true."""
+    """Return the path of a program; if it is missing, skip the test, or fail where CI=true."""
     found = _find(name)
     if found is None:
         reason = f"{name} is not installed (Debian: apt-get install {package})"
@@ -70,7 +70,7 @@ def program(name: str, package: str) -> str:
 
 
 def version(name: str, option: str = "--version") -> str:
-    """Return the version number that a program tells, or "missing"."""
+    """Return the version number that a program prints, or "missing"."""
     path = _find(name)
     if path is None:
         return "missing"
@@ -93,9 +93,9 @@ def children(pid: int) -> list[int]:
 @contextlib.contextmanager
 def stopped(pids: Sequence[int]) -> Iterator[None]:
     """Keep processes stopped by SIGSTOP, and let them go on afterwards."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         yield
     finally:
         for pid in pids:
@@ -104,7 +104,7 @@ def stopped(pids: Sequence[int]) -> Iterator[None]:
 
 
 class Process:
-    """A child in a session of its own, so that Ctrl-C reaches the tests alone; it gets `last` when they die."""
+    """A child in a session of its own, so that Ctrl-C reaches only the tests; it gets `last` when they die."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Process:
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        """`env` is added to the environment; what the child says is appended to `log`."""
+        """`env` is added to the environment; the output of the child is appended to `log`."""
         self.log = log
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
@@ -142,7 +142,7 @@ class Process:
         return self._popen.wait(timeout)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 10.0) -> None:
-        """End it: by this signal, and if that takes too long by SIGKILL."""
+        """End it by this signal, or by SIGKILL if that takes longer than `timeout` seconds."""
         self.send(signal.SIGCONT)
         self.send(number)
         try:

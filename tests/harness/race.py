@@ -1,4 +1,4 @@
-"""Clients that race for locks whose waits end as the locks become free, and what is done to their instances then."""
+"""Clients whose waits for locks end just as the locks become free, and strikes at their instances at that moment."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from typing import Any
 from harness.client import Answer, Client
 from harness.cluster import Cluster
 from harness.history import Past
+from harness.lock_rules import Ask, History, Release, Strike, Wish, violations
 from harness.locks import LOCKS, Sql
 from harness.processes import wait_until
-from harness.told import Ask, History, Release, Strike, Wish, violations
 
-WAIT = 1  # seconds: the shortest wait that there is
-WAITS = (1, 1, 1, 3)  # of those who want a short-lived name; the longest goes on for long after some have hung up
+WAIT = 1  # seconds: the shortest wait
+WAITS = (1, 1, 1, 3)  # for short-lived names; the longest goes on long after some clients have hung up
 CROWD = 24  # clients of short-lived names
-KINDS = ("leave", "ask again", "hang up", "hang up", "hang up and leave", "two", "twins", "retry")  # of what they do
+# What a waiting client does.
+KINDS = ("leave", "ask again", "hang up", "hang up", "hang up and leave", "two", "twins", "retry")
 CONTENDED, CONTENDERS = 3, 4  # names, and clients of each
-# Seconds within which a contender that goes on asking is granted its lock. Each of the three others may die with it (a
-# TTL of 1 s) and then leave an abandoned place first in the queue (2 s): 9 s. A client that waits inside
-# a frozen instance loses its place and begins anew, perhaps several times.
+# Seconds within which a contender that goes on asking is granted its lock. Each of the three others may let it
+# expire (a TTL of 1 s) and then leave an abandoned place first in the queue (2 s): 9 s. A client that waits inside a
+# frozen instance loses its place and starts again, perhaps several times.
 PATIENCE = 45.0
 
 
@@ -54,7 +55,7 @@ def several(jobs: Sequence[Callable[[], object]], beside: Callable[[], object] =
 
 
 class Race:
-    """One run of all clients against a cluster, and what they were told."""
+    """One run of all clients against a cluster, and the answers that they got."""
 
     def __init__(self, cluster: Cluster, prefix: str, seed: str, strikes: Sequence[str]) -> None:
         """`prefix` of its locks' names; `strikes`: what is done to instances: drain, kill, freeze, restart."""
@@ -65,7 +66,7 @@ class Race:
         self._wait_ends: list[tuple[float, int]] = []  # when, and in which instance
 
     def run(self, seconds: float) -> None:
-        """Until each client has done what it was at when the time is over."""
+        """Run for so many seconds, and until each client has finished its current turn."""
         jobs = [partial(self._repeat, self._short_lived, n) for n in range(CROWD)]
         jobs += [partial(self._repeat, self._contend, n) for n in range(CROWD, CROWD + CONTENDED * CONTENDERS)]
         timer = threading.Timer(seconds, self._over.set)
@@ -78,7 +79,7 @@ class Race:
             timer.cancel()
 
     def violations(self, sql: Sql) -> list[str]:
-        """What was told and what the database remembers, compared."""
+        """Compare the answers with the history in the database."""
         offset = time.time() - time.monotonic()
         columns = "lock_name, metadata ->> 'wish', fencing_token, owner, acquired_at, expires_at"
         rows = sql(
@@ -96,7 +97,7 @@ class Race:
         return violations(self.wishes, self.strikes, History(by_name, {row[2]: row[1] for row in rows}, offset))
 
     def figures(self) -> Counter[str]:
-        """What came about."""
+        """Count strikes, answers and grants."""
         asks = [ask for wish in self.wishes for ask in wish.asks]
         counts = Counter(strike.kind for strike in self.strikes)
         counts += Counter("hung up" if ask.hung_up else str(ask.status or "lost") for ask in asks)
@@ -116,7 +117,7 @@ class Race:
     # What clients do -------------------------------------------------------------------------------------------------
 
     def _short_lived(self, chance: random.Random, number: int) -> None:
-        """A lock is freed, by its holder or by its TTL, at about the moment at which the waits for it end."""
+        """A lock becomes free, by release or expiry, at about the moment at which the waits for it end."""
         name, there, by_release = f"{self._prefix}/{next(self._numbers)}", chance.randrange(3), chance.random() < 0.6
         wait = chance.choice(WAITS)
         holder = self._wish(name, 30 if by_release else wait)
@@ -135,11 +136,11 @@ class Race:
 
         def free() -> None:
             early, late = chance.choice(((-0.002, 0.004), (-0.002, 0.004), (-0.03, 0.05)))
-            time.sleep(wait / 2)  # they have asked
+            time.sleep(wait / 2)  # by now they wait
             _, wish = chance.choice(waiters)
             moment = wish.asks[0].sent + wait + chance.uniform(early, late)
             time.sleep(max(0.0, moment - time.monotonic()))
-            # Through the waiters' own instance, which looks at its waiters at once.
+            # Through the waiters' own instance, which polls for its waiters at once.
             self._release(holder, held, there)
 
         jobs = [partial(self._wait, random.Random(chance.random()), *waiter, wait, there, ends) for waiter in waiters]
@@ -196,7 +197,7 @@ class Race:
         until: float | None = None,
         die: float = 0.3,
     ) -> Ask:
-        """One request; who first hears of a grant reads it again, and releases it or (`die` in so many cases) not."""
+        """Send one request. If it is the first with this grant, read the lock and, except by chance `die`, release."""
         ask = self._ask(wish, there, wait=wait, until=until)
         with wish.lock:
             first = ask.token is not None and len(wish.told[ask.token]) == 1
@@ -214,14 +215,14 @@ class Race:
     # One request each ------------------------------------------------------------------------------------------------
 
     def _wish(self, name: str, ttl: int, *, own: bool = True, key: bool = False) -> Wish:
-        """`own`: it names its owner; else Loom does."""
+        """`own`: the client names its owner; otherwise Loom generates one."""
         number = f"{self._prefix}/wish-{next(self._numbers)}"
         wish = Wish(number, name, ttl, f"owner of {number}" if own else None, f"key-of-{number}" if key else None)
         self.wishes.append(wish)
         return wish
 
     def _ask(self, wish: Wish, there: int, *, wait: int = WAIT, until: float | None = None) -> Ask:
-        """Asks, and hangs up at `until`."""
+        """Request the lock, and hang up at `until`."""
         ask = Ask(there, time.monotonic())
         with wish.lock:
             wish.asks.append(ask)
@@ -236,7 +237,7 @@ class Race:
             ask.hung_up, ask.ended = True, time.monotonic()
         except (OSError, http.client.HTTPException):
             ask.ended = time.monotonic()
-            time.sleep(0.02)  # who asks again at once would only burn the processor of whoever has to come back
+            time.sleep(0.02)  # an immediate retry would only take CPU time from the instance that restarts
         else:
             with wish.lock:
                 ask.said, ask.status, ask.ended = answer.json, answer.status, time.monotonic()
@@ -244,7 +245,7 @@ class Race:
         return ask
 
     def _release(self, wish: Wish, token: int, there: int) -> None:
-        """Until it is answered."""
+        """Release, and retry until it is answered."""
         with wish.lock:
             release = wish.releases[token] = Release(time.monotonic())
         answer = self._insist("DELETE", f"{LOCKS}{wish.name}?fencing_token={token}", there)
@@ -258,7 +259,9 @@ class Race:
         holds = answer.status == 200 and answer.json["fencing_token"] == ask.token
         with wish.lock:
             if not holds and heard < ask.sent + wish.ttl and ask.token not in wish.releases:
-                wish.seen.append((heard, f"{ask.token} was told, and then GET said {answer.status} {answer.json}"))
+                wish.seen.append(
+                    (heard, f"{ask.token} was granted, and then GET answered {answer.status} {answer.json}")
+                )
 
     def _insist(self, method: str, path: str, there: int) -> Answer:
         give_up = time.monotonic() + PATIENCE
@@ -272,7 +275,7 @@ class Race:
         raise AssertionError
 
     def _send(self, there: int, seconds: float, *request: Any) -> Answer:
-        """On a connection of its own: a kept one may be closed by a server that leaves, just as it is used."""
+        """Use a new connection: a server that shuts down may close a kept one just as it is used."""
         with contextlib.closing(Client(self._cluster.ports[there], seconds)) as client:
             return client.request(*request)
 
@@ -307,7 +310,9 @@ class Race:
             self._cluster.restart(i)
         elif kind == "freeze":
             with self._cluster.frozen(i):
-                time.sleep(chance.uniform(1.1, 2.3))  # beyond the short TTL, and at times beyond the life of a place
+                time.sleep(
+                    chance.uniform(1.1, 2.3)
+                )  # beyond the short TTL, and sometimes beyond the 2 s that a place lasts
         else:
             pid = self._cluster.pid(i)
             os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Being somebody else than root."""
+"""Processes of an ordinary user."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROOT = Path(loom.__file__).parents[1]
 
 
 def as_nobody() -> dict[str, Any]:
-    """Return options of Popen that start Python as an ordinary user; skips where the environment is closed to others.
+    """Return options of Popen that start Python as an ordinary user, or skip the test when no such user can run it.
 
-    Takes the system's Python of our version when ours is in a closed home folder.
+    Uses the system's Python of the same version when ours is in a home folder that others cannot read.
     """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
@@ -29,4 +29,4 @@ def as_nobody() -> dict[str, Any]:
         with contextlib.suppress(OSError):
             if subprocess.run([python, "-c", "import loom.embedded"], check=False, **options).returncode == 0:
                 return options
-    return pytest.skip("this environment is closed to other users")
+    return pytest.skip("other users cannot run this Python")

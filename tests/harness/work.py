@@ -1,4 +1,4 @@
-"""Agents and beads as a test makes and claims them."""
+"""Requests that create agents and beads and claim them, and checks of the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make(client: Methods, path: str, **body: Any) -> dict[str, Any]:
 
 
 def team(client: Methods, *agents: str) -> None:
-    """A project, and agents in it."""
+    """Create a project with agents."""
     make(client, "/api/v1/projects", id=PROJECT, name="p", git_repo="r", branch="main")
     for agent in agents:
         make(client, AGENTS, id=agent, persona_name="worker", project_id=PROJECT)
@@ -43,13 +43,13 @@ def patch(client: Methods, key: str, **fields: Any) -> dict[str, Any]:
 
 
 def ask(client: Methods, key: str, agent: str = "a", **more: Any) -> Answer:
-    """Asks for one bead."""
+    """Claim one bead, and return the answer."""
     headers = more.pop("headers", None)
     return client.post(f"{BEADS}/{quote(key)}/claim", {"agent_id": agent, **more}, headers=headers)
 
 
 def claim(client: Methods, key: str, agent: str = "a", **more: Any) -> int:
-    """Claims one bead, and returns the fencing token."""
+    """Claim one bead, and return the fencing token."""
     answer = ask(client, key, agent, **more)
     assert answer.status == 200, answer
     assert answer.json["status"] == "claimed"
@@ -57,7 +57,7 @@ def claim(client: Methods, key: str, agent: str = "a", **more: Any) -> int:
 
 
 def claim_next(client: Methods, agent: str = "a", **more: Any) -> str | None:
-    """Claims the next bead, and returns its id."""
+    """Claim the next bead, and return its id, or None."""
     answer = client.post(f"{BEADS}/claim", {"agent_id": agent, **more})
     assert answer.status in (200, 204), answer
     return answer.json["bead"]["id"] if answer.status == 200 else None
@@ -87,7 +87,7 @@ def beat(client: Methods, agent: str = "a", **body: Any) -> dict[str, Any]:
 
 
 def lapse(sql: Sql, *keys: str) -> None:
-    """Lets their leases run out."""
+    """End the leases of these beads now."""
     sql(
         "UPDATE beads SET lease_expires_at = clock_timestamp() WHERE id = ANY (%s) AND fencing_token IS NOT NULL",
         list(keys),
@@ -102,12 +102,12 @@ def assert_lost(answer: Answer, how: str | None, holder: str | None = None) -> N
 
 
 COUNTED = [
-    # what an agent has
+    # the number of claims of an agent
     """
     SELECT id, open_claims FROM agents a WHERE open_claims <> (
         SELECT count(*) FROM beads b WHERE b.assigned_to = a.id AND b.fencing_token IS NOT NULL)
     """,
-    # what keeps a bead from being ready
+    # the numbers of open blockers and children of a bead
     """
     SELECT id, status, blocked_by, open_blockers, open_children FROM beads b
      WHERE open_blockers <> (SELECT count(*) FROM beads x WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed')
@@ -117,7 +117,7 @@ COUNTED = [
     # the index of blocked_by
     "SELECT blocker_id, bead_id FROM bead_blockers EXCEPT SELECT unnest(blocked_by), id FROM beads",
     "SELECT unnest(blocked_by), id FROM beads EXCEPT SELECT blocker_id, bead_id FROM bead_blockers",
-    # every version has one event, in their order; after a deletion they begin anew
+    # every version has one event, in order; after a deletion versions start at 1 again
     """
     SELECT entity_type, entity_id, version, type FROM (
         SELECT *, lag(version) OVER w AS before, lag(type) OVER w AS type_before FROM events
@@ -138,6 +138,6 @@ COUNTED = [
 
 
 def assert_counted(sql: Sql) -> None:
-    """What is counted equals a recount."""
+    """Every counter and index equals what a recount gives."""
     wrong = [row for query in COUNTED for row in sql(query)]
     assert not wrong, wrong

@@ -1,4 +1,4 @@
-"""Bad input is the caller's 4xx that names the field; never a 500, and nothing of it is stored."""
+"""Bad input is answered by a 4xx that names the field, never by a 500, and none of it is stored."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ QUERIES = [
     ("GET", "/api/v1/locks?limit=ten", "limit"),
     ("GET", "/api/v1/locks?limit=1&after=!!!", "after"),
     ("GET", "/api/v1/locks?after=%FF", "after"),
-    ("GET", "/api/v1/locks?after=MTIz", "after"),  # a number, which is a cursor of the history
+    ("GET", "/api/v1/locks?after=MTIz", "after"),  # a number: a cursor of /grants
     ("GET", "/api/v1/locks?after=IgAi", "after"),
     ("GET", "/api/v1/locks?after=IlwAIg", "after"),
-    ("GET", "/api/v1/locks?after=Ilx1MDAwMCI", "after"),  # NUL, well written
+    ("GET", "/api/v1/locks?after=Ilx1MDAwMCI", "after"),  # an escaped NUL
     ("GET", "/api/v1/locks?after=Ilx1ZDgwMCI", "after"),  # half a surrogate pair
     ("GET", "/api/v1/locks?prefix=%00", "prefix"),
     ("GET", f"/api/v1/locks?prefix={'x' * 256}", "prefix"),
@@ -130,7 +130,7 @@ QUERIES = [
     ("GET", "/api/v1/grants?limit=-1", "limit"),
     ("GET", "/api/v1/grants?owner=a%00", "owner"),
     ("GET", "/api/v1/grants?lock_name=%0A", "lock_name"),
-    ("GET", "/api/v1/grants?after=ImEi", "after"),  # a text, which is a cursor of the list
+    ("GET", "/api/v1/grants?after=ImEi", "after"),  # a text: a cursor of /locks
     ("GET", "/api/v1/grants?after=e30", "after"),
     ("GET", "/api/v1/grants?after=dHJ1ZQ", "after"),
     ("GET", "/api/v1/grants?after=MS41", "after"),
@@ -162,7 +162,7 @@ def test_a_bad_body_of_renew_names_its_field_and_changes_nothing(client: AppClie
     assert client.get(BUILD).json == {**held, "waiting": 0}
 
 
-def test_what_is_not_json_is_told_as_older_clients_know_it(client: AppClient, sql: Sql) -> None:
+def test_a_body_that_is_not_json_gets_the_error_that_older_clients_know(client: AppClient, sql: Sql) -> None:
     for body in NOT_JSON:
         answer = client.post(BUILD, body)
         assert answer.status == 400, body[:80]
@@ -183,7 +183,7 @@ def test_a_huge_body_is_refused_unread(client: AppClient, sql: Sql) -> None:
     assert sql(STORED) == []
 
 
-def test_what_is_just_allowed_is_stored_as_it_was_sent(client: AppClient) -> None:
+def test_values_at_the_limits_are_stored_unchanged(client: AppClient) -> None:
     metadata = {
         "text": "x" * 7900,
         "numbers": [2**63, -(10**100), 0.1, 1e-7, 1e15],
@@ -226,6 +226,6 @@ def test_a_wrong_path_or_method_is_a_problem_like_any_other(
     assert ("Allow" in answer.headers) == (status == 405)
 
 
-def test_a_request_keeps_the_name_that_it_brought(client: AppClient) -> None:
+def test_an_answer_carries_the_request_id_that_was_sent(client: AppClient) -> None:
     for path in ("/health", BUILD, "/nothing"):
         assert client.get(path, headers={"X-Request-ID": "r-1"}).headers["X-Request-ID"] == "r-1"

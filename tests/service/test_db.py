@@ -1,4 +1,4 @@
-"""Every wait has a bound, what broke is replaced, and a busy database is not taken for one that is away."""
+"""Every wait has a bound, broken connections are replaced, and a busy database is not taken for an outage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TERMINATE = (
 
 @pytest.fixture
 def pool(dsn: str) -> Iterator[Pool]:
-    """Opens pools of a test's own on the test's database."""
+    """Opens pools on the test's database."""
     opened: list[Database] = []
 
     def start(**options: Any) -> Database:
@@ -51,20 +51,20 @@ def away(database: Database) -> bool:
     return database.away is not None
 
 
-# What broke is replaced
+# Broken connections are replaced
 
 
-def test_connections_that_died_idle_are_replaced_unseen(client: AppClient, sql: Sql) -> None:
+def test_idle_connections_that_died_are_replaced_without_an_error(client: AppClient, sql: Sql) -> None:
     acquire(client)
     wait_until(lambda: sql(BACKENDS, "loom") >= [(2,)])
-    sql("SELECT pg_sleep(1.1)")  # for a second after its use a connection is believed to be alive
+    sql("SELECT pg_sleep(1.1)")  # for a second after its use a connection is not checked
     sql(TERMINATE, "loom")
     wait_until(lambda: sql(BACKENDS, "loom") == [(0,)])
     assert client.get(BUILD).status == 200
     assert client.post(LOCKS + "other").status == 201
 
 
-def test_a_connection_that_dies_with_a_statement_costs_that_statement_alone(pool: Pool, sql: Sql) -> None:
+def test_a_connection_that_dies_during_a_statement_fails_only_that_statement(pool: Pool, sql: Sql) -> None:
     database = pool(application_name="cut")
     with pytest.raises(errors.Unavailable):
         ask(database, "SELECT pg_terminate_backend(pg_backend_pid())")
@@ -91,7 +91,7 @@ def test_a_lost_connection_of_a_background_thread_is_replaced(database: Database
 # Every wait has a bound
 
 
-def test_a_slow_statement_is_ended_within_the_bound_and_by_the_server(pool: Pool, sql: Sql) -> None:
+def test_a_slow_statement_is_ended_within_the_bound_also_on_the_server(pool: Pool, sql: Sql) -> None:
     database = pool(timeout=1.5, application_name="slow")
     started = time.monotonic()
     with pytest.raises(errors.Busy):
@@ -112,7 +112,7 @@ def test_the_statements_of_one_request_share_one_bound(pool: Pool) -> None:
     assert time.monotonic() - started < 1.5
 
 
-def test_a_wait_for_anothers_row_is_bounded(client: AppClient, session: Callable[[], Any]) -> None:
+def test_a_wait_for_a_row_lock_is_bounded(client: AppClient, session: Callable[[], Any]) -> None:
     acquire(client)
     with session() as conn, conn.cursor() as cursor:
         cursor.execute("SELECT FROM distributed_locks FOR UPDATE")
@@ -124,7 +124,7 @@ def test_a_wait_for_anothers_row_is_bounded(client: AppClient, session: Callable
     assert client.get(BUILD).status == 200
 
 
-def test_a_pool_in_full_use_is_a_bounded_wait_and_not_an_outage(pool: Pool) -> None:
+def test_an_exhausted_pool_is_a_bounded_wait_and_not_an_outage(pool: Pool) -> None:
     database = pool(pool_min=1, pool_max=2, timeout=1.0)
     with database.connection(), database.connection():
         started = time.monotonic()
@@ -136,7 +136,7 @@ def test_a_pool_in_full_use_is_a_bounded_wait_and_not_an_outage(pool: Pool) -> N
     assert ask(database) == 1
 
 
-def test_who_waits_for_a_connection_gets_the_next_that_is_given_back(pool: Pool) -> None:
+def test_threads_that_wait_for_a_connection_get_the_next_returned_one(pool: Pool) -> None:
     database = pool(pool_min=1, pool_max=1)
     answers: list[int] = []
     threads = [threading.Thread(target=lambda: answers.append(ask(database))) for _ in range(5)]
@@ -151,7 +151,7 @@ def test_who_waits_for_a_connection_gets_the_next_that_is_given_back(pool: Pool)
     assert time.monotonic() - started < 2
 
 
-def test_the_pool_opens_no_more_than_it_may(pool: Pool, sql: Sql) -> None:
+def test_the_pool_never_opens_more_than_its_maximum(pool: Pool, sql: Sql) -> None:
     database = pool(pool_min=1, pool_max=3, application_name="bounded")
     threads = [threading.Thread(target=ask, args=(database, "SELECT pg_sleep(0.1)")) for _ in range(12)]
     for thread in threads:
@@ -163,7 +163,7 @@ def test_the_pool_opens_no_more_than_it_may(pool: Pool, sql: Sql) -> None:
 
 
 def test_too_many_clients_is_not_an_outage(pool: Pool, dsn: str, sql: Sql) -> None:
-    """What is open goes on; what cannot be opened is told as busy."""
+    """Open connections go on working; one that cannot be opened is reported as busy."""
     (name,) = sql("SELECT current_database()")[0]
     sql(f"CREATE ROLE user_{name} LOGIN")
     database = pool(dsn=make_dsn(dsn, user=f"user_{name}"), pool_min=1, pool_max=5, timeout=1.5)
@@ -180,7 +180,7 @@ def test_too_many_clients_is_not_an_outage(pool: Pool, dsn: str, sql: Sql) -> No
 # The wrong server
 
 
-def test_a_read_only_server_is_left_and_found_again_when_it_writes(
+def test_a_read_only_server_is_an_outage_until_it_accepts_writes(
     client: AppClient, database: Database, sql: Sql
 ) -> None:
     (name,) = sql("SELECT current_database()")[0]
@@ -197,7 +197,7 @@ def test_a_read_only_server_is_left_and_found_again_when_it_writes(
     assert client.get(BUILD).status == 200
 
 
-def test_a_server_that_became_read_only_under_an_open_connection_is_left(pool: Pool, sql: Sql) -> None:
+def test_an_open_connection_that_became_read_only_is_replaced(pool: Pool, sql: Sql) -> None:
     database = pool(pool_min=1, pool_max=1)
     sql("CREATE TABLE written (n int)")
     with database.connection() as conn:
@@ -212,7 +212,7 @@ def test_a_server_that_became_read_only_under_an_open_connection_is_left(pool: P
 # One session after another
 
 
-def test_a_statements_bound_does_not_stay_with_its_connection(pool: Pool) -> None:
+def test_a_statement_timeout_does_not_stay_on_its_connection(pool: Pool) -> None:
     database = pool(pool_min=1, pool_max=1)
     with database.connection() as conn:
         db.run(conn, "SELECT 1")
@@ -243,11 +243,11 @@ def test_a_transaction_is_all_or_nothing(pool: Pool, sql: Sql) -> None:
     write(fail=False)
     assert sql("SELECT n FROM written") == [(1,), (2,)]
     with database.transaction():
-        pass  # without a statement nothing is begun
+        pass  # without a statement no transaction is begun
     assert database.usage()["idle"] == database.usage()["open"]
 
 
-def test_what_is_asked_for_inside_a_transaction_is_part_of_it(pool: Pool, sql: Sql) -> None:
+def test_a_connection_requested_inside_a_transaction_belongs_to_it(pool: Pool, sql: Sql) -> None:
     database = pool(pool_min=1, pool_max=1)
     sql("CREATE TABLE written (n int)")
     with pytest.raises(RuntimeError), database.transaction() as outer:  # noqa: PT012
@@ -266,7 +266,7 @@ def test_what_is_asked_for_inside_a_transaction_is_part_of_it(pool: Pool, sql: S
     assert database.usage() == {"open": 1, "idle": 1, "waiting": 0, "max": 1}
 
 
-def test_a_transaction_that_failed_does_not_go_on_in_the_next(pool: Pool, sql: Sql) -> None:
+def test_a_failed_transaction_does_not_affect_the_next(pool: Pool, sql: Sql) -> None:
     database = pool(pool_min=1, pool_max=1)
     sql("CREATE TABLE written (n int)")
     with pytest.raises(errors.Invalid), database.transaction() as conn:
@@ -294,7 +294,7 @@ def test_a_transaction_that_failed_does_not_go_on_in_the_next(pool: Pool, sql: S
         ("SELEC", errors.Error),
     ],
 )
-def test_what_postgresql_says_has_one_meaning(pool: Pool, sql_text: str, error: type[errors.Error]) -> None:
+def test_each_postgresql_error_has_one_error_class(pool: Pool, sql_text: str, error: type[errors.Error]) -> None:
     database = pool()
     with pytest.raises(errors.Error) as raised:
         ask(database, sql_text)
@@ -303,7 +303,7 @@ def test_what_postgresql_says_has_one_meaning(pool: Pool, sql_text: str, error: 
     assert ask(database) == 1
 
 
-def test_times_are_utc_whatever_the_server_speaks(pool: Pool, sql: Sql) -> None:
+def test_times_are_utc_whatever_the_time_zone_of_the_server(pool: Pool, sql: Sql) -> None:
     (name,) = sql("SELECT current_database()")[0]
     sql(f"ALTER DATABASE {name} SET timezone = 'Asia/Kathmandu'")
     database = pool()
@@ -316,7 +316,7 @@ def test_times_are_utc_whatever_the_server_speaks(pool: Pool, sql: Sql) -> None:
     assert held.acquired_at.tzinfo is timezone.utc
 
 
-def test_a_server_that_does_not_answer_the_door_is_away_at_once_and_no_password_is_told(
+def test_a_refused_connection_is_an_outage_at_once_and_shows_no_password(
     pool: Pool, postgres: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     database = pool(dsn=postgres.dsn("missing", tcp=True, user="nobody", password="s3cret"))
@@ -335,9 +335,9 @@ def test_background_work_goes_on_while_requests_use_up_the_pool(
     client: AppClient, database: Database, instance: Any, sql: Sql
 ) -> None:
     held = acquire(client)
-    with_all: list[Any] = [database.connection() for _ in range(10)]
-    for lease in with_all:
-        lease.__enter__()
+    borrowed: list[Any] = [database.connection() for _ in range(10)]
+    for connection in borrowed:
+        connection.__enter__()
     try:
         before = sql("SELECT last_heartbeat FROM instances")
         instance.beat()
@@ -346,6 +346,6 @@ def test_background_work_goes_on_while_requests_use_up_the_pool(
             sql("SELECT pg_sleep(1.5)")
             lock.ensure()
     finally:
-        for lease in with_all:
-            lease.__exit__(None, None, None)
+        for connection in borrowed:
+            connection.__exit__(None, None, None)
     assert client.get(BUILD).json["fencing_token"] == held["fencing_token"]

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: it is up exactly as long as somebody uses it, and whatever is killed, the data stays."""
+"""The embedded PostgreSQL runs exactly as long as a process uses it, and keeps its data whatever is killed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import psycopg2
 import pytest
+from harness.postgres import query
 from harness.users import NOBODY, as_nobody
 
 from loom import embedded
 
-# Uses the folder, says so, and lives until its standard input closes (so it ends with the tests, too).
+# Uses the folder, prints the DSN, and lives until its standard input closes (so it ends with the tests, too).
 USER = "import sys, pathlib; from loom import embedded; print(embedded.use(pathlib.Path(sys.argv[1])), flush=True); "
 LIVE = "sys.stdin.read()"
 FORK = "import os; child = os.fork(); child or sys.stdin.read(); print(child, flush=True); sys.stdin.read()"
@@ -37,6 +38,8 @@ while True:
     except psycopg2.Error:
         embedded.revive(folder)
 """
+
+wait_until = partial(harness.wait_until, timeout=20)
 
 
 class Users:
@@ -78,21 +81,31 @@ class Users:
                 continue
         return pytest.fail("no launcher runs")
 
-    def postmaster(self) -> int:
-        """Return the server's process number, 0 when there is none."""
-        file = self.folder / "data" / "postmaster.pid"
-        return int(file.read_text().split()[0]) if file.exists() else 0
+    def postmaster(self) -> int | None:
+        """Return the server's process number, or None without a server."""
+        try:  # the file comes and goes with the server, and may still be empty
+            words = (self.folder / "data" / "postmaster.pid").read_text().split()
+        except FileNotFoundError:
+            return None
+        return int(words[0]) if words else None
+
+    def server(self) -> int:
+        """Return the process number of the server that runs."""
+        return self.postmaster() or pytest.fail("no server runs")
 
     def lock_is_free(self, name: str, kind: int) -> bool:
-        with (self.folder / name).open("r+") as file:
-            try:
+        """Whether a lock file can be locked now. One that does not exist yet is free."""
+        try:
+            with (self.folder / name).open("r+") as file:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
+        except FileNotFoundError:
+            return True
+        except BlockingIOError:
+            return False
         return True
 
     def stopped_cleanly(self) -> bool:
-        return self.postmaster() == 0 and self.lock_is_free("launcher", fcntl.LOCK_EX)
+        return self.postmaster() is None and self.lock_is_free("launcher", fcntl.LOCK_EX)
 
 
 def dsn_of(process: subprocess.Popen[str]) -> str:
@@ -100,24 +113,6 @@ def dsn_of(process: subprocess.Popen[str]) -> str:
     assert process.stderr
     line = process.stdout.readline().strip()
     return line or pytest.fail(process.stderr.read())
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
-
-
-def query(dsn: str, statement: str) -> list[tuple[object, ...]]:
-    conn = psycopg2.connect(dsn)
-    try:
-        conn.autocommit = True
-        with conn.cursor() as cursor:
-            cursor.execute(statement)
-            return cursor.fetchall() if cursor.description else []
-    finally:
-        conn.close()
 
 
 @pytest.fixture
@@ -132,8 +127,7 @@ def users(folder: Path) -> Iterator[Users]:
     users = Users(folder / "pg")
     yield users
     users.kill()
-    if (users.folder / "launcher").exists():
-        wait_until(lambda: users.lock_is_free("launcher", fcntl.LOCK_EX))
+    wait_until(lambda: users.lock_is_free("launcher", fcntl.LOCK_EX))
 
 
 def test_the_server_ends_with_its_last_user_however_that_died(users: Users) -> None:
@@ -152,11 +146,11 @@ def test_a_worker_keeps_the_server_when_its_master_is_killed(users: Users) -> No
     worker = int(dsn_of(master))
     master.kill()
     master.wait()
-    server = users.postmaster()
-    dsn_of(other := users.start())  # comes and goes: the launcher looked meanwhile
+    server = users.server()
+    dsn_of(other := users.start())  # starts and ends, so that the launcher checks its users
     other.kill()
     other.wait()
-    query(dsn, "SELECT pg_sleep(0.5)")  # more than two looks of the launcher
+    query(dsn, "SELECT pg_sleep(0.5)")  # more than two checks by the launcher
     assert users.postmaster() == server
     os.kill(worker, signal.SIGKILL)
     wait_until(users.stopped_cleanly)
@@ -174,7 +168,7 @@ def test_data_survives_restarts_and_settings_keep_it_safe(users: Users) -> None:
     assert users.folder.stat().st_mode & 0o077 == 0
 
 
-def test_a_killed_launcher_takes_the_server_along_and_the_next_user_starts_both(users: Users) -> None:
+def test_a_killed_launcher_stops_the_server_and_the_next_user_starts_both(users: Users) -> None:
     query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
     os.kill(users.launcher(), signal.SIGKILL)
     wait_until(users.stopped_cleanly)
@@ -184,16 +178,16 @@ def test_a_killed_launcher_takes_the_server_along_and_the_next_user_starts_both(
 def test_a_running_user_gets_its_server_back(users: Users) -> None:
     process = users.start(DIAL)
     dsn = dsn_of(process)
-    for victim in (users.launcher, users.postmaster, users.launcher):
-        before = users.postmaster()
+    for victim in (users.launcher, users.server, users.launcher):
+        before = users.server()
         os.kill(victim(), signal.SIGKILL)
-        wait_until(partial(another_answers, users, before, dsn))
+        wait_until(partial(new_server_answers, users, before, dsn))
     assert process.poll() is None
 
 
-def another_answers(users: Users, former: int, dsn: str) -> bool:
+def new_server_answers(users: Users, former: int, dsn: str) -> bool:
     try:
-        return query(dsn, "SELECT 1") == [(1,)] and users.postmaster() not in (0, former)
+        return query(dsn, "SELECT 1") == [(1,)] and users.postmaster() not in (None, former)
     except psycopg2.Error:
         return False
 
@@ -206,9 +200,9 @@ def test_ten_simultaneous_users_of_an_empty_folder_start_one_server(users: Users
     assert log.count("running bootstrap script") == 1
 
 
-def test_a_newcomer_during_the_stop_ends_with_a_running_server(users: Users) -> None:
+def test_a_user_that_arrives_during_the_stop_gets_a_running_server(users: Users) -> None:
     users.ready()
-    server = users.postmaster()
+    server = users.server()
     os.kill(server, signal.SIGSTOP)
     users.kill()
     wait_until(lambda: not users.lock_is_free("users", fcntl.LOCK_SH))  # the launcher has begun to stop it
@@ -218,7 +212,7 @@ def test_a_newcomer_during_the_stop_ends_with_a_running_server(users: Users) -> 
     assert users.postmaster() != server
 
 
-def test_a_cut_off_initdb_is_made_good(users: Users) -> None:
+def test_an_interrupted_initdb_is_repeated(users: Users) -> None:
     process = users.start()
     wait_until(lambda: (users.folder / "data.new" / "PG_VERSION").exists())
     os.kill(users.launcher(), signal.SIGKILL)
@@ -226,31 +220,31 @@ def test_a_cut_off_initdb_is_made_good(users: Users) -> None:
     assert not (users.folder / "data.new").exists()
 
 
-def test_everything_killed_at_once_is_no_obstacle(users: Users) -> None:
+def test_the_server_starts_again_after_everything_was_killed_at_once(users: Users) -> None:
     query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
-    launcher, server = users.launcher(), users.postmaster()
+    launcher, server = users.launcher(), users.server()
     os.kill(launcher, signal.SIGSTOP)  # so that it cannot tidy up
     os.kill(server, signal.SIGKILL)
     os.kill(launcher, signal.SIGKILL)
     users.kill()
     wait_until(lambda: users.lock_is_free("launcher", fcntl.LOCK_EX))
     pid_file = users.folder / "data" / "postmaster.pid"
-    stale = pid_file.read_text().replace(str(server), str(os.getpid()), 1)  # after a reboot the number is another's
+    stale = pid_file.read_text().replace(str(server), str(os.getpid()), 1)  # another's after a reboot
     pid_file.write_text(stale)
     assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]
 
 
 @pytest.mark.parametrize("name", ["x" * 120, "a,b"])
-def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: str) -> None:
+def test_a_path_that_no_socket_can_have_works(folder: Path, name: str) -> None:
     users = Users(folder / name)
     try:
         dsn = dsn_of(users.start(DIAL))
         query(dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
         short = (users.folder / "socket").resolve()
         assert short.stat().st_mode & 0o077 == 0
-        before = users.postmaster()
+        before = users.server()
         os.kill(before, signal.SIGKILL)
-        wait_until(partial(another_answers, users, before, dsn))
+        wait_until(partial(new_server_answers, users, before, dsn))
         users.kill()
         wait_until(lambda: users.stopped_cleanly() and not short.exists())
         assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]
@@ -259,19 +253,19 @@ def test_a_path_that_no_socket_can_have_works_all_the_same(folder: Path, name: s
         wait_until(users.stopped_cleanly)
 
 
-def test_an_ordinary_user_needs_nothing_more(users: Users) -> None:
+def test_an_ordinary_user_can_run_the_server(users: Users) -> None:
     if os.geteuid() != 0:
-        pytest.skip("this run is one")
+        pytest.skip("the tests run as an ordinary user")
     os.chown(users.folder.parent, NOBODY, NOBODY)
     ordinary = as_nobody()
     query(users.ready(**ordinary), "CREATE TABLE kept AS SELECT 42 AS answer")
     assert (users.folder / "data").stat().st_uid == NOBODY
     users.kill()
     wait_until(users.stopped_cleanly)
-    assert query(users.ready(), "SELECT answer FROM kept") == [(42,)], "root may use it, too"
+    assert query(users.ready(), "SELECT answer FROM kept") == [(42,)], "root can use it"
     users.kill()
     wait_until(users.stopped_cleanly)
-    assert query(users.ready(**ordinary), "SELECT answer FROM kept") == [(42,)], "and leaves it usable"
+    assert query(users.ready(**ordinary), "SELECT answer FROM kept") == [(42,)], "and leave it to the ordinary user"
 
 
 def without(program: str, folder: Path) -> None:
@@ -298,17 +292,17 @@ def test_root_needs_no_user_namespace(users: Users, folder: Path) -> None:
     assert "run Loom as an ordinary user, or set DATABASE_DSN" in error
 
 
-def test_a_server_that_cannot_start_says_why(users: Users) -> None:
+def test_a_server_that_cannot_start_reports_why(users: Users) -> None:
     users.ready()
     users.kill()
     wait_until(users.stopped_cleanly)
     (users.folder / "data" / "PG_VERSION").write_text("12\n")
     with pytest.raises(embedded.ServerError, match="initialized by PostgreSQL version 12"):
         embedded.use(users.folder)
-    os.close(embedded._shared_locks.pop(users.folder))
+    embedded.leave(users.folder)
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(folder: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(folder: Path) -> None:
     (folder / "letter").write_text("mine")
     mode = folder.stat().st_mode
     with pytest.raises(embedded.ServerError, match=r"set database\.folder"):

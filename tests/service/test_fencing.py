@@ -46,7 +46,7 @@ def dial(database: db.Database) -> Iterator[Dial]:
 
 @pytest.fixture
 def blocked(dial: Dial, sql: Sql) -> Iterator[Run]:
-    """Starts `function(conn, ...)` on a thread and returns its future once another session holds it up."""
+    """Starts `function(conn, ...)` on a thread and returns its future once another session blocks it."""
     with ThreadPoolExecutor(4) as threads:
 
         def run(function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -74,7 +74,7 @@ def first(cursor: psycopg2.extensions.cursor) -> Any:
 
 
 def token(dsn: str) -> int:
-    """A new grant's, in whatever server and database this is."""
+    """Acquire and release a lock in this database, and return its token."""
     outcome, number, _ = query(
         dsn,
         "SELECT a.outcome, a.fencing_token, release_lock('probe', a.fencing_token, 'released', NULL)"
@@ -87,7 +87,7 @@ def token(dsn: str) -> int:
 # Tokens only grow
 
 
-def test_tokens_grow_however_grants_end_and_the_sequence_is_handled(dsn: str, sql: Sql) -> None:
+def test_tokens_grow_however_grants_end_and_the_sequence_is_changed(dsn: str, sql: Sql) -> None:
     last = token(dsn)
     for statement in (
         "SELECT 1",
@@ -108,18 +108,18 @@ def test_tokens_grow_however_grants_end_and_the_sequence_is_handled(dsn: str, sq
     assert last < 2**53, "JSON readers keep it exact"
 
 
-def test_tokens_grow_over_a_restart_and_a_power_cut_of_the_server(own_postgres: Postgres) -> None:
+def test_tokens_grow_across_a_restart_and_a_power_cut_of_the_server(own_postgres: Postgres) -> None:
     dsn = own_postgres.dsn(own_postgres.database())
     last = token(dsn)
     for end in (own_postgres.stop, own_postgres.kill):
         end()
         own_postgres.start()
         following = token(dsn)
-        assert last < following < last + 2**32, "the same history of the database goes on"
+        assert last < following < last + 2**32, "a restart is no new timeline"
         last = following
 
 
-def test_tokens_grow_over_dump_and_restore(postgres: Postgres, dsn: str) -> None:
+def test_tokens_grow_across_dump_and_restore(postgres: Postgres, dsn: str) -> None:
     file = str(postgres.folder / "dump")
     token(dsn)
     postgres.run("pg_dump", "--format=custom", f"--file={file}", "--dbname", dsn)
@@ -131,7 +131,7 @@ def test_tokens_grow_over_dump_and_restore(postgres: Postgres, dsn: str) -> None
 
 
 @pytest.mark.parametrize("granted", [0, 1])
-def test_tokens_grow_over_a_copy_of_the_database(postgres: Postgres, granted: int) -> None:
+def test_tokens_grow_across_a_copy_of_the_database(postgres: Postgres, granted: int) -> None:
     original = postgres.empty_database()
     db.migrate(postgres.dsn(original))
     for _ in range(granted):
@@ -143,7 +143,7 @@ def test_tokens_grow_over_a_copy_of_the_database(postgres: Postgres, granted: in
     postgres.drop(original)
 
 
-def test_tokens_grow_over_an_asynchronous_failover(start_postgres: Callable[..., Postgres]) -> None:
+def test_tokens_grow_across_an_asynchronous_failover(start_postgres: Callable[..., Postgres]) -> None:
     primary = start_postgres()
     name = primary.database()
     token(primary.dsn(name))
@@ -159,8 +159,8 @@ def test_tokens_grow_over_an_asynchronous_failover(start_postgres: Callable[...,
     assert token(standby.dsn(name)) > last
 
 
-def test_tokens_grow_over_one_copy_of_the_same_past_after_another(postgres: Postgres) -> None:
-    """A failover, and then back to last night's backup: neither knows what the other gave."""
+def test_tokens_grow_across_two_copies_of_the_same_database(postgres: Postgres) -> None:
+    """A failover, and then a return to last night's backup: neither copy knows the tokens of the other."""
     original = postgres.database()
     first, second = postgres.empty_database(original), postgres.empty_database(original)
     last = max(token(postgres.dsn(first)) for _ in range(100))
@@ -169,7 +169,7 @@ def test_tokens_grow_over_one_copy_of_the_same_past_after_another(postgres: Post
         postgres.drop(name)
 
 
-def test_tokens_grow_over_a_recovery_to_a_point_in_time(
+def test_tokens_grow_across_a_recovery_to_a_point_in_time(
     start_postgres: Callable[..., Postgres],
 ) -> None:
     primary = start_postgres(settings={"archive_mode": "on", "archive_command": "cp %p ../archive/%f"})
@@ -196,7 +196,7 @@ def test_tokens_grow_over_a_recovery_to_a_point_in_time(
     assert token(recovered.dsn(name)) > last
 
 
-# A token is drawn, and the clock is read, only once the lock is ours
+# A token is drawn, and the clock is read, only under the lock of the name
 
 
 def test_no_older_token_is_granted_after_a_newer_one(
@@ -216,11 +216,11 @@ def test_no_older_token_is_granted_after_a_newer_one(
     assert late.result().fencing_token > between.fencing_token
 
 
-def test_who_is_paused_between_drawing_and_granting_holds_up_the_others(
+def test_a_transaction_paused_between_drawing_its_token_and_granting_blocks_other_grants(
     session: Session, blocked: Run, sql: Sql
 ) -> None:
     with session() as holder, holder.cursor() as cursor:
-        cursor.execute(  # not committed: an insert of this name waits for our end
+        cursor.execute(  # not committed: an insert of this name waits for this transaction
             "INSERT INTO distributed_locks VALUES ('build', NULL, 'x', 1, now(), now(), now())"
         )
         drawn = sql(DRAWN)
@@ -228,14 +228,14 @@ def test_who_is_paused_between_drawing_and_granting_holds_up_the_others(
         assert sql(DRAWN) != drawn
         drawn = sql(DRAWN)
         second = blocked(locks.acquire, "build", "second", MINUTE)
-        assert sql(DRAWN) == drawn, "or it could be granted a newer token before the older one"
+        assert sql(DRAWN) == drawn, "otherwise a newer token could be granted before the older one"
         holder.rollback()
     assert paused.result().owner == "paused"
     attempt = second.result()
     assert (attempt.outcome, attempt.grant) == ("held", paused.result())
 
 
-def test_a_grant_begins_after_the_one_before_it_whoever_waited_for_whom(session: Session, blocked: Run) -> None:
+def test_a_grant_that_waited_for_the_previous_one_begins_after_its_end(session: Session, blocked: Run) -> None:
     with session() as holder, holder.cursor() as cursor:
         cursor.execute("SELECT fencing_token FROM acquire_lock('build', 'a', NULL, '30 s', NULL, false)")
         number = first(cursor)
@@ -248,7 +248,7 @@ def test_a_grant_begins_after_the_one_before_it_whoever_waited_for_whom(session:
 
 @pytest.mark.parametrize("call", ["renew", "release"])
 @pytest.mark.parametrize("way", ["name", "row"])
-def test_a_grant_that_expired_while_its_holder_was_held_up_is_lost(
+def test_a_grant_that_expired_while_its_holders_request_was_blocked_is_lost(
     database: db.Database, session: Session, blocked: Run, sql: Sql, way: str, call: str
 ) -> None:
     with database.connection() as conn:
@@ -266,7 +266,7 @@ def test_a_grant_that_expired_while_its_holder_was_held_up_is_lost(
     assert sql("SELECT 1 FROM distributed_locks WHERE expires_at > clock_timestamp()") == []
 
 
-def test_a_renewal_that_was_held_up_does_not_revive_a_forced_grant(
+def test_a_blocked_renewal_does_not_revive_a_forced_grant(
     database: db.Database, session: Session, blocked: Run, sql: Sql
 ) -> None:
     with database.connection() as conn:
@@ -320,7 +320,7 @@ def end_and_pass_on(sql: Sql, number: int) -> None:
 @pytest.mark.usefixtures("work")
 @pytest.mark.parametrize("end", [end_by_expiry, end_by_hand, end_and_pass_on])
 @pytest.mark.parametrize("write_first", [False, True])
-def test_a_write_under_a_lost_grant_does_not_happen(
+def test_a_write_under_a_lost_grant_is_rolled_back(
     database: db.Database, sql: Sql, end: Callable[[Sql, int], None], write_first: bool
 ) -> None:
     with database.connection() as conn:
@@ -339,7 +339,7 @@ def test_a_write_under_a_lost_grant_does_not_happen(
     assert sql("SELECT 1 FROM work") == []
 
 
-def test_a_token_fences_for_its_own_lock_alone(database: db.Database, dsn: str) -> None:
+def test_a_token_fences_only_its_own_lock(database: db.Database, dsn: str) -> None:
     with database.connection() as conn:
         mine = grant(conn)
     for name, number in (("other", mine.fencing_token), ("build", mine.fencing_token - 1), ("build", 2**53 - 1)):
@@ -401,7 +401,7 @@ def test_a_grant_does_not_end_before_the_write_that_it_fences_commits(
 def test_an_expired_lock_is_not_taken_before_the_write_that_it_fences_commits(
     database: db.Database, session: Session, sql: Sql
 ) -> None:
-    """Or the next holder's write could come before it. Who asks is told at once, and draws no token."""
+    """Otherwise the next holder's write could commit first. A request is refused at once and draws no token."""
     with database.connection() as conn:
         mine = grant(conn, ttl=SECOND)
         with session() as writer, writer.cursor() as cursor:
@@ -416,10 +416,10 @@ def test_an_expired_lock_is_not_taken_before_the_write_that_it_fences_commits(
     assert sql("SELECT ended_how, ended_at FROM grants") == [("expired", mine.expires_at)]
 
 
-def test_its_holder_extends_a_lock_while_a_transaction_that_it_fences_is_open(
+def test_a_holder_can_extend_its_lock_during_its_own_fenced_transaction(
     database: db.Database, session: Session
 ) -> None:
-    """Also by asking for it again: that, and all further requests for the name, waited for the transaction."""
+    """Also by acquiring again: that request, and all later ones for the name, once waited for the transaction."""
     with database.connection() as conn:
         mine = grant(conn)
         with session() as writer, writer.cursor() as cursor:
@@ -430,7 +430,7 @@ def test_its_holder_extends_a_lock_while_a_transaction_that_it_fences_is_open(
             assert renewed.expires_at > again.grant.expires_at > mine.expires_at  # type: ignore[union-attr]
 
 
-def test_who_asks_while_a_fenced_transaction_is_open_is_told_at_once(database: db.Database, session: Session) -> None:
+def test_another_owner_is_refused_at_once_during_a_fenced_transaction(database: db.Database, session: Session) -> None:
     with database.connection() as conn:
         mine = grant(conn)
     with session() as writer, writer.cursor() as cursor:

@@ -1,4 +1,4 @@
-"""Who held what, when, and how it ended: nothing that an operator or a fault does leaves a grant without its end."""
+"""The history of grants: whatever an operator or a fault does, each grant has its end there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Psql = Callable[[str], str]
 KEYS = ["lock_name", "owner", "instance_id", "fencing_token", "acquired_at", "expires_at", "heartbeat_at", "metadata"]
 KEYS += ["ended_at", "ended_how", "reason"]
 
-# The guide's, to the letter.
+# The guide's queries, to the letter.
 ACTIVE_INSTANCES = "SELECT * FROM instances WHERE last_heartbeat > NOW() - INTERVAL '60 seconds';"
 ACTIVE_LOCKS = """
 -- View active locks
@@ -72,14 +72,14 @@ def history(client: AppClient, query: str = "lock_name=build") -> list[dict[str,
     return answer.json
 
 
-def test_a_held_lock_stands_in_the_history_without_an_end(client: AppClient) -> None:
+def test_a_held_lock_is_in_the_history_without_an_end(client: AppClient) -> None:
     grant = acquire(client, owner="a", metadata={"n": 1})
     (row,) = history(client)
     assert list(row) == KEYS
     assert row == {**grant, "ended_at": None, "ended_how": None, "reason": None}
 
 
-def test_a_released_grant_keeps_all_that_it_was(client: AppClient) -> None:
+def test_a_released_grant_keeps_all_its_fields(client: AppClient) -> None:
     grant = acquire(client, owner="a", metadata={"n": 1})
     renewed = client.put(BUILD, {"fencing_token": grant["fencing_token"], "ttl_seconds": 60}).json
     release(client, grant["fencing_token"])
@@ -88,7 +88,9 @@ def test_a_released_grant_keeps_all_that_it_was(client: AppClient) -> None:
     assert instant(renewed["heartbeat_at"]) <= instant(row["ended_at"]) < instant(renewed["expires_at"])
 
 
-def test_an_expired_grant_ended_when_it_expired_whoever_cleaned_up(client: AppClient, sql: Sql, psql: Psql) -> None:
+def test_an_expired_grant_ended_at_its_expiry_however_its_row_was_removed(
+    client: AppClient, sql: Sql, psql: Psql
+) -> None:
     ways: dict[str, Callable[[str], object]] = {
         "nobody": lambda name: None,
         "next owner": lambda name: acquire(client, name, owner="b"),
@@ -104,7 +106,7 @@ def test_an_expired_grant_ended_when_it_expired_whoever_cleaned_up(client: AppCl
         assert (row["ended_how"], row["ended_at"]) == ("expired", grant["expires_at"]), name
 
 
-def test_a_forced_end_tells_why(client: AppClient) -> None:
+def test_a_forced_end_keeps_its_reason(client: AppClient) -> None:
     token = acquire(client)["fencing_token"]
     force(client, token, more="&reason=deploy%20is%20stuck%20%E2%80%93%20Eve")
     (row,) = history(client)
@@ -120,7 +122,7 @@ def test_a_forced_end_tells_why(client: AppClient) -> None:
         "TRUNCATE distributed_locks RESTART IDENTITY CASCADE",
     ],
 )
-def test_a_row_removed_by_hand_is_a_forced_end_which_its_holder_learns(
+def test_a_row_removed_by_hand_is_a_forced_end_and_its_holder_is_told(
     client: AppClient, sql: Sql, statement: str
 ) -> None:
     grant = acquire(client, owner="a")
@@ -131,12 +133,14 @@ def test_a_row_removed_by_hand_is_a_forced_end_which_its_holder_learns(
     assert grant["acquired_at"] < row["ended_at"] < grant["expires_at"]
     assert_lost(client.put(BUILD, {"fencing_token": grant["fencing_token"]}), "forced")
     assert_lost(release(client, grant["fencing_token"]), "forced")
-    assert client.get(BUILD).status == 404, "nothing revives it"
+    assert client.get(BUILD).status == 404, "the renewal did not revive it"
     assert acquire(client, owner="a")["fencing_token"] > grant["fencing_token"]
 
 
-def test_what_ended_in_time_is_not_told_as_expired_because_it_took_long(client: AppClient, sql: Sql) -> None:
-    """Else the holder is told 204, and at its retry that it had lost the lock."""
+def test_a_release_that_starts_in_time_is_not_recorded_as_expired_when_it_takes_long(
+    client: AppClient, sql: Sql
+) -> None:
+    """Otherwise the holder is answered 204, and its retry lock-lost."""
     sql("CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1.1); RETURN OLD; END'")
     sql("CREATE TRIGGER linger BEFORE DELETE ON distributed_locks FOR EACH ROW EXECUTE FUNCTION linger()")
     grant = acquire(client, owner="a", ttl_seconds=1)
@@ -145,7 +149,7 @@ def test_what_ended_in_time_is_not_told_as_expired_because_it_took_long(client: 
     assert (row["ended_how"], row["ended_at"]) == ("released", grant["expires_at"])
 
 
-def test_a_forced_end_does_not_colour_what_ends_after_it_in_the_same_transaction(
+def test_a_release_does_not_change_how_a_later_end_in_its_transaction_is_recorded(
     client: AppClient, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
     first, second = acquire(client, "one")["fencing_token"], acquire(client, "two")["fencing_token"]
@@ -163,7 +167,7 @@ def test_a_forced_end_does_not_colour_what_ends_after_it_in_the_same_transaction
         "DELETE FROM instances WHERE instance_id = %s",
     ],
 )
-def test_what_an_instance_holds_for_itself_ends_with_it(
+def test_the_own_locks_of_an_instance_end_with_it(
     database: db.Database, sql: Sql, client: AppClient, fault: str
 ) -> None:
     me, other = str(uuid.uuid4()), str(uuid.uuid4())
@@ -179,7 +183,7 @@ def test_what_an_instance_holds_for_itself_ends_with_it(
     assert ends == {f"of {me}": "owner-died", f"of {other}": None, "of a client": None, "over": "expired"}
 
 
-def test_what_an_instance_holds_for_itself_is_released_when_it_leaves(
+def test_the_own_locks_of_an_instance_are_released_when_it_leaves(
     database: db.Database, client: AppClient, instance: instances.Instance
 ) -> None:
     owner = f"instance:{instance.instance_id}"
@@ -191,7 +195,7 @@ def test_what_an_instance_holds_for_itself_is_released_when_it_leaves(
     assert ends == {"own": "released", "a client's": None}
 
 
-def test_history_comes_newest_first_and_by_name_or_owner(client: AppClient) -> None:
+def test_the_history_is_newest_first_and_can_be_filtered_by_name_and_owner(client: AppClient) -> None:
     for name, owner in (("one", "a"), ("two", "a"), ("one", "b"), ("two", "b"), ("one", "a")):
         release(client, acquire(client, name, owner=owner)["fencing_token"], name)
     acquire(client, "two", owner="a")
@@ -210,7 +214,7 @@ def test_history_comes_newest_first_and_by_name_or_owner(client: AppClient) -> N
 
 def test_pages_of_the_history_give_every_grant_once(client: AppClient) -> None:
     tokens = []
-    for i in range(8):  # those of odd numbers stay held
+    for i in range(8):  # the odd ones stay held
         tokens.append(acquire(client, f"lock {i}", owner="a b")["fencing_token"])
         if i % 2 == 0:
             release(client, tokens[-1], f"lock {i}")

@@ -1,4 +1,4 @@
-"""What /health says is so: to people, to load balancers, and to whoever restarts processes."""
+"""/health is true and bounded, for people, load balancers and process supervisors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_health_begins_with_the_guides_four_fields(client: AppClient, instance: 
     assert health["active_instances"] == 1
 
 
-def test_health_tells_more_to_who_looks_closer(client: AppClient) -> None:
+def test_health_also_shows_details(client: AppClient) -> None:
     health = client.get("/health").json
     assert (health["status"], health["version"], health["draining"]) == ("healthy", __version__, False)
     assert health["uptime_seconds"] >= 0
@@ -32,14 +32,14 @@ def test_health_tells_more_to_who_looks_closer(client: AppClient) -> None:
     assert health["metrics"]["connections"]["max"] == 10
 
 
-def test_live_and_ready(client: AppClient) -> None:
+def test_a_serving_instance_is_live_and_ready(client: AppClient) -> None:
     live, ready = client.get("/health/live"), client.get("/health/ready")
     assert (live.status, live.json["status"]) == (200, "alive")
     assert (ready.status, ready.json["ready"], ready.json["draining"]) == (200, True, False)
     assert client.get("/api/v1/health").json == {"status": "ok"}
 
 
-def test_an_instance_that_drains_is_healthy_but_not_ready(client: AppClient, instance: Instance) -> None:
+def test_a_draining_instance_is_healthy_but_not_ready(client: AppClient, instance: Instance) -> None:
     instance.drain()
     assert (client.get("/health").status, client.get("/health").json["draining"]) == (200, True)
     ready = client.get("/health/ready")
@@ -47,10 +47,12 @@ def test_an_instance_that_drains_is_healthy_but_not_ready(client: AppClient, ins
     assert client.get("/health/live").status == 200
 
 
-def test_health_of_an_instance_that_was_removed_is_told_all_the_same(client: AppClient, instance: Instance) -> None:
-    """Health must not wait for a new identity: it is asked by those who decide about a restart."""
+def test_an_instance_that_was_removed_from_the_registry_still_answers_health(
+    client: AppClient, instance: Instance
+) -> None:
+    """It does not wait for a new id: supervisors decide by it about a restart."""
     instance._last_good = float("-inf")
-    with instance._beating:  # a heartbeat that takes its time
+    with instance._beating:  # a heartbeat is under way
         started = time.monotonic()
         for path in ("/health", "/health/live", "/health/ready", "/api/v1/health"):
             assert client.get(path).status == 200

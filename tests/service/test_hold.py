@@ -1,4 +1,4 @@
-"""`with locks.hold(...)` keeps a lock for as long as the work takes, and says at once when it is lost."""
+"""`with locks.hold(...)` keeps a lock for as long as the work takes, and reports at once when it is lost."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_a_lock_is_kept_for_as_long_as_the_work_takes(sql: Sql, database: db.Dat
     assert ended_how(sql) == ["released"]
 
 
-def test_a_block_that_fails_releases_too(sql: Sql) -> None:
+def test_a_block_that_raises_releases_the_lock(sql: Sql) -> None:
     with pytest.raises(ZeroDivisionError), locks.hold("build", ttl=30):
         raise ZeroDivisionError
     assert ended_how(sql) == ["released"]
 
 
-def test_nothing_is_left_open_afterwards(sql: Sql) -> None:
+def test_no_connection_or_thread_is_left_afterwards(sql: Sql) -> None:
     threads = threading.active_count()
     for _ in range(3):
         with locks.hold("build", ttl=30):
@@ -66,14 +66,14 @@ def test_nothing_is_left_open_afterwards(sql: Sql) -> None:
     wait_until(lambda: threading.active_count() <= threads)
 
 
-def test_a_held_lock_is_told_with_its_holder(client: AppClient) -> None:
+def test_a_lock_held_by_another_raises_lock_held_with_the_holder(client: AppClient) -> None:
     acquire(client, owner="a")
     with pytest.raises(errors.LockHeld) as held, locks.hold("build", ttl=30):
         pytest.fail("entered")
     assert held.value.members["holder"].owner == "a"
 
 
-def test_who_waits_gets_the_lock_when_it_becomes_free(client: AppClient, sql: Sql) -> None:
+def test_a_hold_that_waits_gets_the_lock_when_it_is_released(client: AppClient, sql: Sql) -> None:
     token = acquire(client, owner="a")["fencing_token"]
     threading.Timer(0.3, client.delete, (f"{BUILD}?fencing_token={token}",)).start()
     with locks.hold("build", ttl=30, wait=10, owner="b") as lock:
@@ -81,7 +81,7 @@ def test_who_waits_gets_the_lock_when_it_becomes_free(client: AppClient, sql: Sq
         assert sql("SELECT owner FROM distributed_locks") == [("b",)]
 
 
-def test_who_waits_in_vain_is_told_in_time(client: AppClient) -> None:
+def test_a_wait_that_ends_without_the_lock_raises_in_time(client: AppClient) -> None:
     acquire(client, owner="a")
     started = time.monotonic()
     with pytest.raises(errors.LockHeld), locks.hold("build", ttl=30, wait=0.5):
@@ -112,20 +112,20 @@ def hold_until_lost(end: Callable[[locks.Hold], object], **options: Any) -> floa
     return result[0]
 
 
-def test_a_forced_lock_is_told_at_the_next_renewal(client: AppClient, sql: Sql) -> None:
+def test_a_holder_learns_of_a_forced_release_at_its_next_renewal(client: AppClient, sql: Sql) -> None:
     seconds = hold_until_lost(lambda lock: force(client, lock.fencing_token), ttl=3)
     assert seconds < 1.5, "a third of the TTL, not the whole of it"
     assert ended_how(sql) == ["forced"]
 
 
-def test_a_row_deleted_by_hand_is_told_and_not_revived(sql: Sql) -> None:
+def test_a_holder_learns_that_its_row_was_deleted_and_does_not_revive_it(sql: Sql) -> None:
     seconds = hold_until_lost(lambda lock: sql("DELETE FROM distributed_locks"), ttl=3)
     assert seconds < 1.5
     assert sql("SELECT 1 FROM distributed_locks") == []
     assert ended_how(sql) == ["forced"]
 
 
-def test_the_next_holder_is_left_alone(client: AppClient, sql: Sql) -> None:
+def test_a_lost_hold_does_not_end_the_next_grant(client: AppClient, sql: Sql) -> None:
     def take_over(lock: locks.Hold) -> None:
         force(client, lock.fencing_token)
         acquire(client, owner="b")
@@ -135,7 +135,7 @@ def test_the_next_holder_is_left_alone(client: AppClient, sql: Sql) -> None:
     assert ended_how(sql) == ["forced"]
 
 
-def test_a_lock_lost_unnoticed_is_told_at_the_end_of_the_block(client: AppClient) -> None:
+def test_a_loss_before_the_next_renewal_raises_at_the_end_of_the_block(client: AppClient) -> None:
     def work() -> None:
         with locks.hold("build", ttl=60) as lock:
             force(client, lock.fencing_token)
@@ -144,7 +144,7 @@ def test_a_lock_lost_unnoticed_is_told_at_the_end_of_the_block(client: AppClient
         work()
 
 
-def test_a_failure_in_the_block_is_not_hidden_by_the_loss(client: AppClient) -> None:
+def test_an_exception_in_the_block_is_not_replaced_by_lock_lost(client: AppClient) -> None:
     def work() -> None:
         with locks.hold("build", ttl=60) as lock:
             force(client, lock.fencing_token)
@@ -154,8 +154,8 @@ def test_a_failure_in_the_block_is_not_hidden_by_the_loss(client: AppClient) -> 
         work()
 
 
-def test_trust_in_a_lock_counts_from_when_it_was_asked_for(session: Session, sql: Sql) -> None:
-    """The answer comes late, and no renewal gets through: at the end of the TTL the holder must have stopped."""
+def test_a_holder_trusts_its_lock_only_for_the_ttl_from_when_it_sent_the_request(session: Session, sql: Sql) -> None:
+    """The answer comes late, and no renewal succeeds: at the end of the TTL the holder must have stopped."""
     told = threading.Event()
     first, second = session(), session()
     first.cursor().execute(NAME_LOCK)
@@ -164,7 +164,7 @@ def test_trust_in_a_lock_counts_from_when_it_was_asked_for(session: Session, sql
     def let_through() -> None:
         waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         wait_until(lambda: sql(waits) == [(1,)])
-        blocker.start()  # stands behind the holder's acquire, before its renewals
+        blocker.start()  # queues behind the holder's acquire and before its renewals
         wait_until(lambda: sql(waits) == [(2,)])
         sql("SELECT pg_sleep(1)")
         first.rollback()
@@ -178,12 +178,14 @@ def test_trust_in_a_lock_counts_from_when_it_was_asked_for(session: Session, sql
 
     with pytest.raises(errors.LockLost):
         work()
-    assert time.monotonic() - asked < 2.9, "the database itself would have it for a second more"
+    assert time.monotonic() - asked < 2.9, "by the database it holds the lock for another second"
     blocker.join()
     second.rollback()
 
 
-def test_a_fenced_write_under_a_hold(sql: Sql, database: db.Database, client: AppClient) -> None:
+def test_a_fenced_write_in_a_hold_fails_once_the_lock_is_lost(
+    sql: Sql, database: db.Database, client: AppClient
+) -> None:
     sql("CREATE TABLE work (token bigint)")
 
     def write(lock: locks.Hold) -> None:

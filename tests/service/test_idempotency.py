@@ -1,4 +1,4 @@
-"""A retry is safe: one Idempotency-Key is applied once and answered the same, but never with what has become untrue."""
+"""A retry is safe: one Idempotency-Key is applied once and answered the same, but never what is no longer true."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Things:
         return idempotency.once(self._make)
 
     def _make(self, conn: db.Connection) -> Response:
-        """Two rows on two connections of their own; then fails if it is told to."""
+        """Inserts two rows over two connections; then fails if the body asks for it."""
         self.runs += 1
         body = request.get_json(force=True)
         for _ in range(2):
@@ -80,7 +80,7 @@ class Things:
         return idempotency.once(self._both, in_transaction=how == "transaction")
 
     def _both(self, conn: db.Connection) -> Response:
-        """Counts up in two rows, in the order that the request tells: two such in two orders deadlock."""
+        """Increments two rows in the order of the request: two requests in opposite orders deadlock."""
         self.runs += 1
         body = request.get_json(force=True)
         if body["how"] == "statement":
@@ -98,7 +98,7 @@ class Things:
         return idempotency.once(self._after, in_transaction=not commits_first)
 
     def _after(self, conn: db.Connection) -> Response:
-        """Fails as it is told to, in a transaction; before that, if told to, it commits one row."""
+        """Runs the SQL of the request in a transaction; before, if the request asks for it, it commits one row."""
         self.runs += 1
         body = request.get_json(force=True)
         if body.get("first"):
@@ -154,7 +154,7 @@ def test_a_retry_gets_the_same_answer_byte_for_byte_and_changes_nothing(client: 
     assert sql(COUNT) == [(1, 2)]
 
 
-def test_an_entity_is_made_once(client: AppClient, sql: Sql) -> None:
+def test_an_entity_is_created_once(client: AppClient, sql: Sql) -> None:
     project = {"name": "one", "git_repo": "r", "branch": "main"}
     first = keyed(client, "/api/v1/projects", project)
     again = keyed(client, "/api/v1/projects", project)
@@ -165,7 +165,7 @@ def test_an_entity_is_made_once(client: AppClient, sql: Sql) -> None:
 
 
 @pytest.mark.usefixtures("things")
-def test_another_key_another_path_and_no_key_have_nothing_to_do_with_it(client: AppClient, sql: Sql) -> None:
+def test_a_key_does_not_affect_other_keys_other_paths_or_requests_without_a_key(client: AppClient, sql: Sql) -> None:
     keyed(client, THINGS, {"n": 1}, "a")
     keyed(client, THINGS, {"n": 1}, "b")
     keyed(client, THINGS + "/x", {"n": 1}, "a")
@@ -174,7 +174,7 @@ def test_another_key_another_path_and_no_key_have_nothing_to_do_with_it(client: 
     assert sql(COUNT) == [(1, 10)]
 
 
-def test_keys_of_another_caller_have_nothing_to_do_with_it(
+def test_callers_do_not_share_keys(
     client: AppClient, things: Things, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for who in ("one", "other"):
@@ -184,7 +184,7 @@ def test_keys_of_another_caller_have_nothing_to_do_with_it(
 
 
 @pytest.mark.usefixtures("things")
-def test_a_key_is_for_post_alone(client: AppClient, sql: Sql) -> None:
+def test_a_key_has_an_effect_only_on_post(client: AppClient, sql: Sql) -> None:
     for _ in range(2):
         client.put(THINGS, {"n": 1}, headers={"Idempotency-Key": "k"})
     assert sql(COUNT) == [(1, 4)]
@@ -192,7 +192,7 @@ def test_a_key_is_for_post_alone(client: AppClient, sql: Sql) -> None:
 
 @pytest.mark.usefixtures("things")
 @pytest.mark.parametrize(("path", "body"), [(THINGS, {"n": 2}), (THINGS, b'{"n":1} '), (THINGS + "?x=1", {"n": 1})])
-def test_the_key_of_another_request_is_refused(client: AppClient, sql: Sql, path: str, body: Any) -> None:
+def test_a_key_reused_with_another_request_is_refused(client: AppClient, sql: Sql, path: str, body: Any) -> None:
     first = keyed(client, THINGS, {"n": 1})
     assert_problem(keyed(client, path, body), 422, "key-reused")
     assert sql(COUNT) == [(1, 2)]
@@ -201,7 +201,7 @@ def test_the_key_of_another_request_is_refused(client: AppClient, sql: Sql, path
 
 @pytest.mark.usefixtures("things")
 @pytest.mark.parametrize("key", ["", " ", "a b", "\x7f", "\xfc", "x" * 256])
-def test_a_key_that_is_none_is_refused_by_name(client: AppClient, sql: Sql, key: str) -> None:
+def test_an_invalid_key_is_refused_by_name(client: AppClient, sql: Sql, key: str) -> None:
     problem = assert_problem(keyed(client, THINGS, {"n": 1}, key), 400, "invalid")
     assert problem["errors"][0]["field"] == "Idempotency-Key"
     assert sql(COUNT) == []
@@ -209,7 +209,7 @@ def test_a_key_that_is_none_is_refused_by_name(client: AppClient, sql: Sql, key:
 
 @pytest.mark.usefixtures("things")
 @pytest.mark.parametrize("key", ["!", '"8e03978e-40d5-43dd-bc93-6894a57f9324"', "~" * 255])
-def test_the_shortest_and_the_longest_key_are_kept(client: AppClient, key: str) -> None:
+def test_the_shortest_and_the_longest_key_are_accepted(client: AppClient, key: str) -> None:
     assert_replays(keyed(client, THINGS, {"n": 1}, key), keyed(client, THINGS, {"n": 1}, key))
 
 
@@ -222,12 +222,12 @@ def test_only_success_is_kept(client: AppClient, things: Things, how: dict[str, 
 
 
 @pytest.mark.usefixtures("things")
-def test_what_failed_on_its_way_has_done_nothing(client: AppClient, sql: Sql) -> None:
+def test_a_request_that_failed_has_changed_nothing(client: AppClient, sql: Sql) -> None:
     assert keyed(client, THINGS, {"n": 1, "fail": True}).status == 404
     assert sql(COUNT) == []
 
 
-def test_a_twin_in_flight_is_told_so_and_then_the_answer(
+def test_a_twin_of_a_request_in_flight_gets_in_progress_and_later_its_answer(
     client: AppClient, things: Things, sql: Sql, session: Session
 ) -> None:
     blocker = session()
@@ -245,7 +245,7 @@ def test_a_twin_in_flight_is_told_so_and_then_the_answer(
     assert sql(COUNT) == [(1, 2)]
 
 
-def test_of_many_at_once_one_is_applied(client: AppClient, things: Things, sql: Sql) -> None:
+def test_one_of_many_simultaneous_twins_is_applied(client: AppClient, things: Things, sql: Sql) -> None:
     with ThreadPoolExecutor(8) as threads:
         for n in range(20):
             answers = list(threads.map(lambda _, n=n: keyed(client, THINGS, {"n": n}, f"k{n}"), range(8)))
@@ -268,7 +268,7 @@ def test_an_answer_is_kept_for_a_day(client: AppClient, sql: Sql, instance: Inst
 
 @pytest.mark.usefixtures("things")
 def test_a_key_costs_two_messages(client: AppClient, sent: list[str]) -> None:
-    """BEGIN with the look at the key, and the answer with COMMIT."""
+    """BEGIN with the look-up of the key, and the stored answer with COMMIT."""
     keyed(client, THINGS, {"n": 1})
     assert [text.split()[0] for text in sent] == ["SELECT", "INSERT", "INSERT", "INSERT"]
     assert sent[-1].endswith("; COMMIT")
@@ -276,7 +276,7 @@ def test_a_key_costs_two_messages(client: AppClient, sent: list[str]) -> None:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The messages that requests send to the database from now on."""
+    """Records the messages that requests send to the database from now on."""
     texts: list[str] = []
     execute, end = Connection._execute, Connection.end
 
@@ -294,7 +294,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-# Every POST takes a key, and is checked before its answer is looked for
+# Every POST takes a key, and is checked before a stored answer is looked up
 
 
 EVERY_POST = {
@@ -342,7 +342,7 @@ def test_every_post_takes_a_key_and_bad_headers_are_refused_before_a_replay(app:
         for name, value in (("Loom-Lock-Token", "none"), ("Loom-Lock-Token", "0"), ("Loom-Actor", "\x7f")):
             refused = client.post(f"/api/v1/{path}", body, headers={"Idempotency-Key": rule, name: value})
             if rule == "/api/v1/locks/<name:_>":
-                assert refused.status == 201, "an acquire writes under no lock, and for nobody"
+                assert refused.status == 201, "an acquire reads neither header"
             else:
                 assert assert_problem(refused, 400, "invalid")["errors"][0]["field"] == name, rule
         if rule in ("/api/v1/beads/bulk", "/api/v1/config/import.yaml"):
@@ -353,7 +353,7 @@ def test_every_post_takes_a_key_and_bad_headers_are_refused_before_a_replay(app:
 # Never a success that is no longer true
 
 
-def test_a_view_may_say_what_became_of_its_answer(client: AppClient, things: Things, sql: Sql) -> None:
+def test_a_view_can_check_whether_its_answer_is_still_true(client: AppClient, things: Things, sql: Sql) -> None:
     sql("INSERT INTO things VALUES (1)")
     first = keyed(client, THINGS + "/claim", key="a")
     again = keyed(client, THINGS + "/claim", key="a")
@@ -363,7 +363,7 @@ def test_a_view_may_say_what_became_of_its_answer(client: AppClient, things: Thi
     assert_problem(keyed(client, THINGS + "/claim", key="a"), 409, "lock-lost")
 
 
-def test_that_there_was_nothing_to_claim_is_not_kept(client: AppClient, things: Things, sql: Sql) -> None:
+def test_an_answer_of_nothing_to_claim_is_not_kept(client: AppClient, things: Things, sql: Sql) -> None:
     assert keyed(client, THINGS + "/claim").status == 204
     sql("INSERT INTO things VALUES (1)")
     assert keyed(client, THINGS + "/claim").json == {"claimed": 1}
@@ -376,7 +376,9 @@ def test_the_key_of_an_acquire_finds_its_grant(client: AppClient, sql: Sql) -> N
     assert again.headers["Idempotency-Replayed"] == "true"
     assert again.json["fencing_token"] == first.json["fencing_token"]
     assert seconds(again.json) == 60
-    assert instant(again.json["expires_at"]) > instant(first.json["expires_at"]), "a client counts from its last ask"
+    assert instant(again.json["expires_at"]) > instant(first.json["expires_at"]), (
+        "clients count from their last request"
+    )
     client.put(BUILD, {"fencing_token": first.json["fencing_token"], "ttl_seconds": 600})
     assert (
         keyed(client, BUILD, {"owner": "a", "ttl_seconds": 60}).json["expires_at"]
@@ -403,15 +405,15 @@ def test_the_key_of_a_grant_that_ended_never_gets_another(client: AppClient, sql
     assert [held["lock_name"] for held in client.get(LOCKS[:-1]).json] == ["taken"]
 
 
-def test_a_refused_acquire_may_be_tried_again_with_its_key(client: AppClient) -> None:
+def test_a_refused_acquire_can_be_retried_with_its_key(client: AppClient) -> None:
     held = acquire(client, owner="b")
     assert_problem(keyed(client, BUILD), 409, "lock-held")
     release(client, held["fencing_token"])
     assert keyed(client, BUILD).status == 201
 
 
-def test_the_owner_that_is_made_for_a_key_is_the_same_each_time(client: AppClient, sql: Sql) -> None:
-    """A crash after the grant and before its key was kept costs nothing."""
+def test_the_generated_owner_of_a_key_is_always_the_same(client: AppClient, sql: Sql) -> None:
+    """So a crash between the grant and the storage of its key loses nothing."""
     first = keyed(client, BUILD)
     sql("DELETE FROM idempotency_keys")
     again = keyed(client, BUILD)
@@ -421,7 +423,7 @@ def test_the_owner_that_is_made_for_a_key_is_the_same_each_time(client: AppClien
     assert_problem(keyed(client, BUILD, key="other"), 409, "lock-held")
 
 
-def test_the_key_of_another_acquire_is_refused(client: AppClient) -> None:
+def test_a_key_reused_with_another_acquire_is_refused(client: AppClient) -> None:
     keyed(client, BUILD, {"ttl_seconds": 10})
     assert_problem(keyed(client, BUILD, {"ttl_seconds": 20}), 422, "key-reused")
 
@@ -432,7 +434,7 @@ def test_twins_that_wait_share_one_grant_and_hold_no_transaction_open(client: Ap
         twins = [threads.submit(keyed, client, BUILD, {"wait_seconds": 20}) for _ in range(2)]
         wait_until(lambda: client.get(BUILD).json["waiting"] == 1)
         idle = "SELECT 1 FROM pg_stat_activity WHERE state LIKE 'idle in%' AND datname = current_database()"
-        wait_until(lambda: sql(idle) == [])  # each ask is a transaction, which ends at once
+        wait_until(lambda: sql(idle) == [])  # each try is a transaction that ends at once
         release(client, held["fencing_token"])
         answers = [twin.result(20) for twin in twins]
     assert {a.status for a in answers} <= {200, 201}
@@ -441,7 +443,7 @@ def test_twins_that_wait_share_one_grant_and_hold_no_transaction_open(client: Ap
 
 
 def test_twins_of_an_acquire_are_told_the_same_grant(client: AppClient, sql: Sql, session: Session) -> None:
-    """The one that is later waits for the other's answer, and never asks for a grant of its own."""
+    """The later one waits for the other's answer, and never acquires a grant of its own."""
     blocker = session()
     blocker.cursor().execute("SELECT pg_advisory_xact_lock(hashtextextended('build', 0))")
     with ThreadPoolExecutor(2) as threads:
@@ -456,7 +458,7 @@ def test_twins_of_an_acquire_are_told_the_same_grant(client: AppClient, sql: Sql
     assert_lost(keyed(client, BUILD), "released")
 
 
-def test_who_hung_up_as_its_grant_came_gets_that_grant_when_it_asks_again_with_its_key(
+def test_a_client_that_disconnected_as_its_grant_came_gets_it_when_it_retries_with_its_key(
     client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = acquire(client, owner="holder")
@@ -471,7 +473,7 @@ def test_who_hung_up_as_its_grant_came_gets_that_grant_when_it_asks_again_with_i
     assert (again.status, again.json["fencing_token"]) == (201, token)
 
 
-def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
+def test_a_twin_that_disconnected_does_not_take_the_grant_from_the_other(
     app: Flask, client: AppClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = acquire(client, owner="holder")
@@ -489,7 +491,7 @@ def test_a_twin_that_hung_up_does_not_take_the_grant_from_the_other(
     assert client.get(BUILD).json["fencing_token"] == answered.json["fencing_token"]
 
 
-# Deadlocks and serialization failures are repeated inside
+# Transactions that PostgreSQL rolled back are repeated
 
 
 BOTH = """
@@ -503,13 +505,13 @@ BOTH = """
     END $$
 """
 DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
-# Fails so many times, and then no more: a sequence counts on though everything else is undone.
+# Fails so many times and then succeeds: a rollback does not set a sequence back.
 FAILS = "DO $$ BEGIN IF nextval('tries') <= {} THEN RAISE {}; END IF; INSERT INTO things VALUES (2); END $$"
 
 
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("how", ["statement", "transaction"])
-def test_two_that_deadlock_are_both_done_once(
+def test_two_requests_that_deadlock_are_each_applied_once(
     client: AppClient, things: Things, sql: Sql, key: str | None, how: str
 ) -> None:
     sql(BOTH)
@@ -537,7 +539,7 @@ def test_two_that_deadlock_are_both_done_once(
 
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("state", ["deadlock_detected", "serialization_failure"])
-def test_a_transaction_that_was_undone_is_repeated_three_times(
+def test_a_transaction_rolled_back_by_postgresql_is_repeated_three_times(
     client: AppClient, things: Things, sql: Sql, key: str | None, state: str
 ) -> None:
     headers = {} if key is None else {"Idempotency-Key": key}
@@ -557,7 +559,7 @@ def test_a_request_that_has_committed_something_is_not_repeated(client: AppClien
     assert client.post(THINGS + "/after", body).status == 503
     assert (things.runs, sql(COUNT)) == (1, [(1, 1)])
     sql("SELECT setval('tries', 1, false)")
-    assert keyed(client, THINGS + "/after", body).status == 201, "with a key it has not: all is one transaction"
+    assert keyed(client, THINGS + "/after", body).status == 201, "with a key all is one transaction"
     assert (things.runs, sql(COUNT)) == (3, [(1, 2), (2, 1)])
 
 
@@ -565,7 +567,7 @@ def test_a_request_that_has_committed_something_is_not_repeated(client: AppClien
 @pytest.mark.parametrize(
     "sql_text", ["DO 'BEGIN RAISE lock_not_available; END'", "SELECT pg_terminate_backend(pg_backend_pid())"]
 )
-def test_nothing_else_is_repeated(client: AppClient, things: Things, key: str | None, sql_text: str) -> None:
+def test_no_other_failure_is_repeated(client: AppClient, things: Things, key: str | None, sql_text: str) -> None:
     headers = {} if key is None else {"Idempotency-Key": key}
     assert client.post(THINGS + "/after", {"sql": sql_text}, headers=headers).status == 503
     assert things.runs == 1

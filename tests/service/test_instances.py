@@ -1,4 +1,4 @@
-"""The registry shows who lives: nobody comes back from the dead, and nobody dies because the database was away."""
+"""The registry shows which instances live: no dead one revives, and an outage of the database kills none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTANCES = "/api/v1/instances"
 
 @pytest.fixture
 def another(database: db.Database, sql: Sql) -> Callable[..., str]:
-    """Registers a further instance, silent for so many seconds, and returns its id."""
+    """Registers another instance, whose last heartbeat is `silent` seconds old, and returns its id."""
 
     def register(silent: float = 0, status: str = "active") -> str:
         number = str(uuid.uuid4())
@@ -43,7 +43,7 @@ def row(sql: Sql, instance_id: str) -> tuple[Any, ...] | None:
     return found[0] if found else None
 
 
-def test_an_instance_tells_who_and_where_it_is(client: AppClient, instance: Instance) -> None:
+def test_an_instance_is_listed_with_its_host_and_metadata(client: AppClient, instance: Instance) -> None:
     (listed,) = client.get(INSTANCES).json
     assert list(listed) == KEYS
     assert listed["instance_id"] == instance.instance_id
@@ -61,7 +61,7 @@ def test_an_unknown_instance_is_404(client: AppClient, wrong: str) -> None:
     assert_problem(client.get(f"{INSTANCES}/{wrong}"), 404, "not-found")
 
 
-def test_a_heartbeat_is_seen_by_others(sql: Sql, instance: Instance) -> None:
+def test_a_heartbeat_updates_the_row(sql: Sql, instance: Instance) -> None:
     before = row(sql, instance.instance_id)
     instance.beat()
     after = row(sql, instance.instance_id)
@@ -75,10 +75,10 @@ def test_the_list_begins_with_the_oldest(client: AppClient, instance: Instance, 
     assert [one["instance_id"] for one in client.get(INSTANCES).json] == [instance.instance_id, second, third]
 
 
-# A new identity
+# A new id
 
 
-def test_an_instance_removed_by_hand_comes_back_as_another(client: AppClient, sql: Sql, instance: Instance) -> None:
+def test_an_instance_removed_by_hand_comes_back_with_a_new_id(client: AppClient, sql: Sql, instance: Instance) -> None:
     former = instance.instance_id
     sql("DELETE FROM instances")
     instance.beat()
@@ -89,7 +89,7 @@ def test_an_instance_removed_by_hand_comes_back_as_another(client: AppClient, sq
     assert client.get("/health").json["instance_id"] == instance.instance_id
 
 
-def test_nothing_brings_an_instance_back_to_life_that_was_declared_dead(sql: Sql, instance: Instance) -> None:
+def test_no_heartbeat_revives_an_instance_that_was_declared_dead(sql: Sql, instance: Instance) -> None:
     former = instance.instance_id
     sql("UPDATE instances SET status = 'dead'")
     for status in ("active", "draining"):
@@ -100,7 +100,7 @@ def test_nothing_brings_an_instance_back_to_life_that_was_declared_dead(sql: Sql
     assert (row(sql, instance.instance_id) or "")[0] == "active"
 
 
-def test_who_watches_the_process_learns_its_later_identity(database: db.Database, sql: Sql) -> None:
+def test_the_watcher_of_a_process_is_told_its_new_id_and_its_end(database: db.Database, sql: Sql) -> None:
     told: list[bytes] = []
     first = str(uuid.uuid4())
     me = Instance(database, {}, first, told.append)
@@ -110,22 +110,24 @@ def test_who_watches_the_process_learns_its_later_identity(database: db.Database
     me.beat()
     assert told == [uuid.UUID(me.instance_id).bytes]
     me.leave()
-    assert told[1:] == [b""], "left in order"
+    assert told[1:] == [b""], "it has left in order"
 
 
-def test_an_instance_that_was_away_for_long_takes_its_new_identity_before_it_serves(
+def test_an_instance_that_was_paused_for_long_takes_a_new_id_before_it_serves(
     client: AppClient, sql: Sql, instance: Instance
 ) -> None:
-    """As after SIGSTOP or a frozen machine: others have declared it dead meanwhile."""
+    """As after SIGSTOP or on a frozen machine: others have declared it dead meanwhile."""
     former = instance.instance_id
     sql("DELETE FROM instances")
-    assert acquire(client, "trusting", owner="a")["instance_id"] == former, "30 s after its last heartbeat it believes"
+    assert acquire(client, "trusting", owner="a")["instance_id"] == former, "it trusts its id for 30 s"
     instance._last_good -= instances.TRUST
     assert acquire(client, owner="a")["instance_id"] == instance.instance_id != former
     assert row(sql, instance.instance_id) is not None
 
 
-def test_of_many_requests_after_a_pause_one_asks(client: AppClient, sql: Sql, instance: Instance) -> None:
+def test_many_requests_after_a_pause_register_the_instance_once(
+    client: AppClient, sql: Sql, instance: Instance
+) -> None:
     sql("DELETE FROM instances")
     instance._last_good -= instances.TRUST
     answers: list[str] = []
@@ -144,17 +146,19 @@ def test_of_many_requests_after_a_pause_one_asks(client: AppClient, sql: Sql, in
 # Draining and leaving
 
 
-def test_an_instance_that_drains_says_so_and_is_not_counted(client: AppClient, sql: Sql, instance: Instance) -> None:
+def test_a_draining_instance_is_listed_as_draining_and_not_counted(
+    client: AppClient, sql: Sql, instance: Instance
+) -> None:
     instance.drain()
     wait_until(lambda: (row(sql, instance.instance_id) or "")[0] == "draining")
     assert client.get(INSTANCES).json[0]["status"] == "draining"
     health = client.get("/health")
     assert (health.status, health.json["active_instances"], health.json["draining"]) == (200, 0, True)
     assert client.get("/health/ready").status == 503
-    assert acquire(client)["lock_name"] == "build", "what still arrives is served"
+    assert acquire(client)["lock_name"] == "build", "requests that still arrive are served"
 
 
-def test_an_instance_that_leaves_takes_its_row_and_its_own_locks_along(
+def test_an_instance_that_leaves_removes_its_row_and_its_own_locks(
     database: db.Database, sql: Sql, instance: Instance
 ) -> None:
     with database.connection() as conn:
@@ -165,7 +169,7 @@ def test_an_instance_that_leaves_takes_its_row_and_its_own_locks_along(
     assert sql("SELECT ended_how FROM grants") == [("released",)]
 
 
-def test_a_clients_lock_outlives_the_instance_that_gave_it(client: AppClient, sql: Sql, instance: Instance) -> None:
+def test_a_clients_lock_outlives_the_instance_that_granted_it(client: AppClient, sql: Sql, instance: Instance) -> None:
     token = acquire(client, owner="a")["fencing_token"]
     instance.leave()
     sql("UPDATE instances SET status = 'dead'")
@@ -177,7 +181,7 @@ def test_a_clients_lock_outlives_the_instance_that_gave_it(client: AppClient, sq
 
 
 @pytest.mark.usefixtures("server_age")
-def test_a_minute_of_silence_means_dead(client: AppClient, another: Callable[..., str]) -> None:
+def test_an_instance_is_dead_after_a_minute_without_a_heartbeat(client: AppClient, another: Callable[..., str]) -> None:
     silent, slow = another(silent=61), another(silent=58)
     statuses = {one["instance_id"]: one["status"] for one in client.get(INSTANCES).json}
     assert statuses[silent] == "dead"
@@ -188,7 +192,7 @@ def test_a_minute_of_silence_means_dead(client: AppClient, another: Callable[...
 
 @pytest.mark.usefixtures("server_age")
 @pytest.mark.parametrize(("seconds", "status"), [(5, "active"), (58, "active"), (61, "dead")])
-def test_nobody_is_dead_in_the_first_minute_after_an_outage(
+def test_no_instance_is_dead_in_the_first_minute_after_an_outage(
     client: AppClient, another: Callable[..., str], sql: Sql, seconds: int, status: str
 ) -> None:
     silent = another(silent=90)
@@ -198,20 +202,22 @@ def test_nobody_is_dead_in_the_first_minute_after_an_outage(
 
 @pytest.mark.usefixtures("server_age")
 @pytest.mark.parametrize(("server_age", "status"), [("50 s", "active"), ("70 s", "dead")], indirect=["server_age"])
-def test_nobody_is_dead_in_the_first_minute_after_a_start_of_the_server(
+def test_no_instance_is_dead_in_the_first_minute_after_a_start_of_the_server(
     client: AppClient, another: Callable[..., str], status: str
 ) -> None:
     assert client.get(f"{INSTANCES}/{another(silent=90)}").json["status"] == status
 
 
 @pytest.mark.usefixtures("server_age")
-def test_a_masters_mark_counts_also_after_an_outage(client: AppClient, another: Callable[..., str], sql: Sql) -> None:
+def test_an_instance_marked_dead_by_its_master_is_dead_also_after_an_outage(
+    client: AppClient, another: Callable[..., str], sql: Sql
+) -> None:
     sql("UPDATE cluster SET outage_ended_at = clock_timestamp()")
     assert client.get(f"{INSTANCES}/{another(status='dead')}").json["status"] == "dead"
 
 
 @pytest.mark.usefixtures("server_age")
-def test_silence_of_all_is_the_databases_outage(
+def test_missing_heartbeats_of_all_instances_are_an_outage(
     client: AppClient, another: Callable[..., str], sql: Sql, instance: Instance
 ) -> None:
     other = another()
@@ -223,7 +229,7 @@ def test_silence_of_all_is_the_databases_outage(
 
 
 @pytest.mark.usefixtures("server_age")
-def test_silence_of_some_is_their_own(
+def test_missing_heartbeats_of_some_instances_are_no_outage(
     client: AppClient, another: Callable[..., str], sql: Sql, instance: Instance
 ) -> None:
     silent = another(silent=90)
@@ -237,7 +243,7 @@ def test_silence_of_some_is_their_own(
     assert client.get(f"{INSTANCES}/{silent}").json["status"] == "dead"
 
 
-def test_the_count_is_of_the_active_with_a_heartbeat_of_the_last_minute(
+def test_active_instances_counts_active_ones_with_a_heartbeat_in_the_last_minute(
     client: AppClient, another: Callable[..., str]
 ) -> None:
     another()
@@ -247,7 +253,7 @@ def test_the_count_is_of_the_active_with_a_heartbeat_of_the_last_minute(
     assert client.get("/health").json["active_instances"] == 2
 
 
-def test_free_metadata_comes_back_as_it_was(database: db.Database, client: AppClient) -> None:
+def test_metadata_is_returned_unchanged(database: db.Database, client: AppClient) -> None:
     about = {"zone": "ü", "nested": {"list": [1, None, True]}}
     other = Instance(database, about)
     other.beat()

@@ -1,4 +1,4 @@
-"""A lock has one holder, who can rely on every answer about it: acquire, renew, release, force, inspect, list."""
+"""A lock has one holder, and every answer about it is true: acquire, renew, release, force, inspect, list."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ BAD_NAMES = {
 # Acquire
 
 
-def test_a_new_grant_tells_everything_about_itself(client: AppClient, instance: instances.Instance) -> None:
+def test_a_new_grant_is_answered_with_all_its_fields(client: AppClient, instance: instances.Instance) -> None:
     answer = client.post(BUILD, {"owner": "a", "ttl_seconds": 60, "metadata": {"why": "release"}})
     grant = answer.json
     assert answer.status == 201
@@ -88,7 +88,7 @@ def test_a_new_grant_tells_everything_about_itself(client: AppClient, instance: 
     assert seconds(grant) == 60
 
 
-def test_without_a_body_the_owner_is_made_and_the_lock_ends_in_30_seconds(client: AppClient) -> None:
+def test_without_a_body_the_owner_is_generated_and_the_ttl_is_30_seconds(client: AppClient) -> None:
     first, second = client.post(LOCKS + "one"), client.post(LOCKS + "two", b"")
     assert (first.status, second.status) == (201, 201)
     assert len(first.json["owner"]) == 36
@@ -97,7 +97,7 @@ def test_without_a_body_the_owner_is_made_and_the_lock_ends_in_30_seconds(client
     assert first.json["metadata"] == {}
 
 
-def test_who_asks_again_gets_its_grant_of_before(client: AppClient) -> None:
+def test_an_owner_that_acquires_again_gets_the_grant_it_already_holds(client: AppClient) -> None:
     first = acquire(client, owner="a", ttl_seconds=100)
     again = client.post(BUILD, {"owner": "a", "ttl_seconds": 200})
     assert again.status == 200
@@ -106,19 +106,19 @@ def test_who_asks_again_gets_its_grant_of_before(client: AppClient) -> None:
     assert seconds(again.json) == 200
 
 
-def test_asking_again_never_brings_the_end_nearer(client: AppClient) -> None:
+def test_acquiring_again_never_shortens_the_grant(client: AppClient) -> None:
     first = acquire(client, owner="a", ttl_seconds=100)
     assert acquire(client, owner="a", ttl_seconds=1)["expires_at"] == first["expires_at"]
 
 
-def test_asking_again_changes_metadata_only_when_it_brings_some(client: AppClient) -> None:
+def test_acquiring_again_changes_metadata_only_when_it_is_given(client: AppClient) -> None:
     acquire(client, owner="a", metadata={"step": 1})
     assert acquire(client, owner="a")["metadata"] == {"step": 1}
     assert acquire(client, owner="a", metadata={"step": 2})["metadata"] == {"step": 2}
     assert acquire(client, owner="a", metadata={})["metadata"] == {}
 
 
-def test_another_owner_is_refused_and_told_who_holds_it(client: AppClient) -> None:
+def test_another_owner_is_refused_and_told_the_holder(client: AppClient) -> None:
     mine = acquire(client, owner="a")
     answer = client.post(BUILD, {"owner": "b"})
     problem = assert_problem(answer, 409, "lock-held", waiting=0)
@@ -126,12 +126,12 @@ def test_another_owner_is_refused_and_told_who_holds_it(client: AppClient) -> No
     assert problem["holder"] == {name: value for name, value in mine.items() if name != "fencing_token"}
 
 
-def test_a_refused_owner_is_told_the_name_that_was_made_for_it(client: AppClient) -> None:
+def test_a_refused_request_is_told_its_generated_owner(client: AppClient) -> None:
     acquire(client, owner="a")
-    assert client.post(BUILD).json["owner"], "or it could not keep its place in the queue"
+    assert client.post(BUILD).json["owner"], "otherwise it could not keep its place in the queue"
 
 
-def test_an_owner_that_asks_again_after_the_end_gets_a_new_grant(client: AppClient, sql: Sql) -> None:
+def test_an_owner_that_acquires_again_after_expiry_gets_a_new_grant(client: AppClient, sql: Sql) -> None:
     first = acquire(client, owner="a", ttl_seconds=1)
     wait_expired(sql)
     again = client.post(BUILD, {"owner": "a"})
@@ -155,7 +155,7 @@ def test_the_shortest_and_the_longest_ttl_are_kept_exactly(client: AppClient, tt
     assert seconds(renewed.json) == ttl
 
 
-def test_nobody_can_take_a_lock_in_the_name_of_an_instance(client: AppClient, instance: instances.Instance) -> None:
+def test_a_client_cannot_acquire_a_lock_as_an_instance(client: AppClient, instance: instances.Instance) -> None:
     answer = client.post(BUILD, {"owner": f"instance:{instance.instance_id}"})
     assert assert_problem(answer, 400, "invalid")["errors"][0]["field"] == "owner"
     assert client.get(BUILD).status == 404
@@ -164,7 +164,7 @@ def test_nobody_can_take_a_lock_in_the_name_of_an_instance(client: AppClient, in
 # Renew
 
 
-def test_renewal_moves_the_end_and_may_bring_it_nearer(client: AppClient) -> None:
+def test_a_renewal_sets_a_new_end_and_may_shorten_the_grant(client: AppClient) -> None:
     grant = acquire(client, owner="a", ttl_seconds=60, metadata={"kept": True})
     longer = client.put(BUILD, {"fencing_token": grant["fencing_token"], "ttl_seconds": 600})
     assert longer.status == 200
@@ -177,14 +177,14 @@ def test_renewal_moves_the_end_and_may_bring_it_nearer(client: AppClient) -> Non
     assert seconds(client.put(BUILD, {"fencing_token": grant["fencing_token"]}).json) == 30, "the default"
 
 
-def test_who_released_cannot_renew(client: AppClient) -> None:
+def test_a_released_grant_cannot_be_renewed(client: AppClient) -> None:
     token = acquire(client)["fencing_token"]
     release(client, token)
     assert_lost(client.put(BUILD, {"fencing_token": token}), "released")
     assert client.get(BUILD).status == 404, "renewal never inserts"
 
 
-def test_an_expired_grant_is_not_revived_though_nobody_took_it(client: AppClient, sql: Sql) -> None:
+def test_an_expired_grant_cannot_be_renewed_even_if_the_lock_is_free(client: AppClient, sql: Sql) -> None:
     grant = acquire(client, ttl_seconds=1)
     wait_expired(sql)
     problem = assert_lost(client.put(BUILD, {"fencing_token": grant["fencing_token"]}), "expired")
@@ -192,7 +192,7 @@ def test_an_expired_grant_is_not_revived_though_nobody_took_it(client: AppClient
     assert client.get(BUILD).status == 404
 
 
-def test_a_token_never_given_renews_and_releases_nothing(client: AppClient) -> None:
+def test_an_unknown_token_renews_and_releases_nothing(client: AppClient) -> None:
     token = acquire(client, owner="a")["fencing_token"]
     for name, other in (("build", token + 1), ("build", 2**53 - 1), ("other", token)):
         holder = "a" if name == "build" else None
@@ -210,11 +210,11 @@ def test_a_release_may_be_repeated_after_a_lost_answer(client: AppClient) -> Non
         answer = release(client, token)
         assert (answer.status, answer.body) == (204, b"")
     acquire(client, owner="b")
-    assert release(client, token).status == 204, "and does not end the next owner's grant"
+    assert release(client, token).status == 204, "without ending the next owner's grant"
     assert client.get(BUILD).json["owner"] == "b"
 
 
-def test_who_lost_the_lock_is_told_at_its_release(client: AppClient, sql: Sql) -> None:
+def test_a_holder_that_lost_the_lock_is_told_when_it_releases(client: AppClient, sql: Sql) -> None:
     expired = acquire(client, "expired", owner="a", ttl_seconds=1)["fencing_token"]
     forced = acquire(client, "forced", owner="a")["fencing_token"]
     force(client, forced, "forced")
@@ -240,13 +240,13 @@ def test_a_forced_release_may_be_repeated(client: AppClient) -> None:
     assert [force(client, token).status for _ in range(3)] == [204] * 3
 
 
-def test_a_forced_release_of_what_has_ended_by_itself_does_no_harm(client: AppClient, sql: Sql) -> None:
+def test_a_forced_release_of_an_expired_grant_succeeds(client: AppClient, sql: Sql) -> None:
     token = acquire(client, ttl_seconds=1)["fencing_token"]
     wait_expired(sql)
     assert force(client, token).status == 204
 
 
-def test_a_forced_release_does_not_hit_the_next_holder(client: AppClient) -> None:
+def test_a_forced_release_does_not_end_the_next_grant(client: AppClient) -> None:
     first = acquire(client, owner="a")["fencing_token"]
     release(client, first)
     second = acquire(client, owner="b")
@@ -256,7 +256,7 @@ def test_a_forced_release_does_not_hit_the_next_holder(client: AppClient) -> Non
     assert client.get(BUILD).json["fencing_token"] == second["fencing_token"]
 
 
-def test_a_forced_release_of_a_grant_that_never_was_is_404(client: AppClient) -> None:
+def test_a_forced_release_of_an_unknown_grant_is_404(client: AppClient) -> None:
     assert_problem(force(client, 1, "never-held"), 404, "not-found")
 
 
@@ -271,12 +271,12 @@ def test_a_release_without_a_token_is_refused(client: AppClient, query: str) -> 
 # Inspect and list
 
 
-def test_inspection_shows_the_grant_and_how_many_wait(client: AppClient) -> None:
+def test_inspection_shows_the_grant_and_the_number_of_waiters(client: AppClient) -> None:
     grant = acquire(client, owner="a")
     assert client.get(BUILD).json == {**grant, "waiting": 0}
 
 
-def test_a_free_lock_is_404_also_while_its_expired_row_stands(client: AppClient, sql: Sql) -> None:
+def test_a_free_lock_is_404_also_while_its_expired_row_exists(client: AppClient, sql: Sql) -> None:
     assert_problem(client.get(BUILD), 404, "not-found")
     acquire(client, ttl_seconds=1)
     wait_expired(sql)
@@ -321,7 +321,7 @@ def test_pages_give_every_lock_once(client: AppClient) -> None:
 # Names
 
 
-def test_every_allowed_name_is_that_lock_and_no_other(client: AppClient) -> None:
+def test_every_allowed_name_names_its_own_lock(client: AppClient) -> None:
     for name in GOOD_NAMES:
         path = LOCKS + quote(name, safe="")
         answer = client.post(path, {"owner": "a"})
@@ -354,7 +354,7 @@ def test_names_that_look_alike_are_different_locks(client: AppClient) -> None:
 # One holder
 
 
-def test_of_many_that_ask_at_once_one_gets_it(client: AppClient) -> None:
+def test_one_of_many_simultaneous_requests_gets_the_lock(client: AppClient) -> None:
     with ThreadPoolExecutor(16) as threads:
         for name in ("a", "b", "c"):
             answers = list(threads.map(lambda i, name=name: client.post(LOCKS + name, {"owner": f"o{i}"}), range(16)))
@@ -364,9 +364,9 @@ def test_of_many_that_ask_at_once_one_gets_it(client: AppClient) -> None:
 
 
 def test_no_two_grants_of_a_lock_ever_overlap(database: db.Database, sql: Sql, seed: int, long: bool) -> None:
-    """Random owners, TTLs of milliseconds, rows deleted by hand meanwhile: the history is the judge."""
+    """Random owners, TTLs of milliseconds, rows deleted by hand meanwhile: checked in the history."""
     until = time.monotonic() + (60 if long else 4)
-    told: list[tuple[int, str]] = []  # what each holder was told at its end
+    told: list[tuple[int, str]] = []  # how each grant ended, as its holder was told
 
     def live(number: int) -> None:
         dice = random.Random(seed + number)
@@ -413,5 +413,5 @@ def test_no_two_grants_of_a_lock_ever_overlap(database: db.Database, sql: Sql, s
         if one[0] == following[0]:
             assert one[3] <= following[2], f"{one} overlaps {following} (seed {seed})"
     ends = {token: how for _, token, _, _, how in history}
-    assert {(token, ends[token]) for token, _ in told} == set(told), "what a holder was told is what the history says"
+    assert {(token, ends[token]) for token, _ in told} == set(told), "each holder was told what the history has"
     assert {how for _, how in told} == {"released", "expired", "forced"}

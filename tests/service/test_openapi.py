@@ -1,4 +1,4 @@
-"""The contract is whole and true: clients are made from it, and the other tests hold each answer against it."""
+"""The contract is complete and correct: clients are generated from it, and other tests check each answer against it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from loom.routes import openapi
 
 PATH = "/api/openapi.yaml"
 METHODS = {"get", "put", "post", "patch", "delete"}
-# What the router does not tell apart, since it must not see slashes.
+# Routes that read several parameters as one, since the last may contain slashes.
 WHOLE = {"/api/v1/file-locks/<name:_>": "/api/v1/file-locks/<project_id>/<path>"}
 
 
@@ -48,7 +48,7 @@ def references(node: Any) -> Iterator[str]:
             yield from references(value)
 
 
-def test_what_is_served_is_the_document_and_a_tag_saves_sending_it_again(client: AppClient) -> None:
+def test_the_document_is_served_with_an_etag(client: AppClient) -> None:
     answer = client.get(PATH)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/yaml")
     served = yaml.safe_load(answer.body)
@@ -59,13 +59,13 @@ def test_what_is_served_is_the_document_and_a_tag_saves_sending_it_again(client:
     assert client.get(PATH, headers={"If-None-Match": '"other"'}).status == 200
 
 
-def test_an_instance_that_may_be_removed_serves_it_all_the_same(client: AppClient, instance: Instance) -> None:
+def test_an_instance_that_may_be_removed_from_the_registry_serves_it(client: AppClient, instance: Instance) -> None:
     instance._last_good = float("-inf")
     with instance._beating:
         assert client.get(PATH).status == 200
 
 
-def test_each_route_is_in_it_and_nothing_else(app: Flask) -> None:
+def test_it_describes_each_route_and_nothing_else(app: Flask) -> None:
     routes = {
         (method.lower(), re.sub("<[^>]*>", "{}", WHOLE.get(rule.rule, rule.rule)))
         for rule in app.url_map.iter_rules()
@@ -90,7 +90,7 @@ def test_every_component_is_used() -> None:
         assert [name for name in components if f"#/components/{kind}/{name}" not in used] == [], kind
 
 
-def test_every_problem_is_in_it_with_its_status_and_its_title() -> None:
+def test_it_describes_every_problem_with_its_status_and_title() -> None:
     def kinds(kind: type[errors.Error] = errors.Error) -> Iterator[type[errors.Error]]:
         yield kind
         for each in kind.__subclasses__():
@@ -108,7 +108,7 @@ def test_every_problem_is_in_it_with_its_status_and_its_title() -> None:
     assert told == {(f"/problems/{word}", kind.status, kind().title) for word, kind in words.items()}
 
 
-def test_examples_are_what_their_schema_says() -> None:
+def test_examples_match_their_schema() -> None:
     found = 0
     for _, _, operation in operations():
         for media in operation.get("requestBody", {}).get("content", {}).values():
@@ -127,8 +127,8 @@ def test_a_body_is_required_where_it_says_so(client: AppClient) -> None:
             assert (answer.status == 400) == required, (method, path, answer)
 
 
-def test_an_example_is_taken_as_a_body(client: AppClient) -> None:
-    """Whatever it names is not there; but it is no bad body."""
+def test_every_example_is_accepted_as_a_body(client: AppClient) -> None:
+    """The ids that it names do not exist, but the body is valid."""
     for method, path, operation in operations():
         for media in operation.get("requestBody", {}).get("content", {}).values():
             if "example" in media:
@@ -137,14 +137,14 @@ def test_an_example_is_taken_as_a_body(client: AppClient) -> None:
                 assert all("does not exist" in each["problem"] for each in wrong), (method, path, answer)
 
 
-def test_ids_are_as_bodies_have_them() -> None:
+def test_the_schema_of_ids_is_the_one_that_bodies_are_checked_by() -> None:
     (schema,), _ = msgspec.json.schema_components([parse.Key])
     told = {**document()["components"]["schemas"]["Key"]}
     del told["description"]
     assert {**schema, "pattern": schema["pattern"].removesuffix("(?!\\n)")} == told
 
 
-def test_an_installation_has_it() -> None:
+def test_an_installation_includes_it() -> None:
     setup = configparser.ConfigParser()
     setup.read(Path(openapi.__file__).parents[2] / "setup.cfg")
     assert setup["options.package_data"][openapi.__package__] == "openapi.yaml"
@@ -164,7 +164,7 @@ def test_an_installation_has_it() -> None:
         ("GET", "/health/live", 200, {}, {"status": "alive", "timestamp": "today"}),
     ],
 )
-def test_the_check_of_all_answers_sees_one_that_is_not_told_of(
+def test_the_check_of_answers_detects_one_that_the_contract_does_not_describe(
     method: str, path: str, status: int, headers: dict[str, str], body: Any
 ) -> None:
     kind = "application/problem+json" if status >= 400 else "application/json"
@@ -174,7 +174,7 @@ def test_the_check_of_all_answers_sees_one_that_is_not_told_of(
         )
 
 
-def test_what_the_router_refuses_is_a_problem_of_the_same_shape(client: AppClient) -> None:
+def test_a_refusal_by_the_router_is_a_problem_of_the_same_shape(client: AppClient) -> None:
     schema = {"$ref": "#/components/schemas/Problem", "components": document()["components"]}
     for method, path, status, word in (
         ("GET", "/none", 404, "not-found"),

@@ -1,4 +1,4 @@
-"""A database that is away costs bounded time, then none, and everything goes on by itself when it is back."""
+"""An outage of the database costs bounded time, then none, and everything recovers by itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOUND = 5.0 + 0.5  # database.timeout, and what a busy machine adds to it
 
 @pytest.fixture
 def postgres(own_postgres: Postgres) -> Postgres:
-    """Each test's own, which it may stop: it takes the place of the session's server for all fixtures."""
+    """A server of the test's own, which it may stop: it replaces the session's server in all fixtures."""
     return own_postgres
 
 
@@ -31,7 +31,7 @@ def healthy(client: AppClient) -> bool:
 
 
 def assert_away(client: AppClient, instance: Instance) -> None:
-    """What an instance answers without a database, and that at once."""
+    """Check the answers of an instance without a database, and that they come at once."""
     started = time.monotonic()
     answer = client.get("/health")
     health = answer.json
@@ -46,11 +46,13 @@ def assert_away(client: AppClient, instance: Instance) -> None:
         for answer in (client.post(BUILD), client.put(BUILD, {"fencing_token": 1}), client.get("/api/v1/locks")):
             assert_problem(answer, 503, "unavailable")
             assert answer.headers["Retry-After"] == "1"
-    assert client.put(BUILD, {}).status == 400, "what needs no database is answered as ever"
+    assert client.put(BUILD, {}).status == 400, "a refusal that needs no database is answered as always"
     assert time.monotonic() - started < 1
 
 
-def test_a_stopped_server_is_told_and_found_again(client: AppClient, instance: Instance, postgres: Postgres) -> None:
+def test_a_stopped_server_is_reported_and_found_again(
+    client: AppClient, instance: Instance, postgres: Postgres
+) -> None:
     held = acquire(client, owner="a", ttl_seconds=600)
     identity = instance.instance_id
     postgres.stop()
@@ -65,7 +67,9 @@ def test_a_stopped_server_is_told_and_found_again(client: AppClient, instance: I
     assert client.get("/health").json["active_instances"] == 1
 
 
-def test_a_silent_server_costs_its_bound_once(client: AppClient, instance: Instance, postgres: Postgres) -> None:
+def test_a_silent_server_delays_requests_once_and_within_the_bound(
+    client: AppClient, instance: Instance, postgres: Postgres
+) -> None:
     acquire(client, owner="a", ttl_seconds=600)
     with postgres.frozen():
         started = time.monotonic()
@@ -78,7 +82,7 @@ def test_a_silent_server_costs_its_bound_once(client: AppClient, instance: Insta
     assert client.post(BUILD, {"owner": "a"}).status == 200
 
 
-def test_a_waiter_is_told_when_the_database_goes_away(client: AppClient, postgres: Postgres, sql: Sql) -> None:
+def test_a_waiter_is_answered_503_when_the_database_fails(client: AppClient, postgres: Postgres, sql: Sql) -> None:
     acquire(client, owner="holder")
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(client.post, BUILD, {"owner": "waiter", "wait_seconds": 30})
@@ -100,7 +104,7 @@ def test_a_hold_is_lost_when_its_ttl_passes_without_an_answer(postgres: Postgres
         work()
 
 
-def test_a_hold_outlives_an_outage_that_is_shorter_than_its_ttl(postgres: Postgres, database: Database) -> None:
+def test_a_hold_survives_an_outage_that_is_shorter_than_its_ttl(postgres: Postgres, database: Database) -> None:
     with locks.hold("build", ttl=6) as lock:
         with postgres.frozen():
             time.sleep(2.5)  # beyond the first renewal
@@ -140,7 +144,7 @@ def test_nothing_acknowledged_is_lost_in_a_power_cut(client: AppClient, postgres
     assert acquire(client, "next")["fencing_token"] > max(rows)
 
 
-def test_an_instance_that_starts_before_its_database_registers_when_that_is_there(
+def test_an_instance_that_starts_before_its_database_registers_when_the_database_is_up(
     dsn: str, postgres: Postgres, sql: Sql
 ) -> None:
     postgres.stop()
@@ -180,7 +184,7 @@ def pair(start_postgres: Callable[..., Postgres]) -> tuple[Postgres, Postgres, s
     return primary, standby, dsn
 
 
-def test_a_failover_needs_no_hand_and_loses_no_acknowledged_grant(pair: tuple[Postgres, Postgres, str]) -> None:
+def test_a_failover_loses_no_acknowledged_grant_and_needs_no_operator(pair: tuple[Postgres, Postgres, str]) -> None:
     primary, standby, dsn = pair
     database = Database(dsn)
     database.open()
@@ -216,8 +220,8 @@ def answers(grant: Callable[[str], locks.Attempt]) -> bool:
         return False
 
 
-def test_a_standby_is_not_taken_for_a_server_that_is_there(pair: tuple[Postgres, Postgres, str]) -> None:
-    """It answers SELECT 1 for ever: only a refused write tells."""
+def test_a_standby_is_treated_as_an_outage_until_it_is_promoted(pair: tuple[Postgres, Postgres, str]) -> None:
+    """It answers SELECT 1: only a refused write shows that it is a standby."""
     _, standby, dsn = pair
     database = Database(standby.dsn(parse_dsn(dsn)["dbname"]))
     database.open()

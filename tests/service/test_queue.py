@@ -1,4 +1,4 @@
-"""Who waits for a lock gets it in turn, and neither the dead nor the impatient hold up the others."""
+"""Waiters get a lock in turn, and a waiter that has died or given up does not delay the others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def waiters(sql: Sql) -> list[str]:
 
 @pytest.fixture
 def ask(client: AppClient, sql: Sql) -> Iterator[Ask]:
-    """Asks for a lock on a thread, and returns once that waits."""
+    """Requests a lock on a thread, and returns once that request waits."""
     with ThreadPoolExecutor(16) as threads:
 
         def start(owner: str, name: str = "build", wait: int = 20, by: AppClient = client) -> Future[Answer]:
@@ -57,12 +57,14 @@ def test_a_waiter_gets_the_lock_when_it_is_released(client: AppClient, ask: Ask,
     assert answer.status == 201
     assert answer.json["owner"] == "waiter"
     assert answer.json["fencing_token"] > held["fencing_token"]
-    assert waiters(sql) == [], "a place ends with its grant"
+    assert waiters(sql) == [], "the grant removes the place"
     assert client.get(BUILD).json["waiting"] == 0
 
 
-def test_a_lock_passes_on_at_once_and_leaves_no_place_behind(client: AppClient, ask: Ask, sql: Sql) -> None:
-    """A place that outlived its grant would keep everybody from the lock for 2 s."""
+def test_a_released_lock_is_granted_to_the_next_waiter_at_once_and_leaves_no_place(
+    client: AppClient, ask: Ask, sql: Sql
+) -> None:
+    """A place that remains after its grant would block the lock for 2 s."""
     over = threading.Event()
 
     def release_others() -> None:  # each release makes the worker poll at once
@@ -94,7 +96,7 @@ def test_a_waiter_gets_the_lock_when_its_holder_lets_it_expire(client: AppClient
     assert instant(answer.json["acquired_at"]) >= instant(held["expires_at"])
 
 
-def test_a_waiter_gets_the_lock_when_it_is_forced_or_deleted_by_hand(client: AppClient, ask: Ask, sql: Sql) -> None:
+def test_a_waiter_gets_a_lock_that_is_force_released_or_deleted_by_hand(client: AppClient, ask: Ask, sql: Sql) -> None:
     held = acquire(client, owner="holder")
     first = ask("first")
     force(client, held["fencing_token"])
@@ -104,7 +106,7 @@ def test_a_waiter_gets_the_lock_when_it_is_forced_or_deleted_by_hand(client: App
     assert second.result(5).status == 201
 
 
-def test_first_come_first_served(client: AppClient, ask: Ask) -> None:
+def test_waiters_are_granted_a_lock_in_order_of_arrival(client: AppClient, ask: Ask) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
     queue = [(owner, ask(owner)) for owner in ("e", "a", "d", "b", "c")]
     for owner, waiting in queue:
@@ -115,7 +117,7 @@ def test_first_come_first_served(client: AppClient, ask: Ask) -> None:
         token = answer.json["fencing_token"]
 
 
-def test_who_waits_in_vain_is_told_after_the_time_it_gave(client: AppClient) -> None:
+def test_a_wait_that_ends_without_the_lock_is_answered_after_wait_seconds(client: AppClient) -> None:
     acquire(client, owner="holder")
     started = time.monotonic()
     answer = client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})
@@ -125,17 +127,17 @@ def test_who_waits_in_vain_is_told_after_the_time_it_gave(client: AppClient) -> 
     assert answer.headers["Retry-After"] == "1"
 
 
-def test_a_lock_that_is_free_but_promised_is_refused_to_a_newcomer(client: AppClient, sql: Sql) -> None:
+def test_a_free_lock_that_is_promised_to_a_waiter_is_refused_to_others(client: AppClient, sql: Sql) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
-    client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})  # in vain, but its place lasts 2 s
+    client.post(BUILD, {"owner": "waiter", "wait_seconds": 1})  # it times out, but its place lasts 2 s
     release(client, token)
     answer = client.post(BUILD, {"owner": "newcomer"})
     assert_problem(answer, 409, "lock-held", holder=None, waiting=1)
     assert client.get(BUILD).status == 404
-    assert client.post(BUILD, {"owner": "waiter"}).status == 201, "for whom it is promised"
+    assert client.post(BUILD, {"owner": "waiter"}).status == 201, "the lock is promised to this owner"
 
 
-def test_a_place_lasts_two_seconds_after_its_last_ask(client: AppClient, sql: Sql) -> None:
+def test_a_place_lasts_two_seconds_after_its_last_request(client: AppClient, sql: Sql) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
     client.post(BUILD, {"owner": "gone", "wait_seconds": 1})
     asked = sql("SELECT asked_at FROM lock_waiters")[0][0]
@@ -144,7 +146,7 @@ def test_a_place_lasts_two_seconds_after_its_last_ask(client: AppClient, sql: Sq
     assert timedelta(seconds=2) <= instant(client.get(BUILD).json["acquired_at"]) - asked < timedelta(seconds=3)
 
 
-def test_who_comes_back_in_time_keeps_its_place_and_who_does_not_stands_at_the_end(
+def test_a_waiter_that_asks_again_in_time_keeps_its_place_and_a_late_one_goes_to_the_end(
     database: db.Database, sql: Sql
 ) -> None:
     minute = timedelta(minutes=1)
@@ -158,14 +160,14 @@ def test_who_comes_back_in_time_keeps_its_place_and_who_does_not_stands_at_the_e
         locks.acquire(conn, "build", "holder", minute)
     for owner in ("late", "prompt", "third"):
         ask(owner)
-    wait_until(lambda: ask("prompt") == ["prompt"])  # the others' places lapse meanwhile
+    wait_until(lambda: ask("prompt") == ["prompt"])  # meanwhile the other places lapse
     ask("late")
     ask("prompt")
     ask("third")
     assert waiters(sql) == ["prompt", "late", "third"]
 
 
-def test_only_who_says_how_long_it_waits_takes_a_place(client: AppClient, sql: Sql) -> None:
+def test_only_a_request_with_wait_seconds_takes_a_place(client: AppClient, sql: Sql) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
     client.post(BUILD, {"owner": "impatient"})
     client.post(BUILD, {"owner": "explicit", "wait_seconds": 0})
@@ -174,14 +176,14 @@ def test_only_who_says_how_long_it_waits_takes_a_place(client: AppClient, sql: S
     assert client.post(BUILD, {"owner": "newcomer", "wait_seconds": 5}).status == 201
 
 
-def test_waiting_for_a_free_lock_takes_no_time(client: AppClient) -> None:
+def test_a_request_that_may_wait_gets_a_free_lock_at_once(client: AppClient) -> None:
     assert client.post(BUILD, {"owner": "a", "wait_seconds": 30}).status == 201
     again = client.post(BUILD, {"owner": "a", "wait_seconds": 30})
-    assert again.status == 200, "nor does waiting for one's own"
+    assert again.status == 200, "and its own grant as well"
 
 
 def test_a_waiter_that_died_is_skipped(client: AppClient, ask: Ask, database: db.Database) -> None:
-    """It asked once, from an instance that is gone by now."""
+    """It asked once, through an instance that is gone by now."""
     token = acquire(client, owner="holder")["fencing_token"]
     with database.connection() as conn:
         locks.acquire(conn, "build", "dead", timedelta(minutes=1), wait=True)
@@ -190,7 +192,7 @@ def test_a_waiter_that_died_is_skipped(client: AppClient, ask: Ask, database: db
     assert second.result(10).json["owner"] == "second"
 
 
-def test_a_waiter_whose_client_hung_up_neither_waits_on_nor_gets_the_lock(
+def test_a_waiter_whose_client_disconnected_stops_waiting_and_gets_no_grant(
     app: Flask, client: AppClient, ask: Ask, sql: Sql
 ) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
@@ -199,13 +201,13 @@ def test_a_waiter_whose_client_hung_up_neither_waits_on_nor_gets_the_lock(
         gone = ask("gone", by=AppClient(app, far))
         second = ask("second")
         near.close()
-        assert gone.result(5).status == 409, "its thread serves others"
+        assert gone.result(5).status == 409, "its thread is free again"
         release(client, token)
         assert second.result(10).json["owner"] == "second"
     assert sql("SELECT 1 FROM grants WHERE owner = 'gone'") == []
 
 
-def test_many_locks_are_waited_for_over_one_connection(client: AppClient, ask: Ask, sql: Sql) -> None:
+def test_all_waiters_of_a_worker_share_one_connection(client: AppClient, ask: Ask, sql: Sql) -> None:
     held = {name: acquire(client, name, owner="holder")["fencing_token"] for name in ("a", "b", "c", "d")}
     waiting = {name: [ask(f"{name} {i}", name) for i in range(3)] for name in held}
     assert len(sql(POLLERS)) == 1
@@ -217,7 +219,7 @@ def test_many_locks_are_waited_for_over_one_connection(client: AppClient, ask: A
     assert len(sql(POLLERS)) == 1
 
 
-def test_nothing_is_asked_while_nobody_waits(client: AppClient, ask: Ask, sql: Sql) -> None:
+def test_a_worker_does_not_poll_while_nobody_waits(client: AppClient, ask: Ask, sql: Sql) -> None:
     token = acquire(client, owner="holder")["fencing_token"]
     waiting = ask("waiter")
     busy = sql(POLLERS)
@@ -229,10 +231,10 @@ def test_nothing_is_asked_while_nobody_waits(client: AppClient, ask: Ask, sql: S
     assert sql(POLLERS) == quiet
 
 
-def test_a_name_that_another_is_at_does_not_hold_up_the_waiters_for_others(
+def test_a_lock_with_an_open_fenced_transaction_does_not_delay_waiters_for_other_locks(
     client: AppClient, ask: Ask, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
 ) -> None:
-    """A fenced transaction outlives its grant: who waits for that lock waits on, and nobody else does."""
+    """A fenced transaction may outlast its grant: only the waiters for that lock have to wait for it."""
     fenced = acquire(client, "a", owner="holder", ttl_seconds=1)["fencing_token"]
     held = acquire(client, "b", owner="holder")["fencing_token"]
     with session() as conn, conn.cursor() as cursor:
@@ -245,8 +247,8 @@ def test_a_name_that_another_is_at_does_not_hold_up_the_waiters_for_others(
     assert stuck.result(5).status == 201
 
 
-def test_waiting_requests_leave_threads_for_the_others(dsn: str, app: Flask, ask: Ask, sql: Sql) -> None:
-    """Past a bound a waiter is answered at once, and asking again keeps its place."""
+def test_waiting_requests_leave_threads_for_other_requests(dsn: str, app: Flask, ask: Ask, sql: Sql) -> None:
+    """Beyond a number of waiters a request is answered at once, and keeps its place by asking again."""
     config = Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=4))
     client = AppClient(create_app(config))
     token = acquire(client, owner="holder")["fencing_token"]
@@ -263,10 +265,10 @@ def test_waiting_requests_leave_threads_for_the_others(dsn: str, app: Flask, ask
     assert client.post(BUILD, {"owner": "outside", "wait_seconds": 20}).status == 201
 
 
-def test_who_waits_at_an_instance_that_drains_is_told_at_once_and_keeps_its_place(
+def test_a_waiter_at_a_draining_instance_is_answered_at_once_and_keeps_its_place(
     client: AppClient, ask: Ask, sql: Sql, instance: Instance
 ) -> None:
-    """So it can ask another instance, and a restart need not wait for it."""
+    """So it can ask another instance, and a restart does not wait for it."""
     acquire(client, owner="holder")
     waiting = ask("waiter")
     instance.drain()

@@ -1,4 +1,4 @@
-"""What GET answers, PUT takes: a client that reads an entity, changes a field and writes it back is not refused."""
+"""PUT accepts what GET answers: a client that reads an entity, changes a field and writes it back is not refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXTS = (
 
 
 def value(dice: random.Random, depth: int = 0) -> str:
-    """Any JSON, as text: numbers are to be sent as they stand here."""
+    """Return any JSON as text, since its numbers must be sent as they are written."""
     kind = dice.randrange(6 if depth < 4 else 4)
     if kind == 4:
         return "[" + ", ".join(value(dice, depth + 1) for _ in range(dice.randrange(4))) + "]"
@@ -65,18 +65,18 @@ def objects(dice: random.Random, depth: int = 0) -> str:
 
 
 def doubles(found: Any) -> Any:
-    """As a reader has it that knows no numbers but doubles."""
+    """Parse as a reader whose only numbers are doubles."""
     return json.loads(found if isinstance(found, bytes) else json.dumps(found), parse_int=float)
 
 
 def kept(answered: bytes) -> dict[str, Any]:
-    """Of what was answered, all but what a change changes; its numbers as they are written."""
+    """Return the fields of an answer that a write without changes keeps, with numbers as they are written."""
     found = json.loads(answered, parse_int=str, parse_float=str)
     return {name: each for name, each in found.items() if name not in ("version", "updated_at", "updated_by")}
 
 
-def assert_taken_back(client: AppClient, path: str) -> dict[str, Any]:
-    """PUT takes what GET answers, as it stands, and changes nothing. Returns the entity."""
+def assert_accepted_back(client: AppClient, path: str) -> dict[str, Any]:
+    """Assert that PUT accepts what GET answers and changes nothing. Returns the entity."""
     first = client.get(path)
     assert first.status == 200, first
     answer = client.put(path, first.body)
@@ -86,7 +86,7 @@ def assert_taken_back(client: AppClient, path: str) -> dict[str, Any]:
     return again.json
 
 
-def test_free_json_of_any_kind_is_answered_and_taken_back(client: AppClient, seed: int, long: bool) -> None:
+def test_any_json_in_a_free_field_is_answered_and_accepted_back(client: AppClient, seed: int, long: bool) -> None:
     dice = random.Random(seed)
     for kind in KINDS:
         entity(client, kind)
@@ -97,19 +97,19 @@ def test_free_json_of_any_kind_is_answered_and_taken_back(client: AppClient, see
                 answer = client.put(kind.path, f'{{"{field}": {text}}}'.encode())
                 assert answer.status == 200, (text, answer)
                 assert doubles(answer.body)[field] == doubles(text.encode()), text
-                assert_taken_back(client, kind.path)
+                assert_accepted_back(client, kind.path)
     assert client.get("/api/v1/events?after=0&limit=1000").status == 200
     for kind in KINDS:
         assert client.get(kind.list).status == client.get(f"{kind.path}/history").status == 200
 
 
-def test_a_shared_value_of_any_kind_is_answered_and_taken_back(client: AppClient, seed: int, long: bool) -> None:
+def test_any_json_as_a_shared_value_is_answered_and_accepted_back(client: AppClient, seed: int, long: bool) -> None:
     dice = random.Random(seed)
     for text in (*NUMBERS, "[" * 100 + "]" * 100, *(value(dice) for _ in range(200 if long else 40))):
         answer = client.put(f"{CONFIG}/k", f'{{"value": {text}}}'.encode())
         assert answer.status == 200, (text, answer)
         assert doubles(answer.body)["value"] == doubles(text.encode()), text
-        before = assert_taken_back(client, f"{CONFIG}/k")["value"]
+        before = assert_accepted_back(client, f"{CONFIG}/k")["value"]
         assert client.put(CONFIG, client.get(CONFIG).body).status == 200
         exported = client.get(f"{CONFIG}/export.yaml").body
         assert client.post(f"{CONFIG}/import.yaml", exported).status == 200, text
@@ -124,11 +124,11 @@ def test_an_integer_keeps_its_digits(client: AppClient) -> None:
     bead(client, "x", context={"n": numbers})
     assert client.put(f"{CONFIG}/k", {"value": numbers}).json["value"] == numbers
     assert client.post(BUILD, {"metadata": {"n": numbers}}).json["metadata"]["n"] == numbers
-    assert assert_taken_back(client, f"{BEADS}/x")["context"]["n"] == numbers
+    assert assert_accepted_back(client, f"{BEADS}/x")["context"]["n"] == numbers
     assert client.get(BUILD).json["metadata"]["n"] == numbers
 
 
-def test_an_entity_in_any_state_is_taken_back_and_stays_in_it(client: AppClient, sql: Sql) -> None:
+def test_an_entity_in_any_state_is_accepted_back_and_keeps_its_state(client: AppClient, sql: Sql) -> None:
     team(client, "a", "b")
     make(client, PROVIDERS, id="v", name="v", last_heartbeat_at="2026-01-01T00:00:00Z", model_score=1e300)
     make(client, PROJECTS, id="q", name="q", git_repo="r", branch="b", parent_id=PROJECT, git_strategy="branch-pr")
@@ -154,18 +154,18 @@ def test_an_entity_in_any_state_is_taken_back_and_stays_in_it(client: AppClient,
         *(f"{PROJECTS}/{key}" for key in (PROJECT, "q")),
         f"{PROVIDERS}/v",
     ):
-        assert_taken_back(client, path)
+        assert_accepted_back(client, path)
     assert renew(client, "held", token).status == 200
 
 
-def test_json_that_was_written_by_hand_is_answered_and_taken_back(client: AppClient, sql: Sql) -> None:
-    """A double is all that a fraction may be: what has more digits is answered as the nearest one."""
+def test_json_that_was_written_by_hand_is_answered_and_accepted_back(client: AppClient, sql: Sql) -> None:
+    """A fraction is answered as a double: one with more digits as the nearest double."""
     for kind in KINDS:
         entity(client, kind)
         for field in JSON_FIELDS[kind.name]:
             numbers = "[123456789012345678901234567890, 1e308, -1.7976931348623157e308, 0.1234567890123456789, 1e-5000]"
             sql(f"UPDATE {kind.name}s SET {field} = %s", f'{{"n": {numbers}, "": {{"\U0001f9f5\u2028": ""}}}}')
-            found = assert_taken_back(client, kind.path)[field]
+            found = assert_accepted_back(client, kind.path)[field]
             assert found["n"][0] == 123456789012345678901234567890
             assert doubles(found["n"]) == doubles(numbers.encode())
     sql("INSERT INTO config (key, value) VALUES ('k', '{\"n\": [1e308, 123456789012345678901234567890]}')")
@@ -176,8 +176,8 @@ def test_json_that_was_written_by_hand_is_answered_and_taken_back(client: AppCli
 @pytest.mark.parametrize(
     "text", ["1e309", "-1e309", "1e5000", "1.5e400", "1" + "0" * 5000 + ".5", "[" * 101 + "]" * 101], ids=range(6)
 )
-def test_json_that_no_list_could_answer_is_refused_by_hand_too(client: AppClient, sql: Sql, text: str) -> None:
-    """It would fail every list with the entity, and every reader of the feed."""
+def test_json_that_no_list_could_answer_is_refused_also_in_psql(client: AppClient, sql: Sql, text: str) -> None:
+    """It would break every list with the entity, and every reader of the feed."""
     for kind in KINDS:
         entity(client, kind)
         for field in JSON_FIELDS[kind.name]:
@@ -189,7 +189,7 @@ def test_json_that_no_list_could_answer_is_refused_by_hand_too(client: AppClient
     assert client.get("/api/v1/events?after=0").status == client.get(CONFIG).status == 200
 
 
-def test_a_number_costs_no_more_than_its_digits(client: AppClient) -> None:
+def test_the_cost_of_a_number_is_bounded_by_its_digits(client: AppClient) -> None:
     team(client)
     bead(client, "x")
     started = time.process_time()

@@ -1,4 +1,4 @@
-"""The schema comes by itself, once, never over a newer one, and with the rights that the guide's steps give."""
+"""Loom applies its schema by itself, once, never over a newer one, and with the rights that the guide grants."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def empty(postgres: Postgres) -> Iterator[str]:
 
 
 def use(dsn: str) -> None:
-    """A lock's whole life, as whoever the DSN says."""
+    """Acquire, renew, check and release a lock as the role in the DSN."""
     database = db.Database(dsn)
     database.open()
     try:
@@ -54,7 +54,7 @@ def use(dsn: str) -> None:
         database.close()
 
 
-def test_ten_instances_that_start_at_once_on_an_empty_database(empty: str) -> None:
+def test_ten_instances_that_start_at_once_apply_the_schema_once(empty: str) -> None:
     with ThreadPoolExecutor(10) as threads:
         assert list(threads.map(lambda _: db.migrate(empty), range(10))) == [schema.VERSION] * 10
     assert query(empty, "SELECT version, checksum FROM schema_version") == [(schema.VERSION, schema.CHECKSUM)]
@@ -68,7 +68,7 @@ def test_a_second_start_changes_nothing(empty: str) -> None:
     assert (query(empty, "SELECT xmin::text, applied_at FROM schema_version"), query(empty, OBJECTS)) == before
 
 
-def test_applying_it_again_keeps_all_data(dsn: str, sql: Sql) -> None:
+def test_applying_the_schema_again_keeps_all_data(dsn: str, sql: Sql) -> None:
     sql("SELECT acquire_lock('held', 'a', NULL, '1 h', NULL, false), register_instance(gen_random_uuid(), 'h', '{}')")
     sql("SELECT acquire_lock('past', 'a', NULL, '1 h', NULL, false)")
     sql("DELETE FROM distributed_locks WHERE lock_name = 'past'")
@@ -80,7 +80,7 @@ def test_applying_it_again_keeps_all_data(dsn: str, sql: Sql) -> None:
     assert sql("SELECT checksum FROM schema_version") == [(schema.CHECKSUM,)]
 
 
-def test_it_may_be_applied_by_hand_and_again(empty: str) -> None:
+def test_the_schema_can_be_applied_by_hand_repeatedly(empty: str) -> None:
     psql = [str(binaries() / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-1", "-d", empty]
     for _ in range(2):
         subprocess.run([*psql, "-f", str(resource("schema.sql"))], check=True)
@@ -91,7 +91,7 @@ def test_it_may_be_applied_by_hand_and_again(empty: str) -> None:
     assert query(empty, "SELECT version, checksum FROM schema_version") == [(schema.VERSION, schema.CHECKSUM)]
 
 
-def test_a_newer_schema_is_refused_and_left_alone(dsn: str, sql: Sql) -> None:
+def test_a_newer_schema_is_refused_and_unchanged(dsn: str, sql: Sql) -> None:
     sql("UPDATE schema_version SET version = version + 1, checksum = 'newer'")
     newer = rf"schema version {schema.VERSION + 1}, this Loom knows {schema.VERSION}: upgrade"
     with pytest.raises(errors.SchemaError, match=newer):
@@ -99,15 +99,15 @@ def test_a_newer_schema_is_refused_and_left_alone(dsn: str, sql: Sql) -> None:
     assert sql("SELECT version, checksum FROM schema_version") == [(schema.VERSION + 1, "newer")]
 
 
-def test_a_failure_half_way_leaves_nothing_behind(empty: str) -> None:
+def test_a_failed_migration_leaves_nothing_behind(empty: str) -> None:
     query(empty, "CREATE FUNCTION loom_fence(name text, token bigint) RETURNS text LANGUAGE sql AS 'SELECT name'")
     with pytest.raises(errors.Error):
         db.migrate(empty)
     assert query(empty, "SELECT to_regclass('instances'), to_regclass('schema_version')") == [(None, None)]
 
 
-def test_the_guides_own_steps_lead_to_the_one_statement_that_mends_them(postgres: Postgres, empty: str) -> None:
-    """GRANT ALL ON DATABASE lets nobody create tables since PostgreSQL 15; before, it is all that it takes."""
+def test_after_the_guides_steps_the_error_names_the_one_missing_grant(postgres: Postgres, empty: str) -> None:
+    """Since PostgreSQL 15 GRANT ALL ON DATABASE does not allow to create tables; before, it is all that is needed."""
     (name,) = query(empty, "SELECT current_database()")[0]
     user = f"loom_user_{name}"
     postgres.query(f"CREATE USER {user} WITH ENCRYPTED PASSWORD 'your_secure_password'")
@@ -134,8 +134,8 @@ def test_the_guides_own_steps_lead_to_the_one_statement_that_mends_them(postgres
         postgres.query(f"DROP USER {user}")
 
 
-def test_a_role_that_may_use_but_not_create_starts_on_a_schema_that_is_there(postgres: Postgres, dsn: str) -> None:
-    """Where an administrator applies the schema, Loom's own role needs no more than data."""
+def test_a_role_without_create_rights_starts_on_an_existing_schema(postgres: Postgres, dsn: str) -> None:
+    """Where an administrator applies the schema, Loom's role only needs rights on the data."""
     (name,) = query(dsn, "SELECT current_database()")[0]
     user = f"plain_{name}"
     postgres.query(f"CREATE USER {user}")
@@ -153,7 +153,7 @@ def test_a_role_that_may_use_but_not_create_starts_on_a_schema_that_is_there(pos
         postgres.query(f"DROP USER {user}")
 
 
-def test_a_server_that_is_away_is_said_to_be_and_no_password_is_told(postgres: Postgres) -> None:
+def test_an_unreachable_server_is_reported_without_its_password(postgres: Postgres) -> None:
     dsn = postgres.dsn("no_such_database", tcp=True, user="nobody", password="s3cret")
     with pytest.raises(errors.Unavailable) as away:
         db.migrate(dsn)
@@ -162,7 +162,7 @@ def test_a_server_that_is_away_is_said_to_be_and_no_password_is_told(postgres: P
 
 
 def test_names_and_ids_do_not_depend_on_the_c_library(sql: Sql) -> None:
-    """An upgrade of it changes collations, which corrupts their unique indexes: then a lock has two holders."""
+    """An upgrade of libc can change collations and so corrupt unique indexes: then a lock has two holders."""
     rows = sql(
         "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
         " AND (column_name IN ('lock_name', 'owner', 'id', 'key', 'parent', 'assigned_to') OR column_name LIKE '%%_id')"

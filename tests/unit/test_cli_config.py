@@ -1,4 +1,4 @@
-"""The `loom` command tells what is set and what is wrong, each in a line, and never a password."""
+"""The `loom` command prints each setting and each fault on one line, and never a password."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loom.cli import main
 
 
 @pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
+def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for variable in ("PORT", "DATABASE_TYPE", "DATABASE_DSN", "LOOM_CONFIG"):
         monkeypatch.delenv(variable, raising=False)
@@ -28,7 +28,7 @@ def loom(*words: str, **variables: str):
 
 
 def serve(**variables: str):
-    """`loom serve`, which ends at once: in a process of its own, since it becomes gunicorn."""
+    """Run `loom serve` with settings that end it at once; in its own process, since it becomes gunicorn."""
     command = [sys.executable, "-c", "from loom.cli import main; main()", "serve"]
     return subprocess.run(
         command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=30, check=False
@@ -61,17 +61,17 @@ FAULT = "Error: environment PORT: server.http_port: expected a port from 1 to 65
 
 
 @pytest.mark.parametrize("command", [("config", "check"), ("migrate",)])
-def test_a_fault_is_one_line_on_stderr_and_exit_status_1(command):
+def test_a_fault_is_reported_on_one_line_of_stderr_with_exit_status_1(command):
     result = loom(*command, PORT="eighty")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", FAULT)
 
 
-def test_a_fault_is_one_line_of_serve_too():
+def test_serve_reports_a_fault_on_one_line():
     result = serve(PORT="eighty")
     assert (result.returncode, result.stdout, result.stderr) == (1, "", FAULT)
 
 
-def test_a_database_that_is_away_is_one_line_without_its_password():
+def test_an_unreachable_database_is_reported_on_one_line_without_its_password():
     result = loom("migrate", DATABASE_DSN="postgresql://u:hunter22@127.0.0.1:9/db")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
@@ -79,14 +79,14 @@ def test_a_database_that_is_away_is_one_line_without_its_password():
     assert "hunter22" not in result.output
 
 
-def test_a_log_file_that_cannot_be_opened_is_one_line():
+def test_a_log_file_that_cannot_be_opened_is_reported_on_one_line():
     Path("config.yaml").write_text("logging: {output: missing/log}")
     result = serve(DATABASE_DSN="host=h")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "logging.output: missing/log: " in result.stderr
 
 
-def test_serve_hands_over_to_gunicorn_with_our_settings_whatever_lies_in_the_folder(monkeypatch):
+def test_serve_starts_gunicorn_with_our_settings_whatever_files_are_in_the_folder(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda *arguments: started.append(arguments))
     result = loom("serve", DATABASE_DSN="host=h dbname=db")
@@ -106,7 +106,7 @@ def test_a_command_is_imported_only_when_called():
     assert not {"loom.cli.serve", "loom.cluster", "loom.db", "flask", "gunicorn"} & set(run.stdout.split())
 
 
-def test_help_lists_the_commands_and_a_wrong_one_is_refused():
+def test_help_lists_the_commands_and_an_unknown_one_is_refused():
     result = loom("--help")
     assert {"config", "migrate", "serve"} <= {line.split()[0] for line in result.output.splitlines() if line.strip()}
     assert loom("srve").exit_code == 2

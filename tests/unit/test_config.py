@@ -1,4 +1,4 @@
-"""The configuration a user writes works as the guide has it, and a fault in it is told in one line."""
+"""Configuration works as the guide shows it, and a fault in it is reported on one line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PASSWORDS = [
 
 
 @pytest.fixture(autouse=True)
-def _folder_of_its_own(tmp_path, monkeypatch):
+def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -83,7 +83,7 @@ def fault(text: str = "", **variables: str) -> str:
     return line
 
 
-def test_the_guide_s_quick_start_works_as_written():
+def test_the_guides_quick_start_works_as_written():
     config = read(QUICK_START)
     assert config.database.type == "postgres"
     assert config.database.dsn == "postgresql://loom_user:your_secure_password@postgres-host:5432/loom?sslmode=require"
@@ -92,14 +92,14 @@ def test_the_guide_s_quick_start_works_as_written():
     assert config.sources["database.pool_max"] == "default"
 
 
-def test_the_guide_s_logging_works_as_written():
+def test_the_guides_logging_works_as_written():
     logging = read(LOGGING).logging
     assert (logging.level, logging.format, logging.output) == ("info", "json", "stdout")
     assert logging.syslog.enabled
     assert logging.syslog.address == "logs.example.com:514"
 
 
-def test_the_guide_s_tuning_sizes_the_pool_and_libpq_never_sees_it():
+def test_the_guides_tuning_sizes_the_pool_and_is_hidden_from_libpq():
     config = read(TUNING)
     assert (config.database.pool_min, config.database.pool_max) == (5, 25)
     assert config.database.dsn == DSN
@@ -107,13 +107,13 @@ def test_the_guide_s_tuning_sizes_the_pool_and_libpq_never_sees_it():
     assert config.agents.max_concurrent == 20
 
 
-def test_the_guide_s_security_section_works_with_its_variable_too():
+def test_the_guides_security_section_works_also_with_its_variable():
     assert read(SECURITY).database.type == "postgres"
     variant = re.sub("  dsn: .*\n.*\n  # dsn", "  dsn", SECURITY)
     assert read(variant, DATABASE_DSN=DSN).database.dsn == DSN
 
 
-def test_the_guide_s_containers_need_the_environment_alone():
+def test_the_guides_containers_need_only_environment_variables():
     config = load(environ={"DATABASE_TYPE": "postgres", "DATABASE_DSN": DSN, "PORT": "8081"})
     assert (config.database.type, config.database.dsn, config.server.http_port) == ("postgres", DSN, 8081)
     assert config.sources["server.http_port"] == "environment PORT"
@@ -125,7 +125,7 @@ def test_without_any_setting_the_database_is_embedded():
     assert read("database:\nserver:\n", PORT="").server.http_port == 8080
 
 
-def test_the_example_file_is_the_defaults_and_has_every_key():
+def test_the_example_file_has_every_key_with_its_default():
     text = resource("config.yaml.example").read_text()
     assert read(text).database == Config().database
     every = re.sub(r"^( *)# ([a-z_]+: )", r"\1\2", text, flags=re.MULTILINE)
@@ -143,7 +143,7 @@ def test_the_documentation_names_every_key():
     assert {key for key, mark in documented.items() if mark} == SHAREABLE
 
 
-def test_loom_config_names_the_file_and_the_environment_outdoes_it(tmp_path):
+def test_loom_config_names_the_file_and_environment_variables_override_it(tmp_path):
     file = tmp_path / "other.yaml"
     file.write_text(QUICK_START)
     config = load(environ={"LOOM_CONFIG": str(file), "PORT": "9000"})
@@ -176,13 +176,13 @@ def test_the_environment_chooses_between_embedded_and_a_dsn():
         ),
     ],
 )
-def test_the_pool_s_size_is_taken_out_of_any_dsn(dsn, left, pool):
+def test_the_pool_size_is_removed_from_any_form_of_dsn(dsn, left, pool):
     database = load(environ={"DATABASE_DSN": dsn}).database
     assert parse_dsn(database.dsn) == parse_dsn(left)
     assert (database.pool_min, database.pool_max) == pool
 
 
-def test_a_variable_is_expanded_after_yaml_was_read():
+def test_variables_are_expanded_after_the_yaml_is_parsed():
     config = read(
         "logging: {output: '${DIR}/${NAME}.log', level: '${LEVEL}'}\nserver: {http_port: '${P}'}",
         DIR="/x: {y}",
@@ -249,7 +249,7 @@ def test_a_variable_is_expanded_after_yaml_was_read():
         ("server: " + "[" * 5000, "not YAML in UTF-8"),
     ],
 )
-def test_a_fault_in_the_file_is_one_line_with_file_key_and_remedy(text, line):
+def test_a_fault_in_the_file_is_one_line_that_names_file_key_and_remedy(text, line):
     assert line in fault(text)
 
 
@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_read_stops_the_start(tmp_path):
 
 
 def traces(password: str) -> set[str]:
-    """What would show that a password came through: itself, encoded, or a piece between special characters."""
+    """Return the texts that would reveal a password: itself, percent-encoded, or a piece between special characters."""
     pieces = {piece for piece in re.split(r"[^\w]+", password) if len(piece) > 4}
     return pieces - {"password", "pool_max_conns", "postgresql"} | {password, quote(password, safe="")}
 
@@ -296,7 +296,7 @@ def broken_dsns_of(password: str) -> list[str]:
 
 
 @pytest.mark.parametrize("password", PASSWORDS)
-def test_a_password_is_masked_wherever_it_stands_in_a_sound_dsn(password):
+def test_a_password_is_masked_in_every_form_of_valid_dsn(password):
     for dsn in dsns_of(password):
         database = load(environ={"DATABASE_DSN": dsn}).database
         assert password in parse_dsn(database.dsn).values()
@@ -306,7 +306,7 @@ def test_a_password_is_masked_wherever_it_stands_in_a_sound_dsn(password):
 
 
 @pytest.mark.parametrize("password", PASSWORDS)
-def test_a_password_is_in_no_complaint_about_a_dsn(password):
+def test_no_error_about_a_dsn_shows_its_password(password):
     for dsn in broken_dsns_of(password):
         line = fault(DATABASE_DSN=dsn)
         assert line.startswith("environment DATABASE_DSN: database.dsn: ")
@@ -318,7 +318,7 @@ def test_a_password_is_in_no_complaint_about_a_dsn(password):
 
 
 @pytest.mark.parametrize("dsn", ["postgresql://u:pa/ss@h/db", "postgresql://u:p@ss@h/db", "postgresql://u:12/3@h"])
-def test_a_password_that_libpq_would_take_for_a_host_is_refused_before_it_gets_into_a_message(dsn):
+def test_a_password_that_libpq_would_read_as_a_host_is_refused(dsn):
     assert fault(DATABASE_DSN=dsn).endswith("need percent-encoding in a URI (@ is %40, / is %2F)")
 
 
@@ -338,11 +338,11 @@ def test_a_password_that_libpq_would_take_for_a_host_is_refused_before_it_gets_i
         "database: {dsn: 'postgresql://u:${hunter22 x}@h/db'}",
     ],
 )
-def test_a_password_is_in_no_complaint_about_the_file(text):
+def test_no_error_about_the_file_shows_a_password(text):
     assert "hunter22" not in fault(text)
 
 
-def test_masking_leaves_ordinary_text_alone():
+def test_masking_does_not_change_ordinary_text():
     for text in (
         "",
         "heartbeat",
@@ -354,12 +354,12 @@ def test_masking_leaves_ordinary_text_alone():
         assert mask(text) == text
 
 
-def test_a_started_process_gets_the_environment_with_changes(monkeypatch):
+def test_a_child_process_gets_the_environment_with_changes(monkeypatch):
     monkeypatch.setenv("PORT", "1")
     assert environment(DATABASE_DSN="x")["PORT"] == "1"
     assert environment(PORT="2")["PORT"] == "2"
 
 
-def test_a_file_of_the_installation_that_is_missing_is_named():
+def test_a_missing_file_of_the_installation_is_named():
     with pytest.raises(ConfigError, match=r"nothing\.sql: in neither "):
         resource("nothing.sql")

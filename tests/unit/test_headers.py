@@ -1,4 +1,4 @@
-"""Who writes, and under which locks: from the headers of a request."""
+"""The headers of a request say who makes a write and which locks fence it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from loom.http import headers
 from loom.state.writer import Writer
 
 
-def writer(actor: str | None = None, **said: str) -> Writer:
-    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in said.items()}
+def writer(actor: str | None = None, **sent: str) -> Writer:
+    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in sent.items()}
     with Flask("test").test_request_context(environ_overrides=names):
         return headers.writer("bead:bd-1", actor)
 
 
-def test_who_writes_is_told_by_the_request() -> None:
+def test_headers_name_the_actor_and_the_request_id() -> None:
     assert writer() == Writer()
     assert writer("a 1").actor == "a 1"
     assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer("Jürgen (ops)", None, "r-1")
     assert writer(loom_proxy_request_id="n-1") == Writer(proxy_request_id="n-1")
 
 
-def test_a_request_id_that_nginx_would_replace_is_none() -> None:
+def test_a_request_id_that_nginx_would_replace_is_ignored() -> None:
     for bad in ("", "a b", "x" * 129, "ü"):
         assert writer(x_request_id=bad, loom_proxy_request_id=bad) == Writer()
 
@@ -39,7 +39,7 @@ def test_a_request_id_that_nginx_would_replace_is_none() -> None:
         (f'{2**53 - 1}; lock="ü"', {"ü": 2**53 - 1}),
     ],
 )
-def test_a_write_is_fenced_by_every_lock_that_it_presents(header: str, fences: dict[str, int]) -> None:
+def test_a_write_is_fenced_by_every_lock_whose_token_it_presents(header: str, fences: dict[str, int]) -> None:
     assert writer(loom_lock_token=header).fences == fences
 
 
@@ -53,7 +53,7 @@ BAD_NAMES = ["%FF", "%00", "a//b", "x" * 256, 'a"; x="b']
     + [{"loom_lock_token": f'1; lock="{bad}"'} for bad in BAD_NAMES]
     + [{"loom_actor": bad} for bad in ("", "a\x00", "a\nb", "x" * 256)],
 )
-def test_a_bad_header_is_named_and_never_taken_for_none(headers: dict[str, Any]) -> None:
+def test_a_bad_header_is_refused_by_name_and_never_ignored(headers: dict[str, Any]) -> None:
     with pytest.raises(errors.Invalid) as caught:
         writer(**headers)
     (problem,) = caught.value.members["errors"]

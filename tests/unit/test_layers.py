@@ -1,4 +1,4 @@
-"""The house stays as it is drawn: nobody imports upward, and one module reads the environment."""
+"""The layers are kept: no module imports from a layer above, and only one module reads the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(loom.__file__).parents[1]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}
 
 
-def test_imports_go_downward_only():
+def test_no_module_imports_from_a_layer_above():
     command = Path(sys.executable).with_name("lint-imports")
     run = subprocess.run([str(command), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -37,6 +37,6 @@ def test_only_the_configuration_reads_the_environment():
     assert using == {"loom/config.py"}
 
 
-def test_the_check_above_sees_both_ways_to_read_it():
+def test_the_check_detects_both_ways_to_read_the_environment():
     assert readers("import os\nos.environ['X']") == {"environ"}
     assert readers("from os import getenv") == {"getenv"}

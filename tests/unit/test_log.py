@@ -1,4 +1,4 @@
-"""A log that a machine can read: one line an event, whatever is in it, and no password."""
+"""The log is machine-readable: one line for each event, whatever it contains, and no password."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("loom.test")
 
 
 @pytest.fixture(autouse=True)
-def _root_as_it_was():
+def _restore_root_logger():
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -36,7 +36,7 @@ def _root_as_it_was():
 
 @pytest.fixture
 def lines(tmp_path):
-    """Set the log up as asked, and return the function that reads its lines."""
+    """Configure the log with `settings`, and return the function that reads its lines."""
 
     def start(**settings):
         log.setup(LoggingConfig(output=str(tmp_path / "log"), **settings))
@@ -62,14 +62,14 @@ def test_a_json_line_has_time_level_event_and_fields(lines):
     }
 
 
-def test_a_text_line_reads_as_a_sentence_with_fields(lines):
+def test_a_text_line_is_the_event_followed_by_its_fields(lines):
     read = lines(format="text")
     logger.info("instance registered", extra={"fields": {"host": "a b", "port": 8080, "note": ""}})
     assert read()[0].endswith(f' info instance registered pid={os.getpid()} host="a b" port=8080 note=""')
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_an_exception_and_any_text_are_one_line_each(lines, style):
+def test_any_event_is_one_line_even_with_an_exception(lines, style):
     read = lines(format=style)
     try:
         raise ValueError("two\nlines")
@@ -82,7 +82,7 @@ def test_an_exception_and_any_text_are_one_line_each(lines, style):
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_a_password_reaches_no_line(lines, style):
+def test_no_line_shows_a_password(lines, style):
     read = lines(format=style)
     dsn = "postgresql://user:hunter22@host/db?sslmode=require"
     logger.info("connecting to %s", dsn)
@@ -106,7 +106,7 @@ def test_the_level_changes_at_run_time(lines):
     assert [json.loads(line)["event"] for line in read()] == ["seen"]
 
 
-def test_a_file_that_was_rotated_is_opened_anew(lines, tmp_path):
+def test_a_rotated_file_is_reopened(lines, tmp_path):
     read = lines()
     logger.info("before")
     (tmp_path / "log").rename(tmp_path / "log.1")
@@ -114,13 +114,13 @@ def test_a_file_that_was_rotated_is_opened_anew(lines, tmp_path):
     assert [json.loads(line)["event"] for line in read()] == ["after"]
 
 
-def test_a_file_that_cannot_be_opened_is_told_in_one_line(tmp_path):
+def test_a_file_that_cannot_be_opened_is_reported_on_one_line(tmp_path):
     with pytest.raises(ConfigError) as caught:
         log.setup(LoggingConfig(output=str(tmp_path / "missing" / "log")))
     assert str(caught.value).startswith(f"logging.output: {tmp_path}/missing/log: [Errno 2]")
 
 
-def test_gunicorn_s_own_lines_look_the_same_and_requests_leave_none(tmp_path):
+def test_gunicorns_lines_have_the_same_format_and_requests_are_not_logged(tmp_path):
     output = tmp_path / "log"
     (tmp_path / "gunicorn.conf.py").write_text(
         "from loom.config import LoggingConfig\nfrom loom.log import dict_config\n"
@@ -169,7 +169,7 @@ def test_a_syslog_server_gets_each_line_also_from_a_forked_process(lines, server
 
 
 def test_syslog_needs_no_thread(lines, server):
-    """Of a gunicorn master, which forks: what a thread of it imports meanwhile is broken in the worker for ever."""
+    """A module that a thread of the gunicorn master imports during a fork stays broken in the worker."""
     before = threading.enumerate()
     lines(syslog=syslog(server.getsockname()[1], "localhost"))
     logger.error("line")
@@ -178,7 +178,7 @@ def test_syslog_needs_no_thread(lines, server):
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.1", "x" * 300, "[::1]"])
-def test_a_syslog_server_that_is_away_costs_no_time(lines, host):
+def test_an_unreachable_syslog_server_does_not_slow_down_logging(lines, host):
     read = lines(syslog=syslog(9, host))
     start = time.monotonic()
     for number in range(2000):
@@ -187,7 +187,7 @@ def test_a_syslog_server_that_is_away_costs_no_time(lines, host):
     assert [json.loads(line)["event"] for line in read()].count("line") == 2000
 
 
-def test_an_address_that_is_not_found_is_said_once(lines):
+def test_an_unknown_syslog_host_is_logged_once(lines):
     read = lines(syslog=syslog(9, "no-such-host.invalid"))
     logger.info("line")
     logger.info("line")
@@ -197,7 +197,7 @@ def test_an_address_that_is_not_found_is_said_once(lines):
     assert [line["event"] for line in others] == ["line", "line"]
 
 
-def test_a_line_that_cannot_be_sent_is_said_once(lines, server):
+def test_a_failure_to_send_to_syslog_is_logged_once(lines, server):
     read = lines(syslog=syslog(server.getsockname()[1]))
     for _ in range(2):
         logger.info("long", extra={"fields": {"text": "x" * 100_000}})  # more than a datagram takes
@@ -209,8 +209,8 @@ def test_a_line_that_cannot_be_sent_is_said_once(lines, server):
     assert b"short" in server.recv(65536)
 
 
-def in_a_network_of_its_own(code: str, *files: tuple[Path, str]) -> dict[str, Any]:
-    """Run Python where only the loopback is up and these files stand over the machine's; return what it prints."""
+def in_own_network(code: str, *files: tuple[Path, str]) -> dict[str, Any]:
+    """Run Python in a network of its own, with `files` mounted over the machine's; return the JSON that it prints."""
     mounts = "".join(f"mount --bind {ours} {theirs} && " for ours, theirs in files)
     script = f"ip link set lo up && {mounts} exec {sys.executable} -c {shlex.quote(code)}"
     command = [program("unshare", "util-linux"), "--net", "--mount", "sh", "-c", script]
@@ -230,9 +230,9 @@ def setup(address):
 """
 
 
-def test_a_name_server_that_is_silent_holds_up_a_start_for_two_seconds_at_most(tmp_path):
+def test_a_silent_name_server_delays_a_start_by_two_seconds_at_most(tmp_path):
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1")
-    said = in_a_network_of_its_own(
+    said = in_own_network(
         SETUP
         + """
 names = socket.socket(type=socket.SOCK_DGRAM)
@@ -253,9 +253,9 @@ print(json.dumps({"asked": len(names.recv(1000)), "took": took, "lines": time.mo
     assert said["lines"] < 0.5
 
 
-def test_a_worker_finds_a_syslog_server_whose_name_comes_later(tmp_path):
+def test_a_worker_finds_a_syslog_server_whose_name_resolves_only_later(tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
-    said = in_a_network_of_its_own(
+    said = in_own_network(
         SETUP
         + """
 server = socket.socket(type=socket.SOCK_DGRAM)
@@ -279,7 +279,7 @@ print(json.dumps({"got": got.decode()}))
     assert '"event": "line"' in said["got"]
 
 
-def test_a_line_that_cannot_be_made_does_not_stop_its_writer(lines, capsys):
+def test_a_line_that_cannot_be_formatted_does_not_raise_in_its_caller(lines, capsys):
     lines(syslog=syslog(9))
     logger.info("%d", "text")
     assert "Logging error" in capsys.readouterr().err

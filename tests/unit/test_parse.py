@@ -1,4 +1,4 @@
-"""What comes in, where no request is needed to see it."""
+"""Parsing of request bodies, as far as it can be tested without a request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from loom.http.parse import Body
 from loom.routes import create_app
 
 
-def looks_at(kind: type) -> bool:
-    """Whether decoding a `kind` makes msgspec look at its annotations first."""
+def inspects_annotations(kind: type) -> bool:
+    """Whether decoding a `kind` makes msgspec inspect its annotations first."""
     called = set()
 
     def note(frame: FrameType, event: str, arg: Any) -> None:
@@ -28,8 +28,8 @@ def looks_at(kind: type) -> bool:
     return "get_class_annotations" in called
 
 
-def test_a_worker_does_not_crash_when_its_first_requests_come_at_once() -> None:
-    """Two threads that had msgspec look at one Struct at once ended the worker with SIGSEGV (1 of 60 starts)."""
+def test_a_worker_does_not_crash_when_its_first_requests_arrive_at_once() -> None:
+    """Two threads that made msgspec inspect one Struct at once ended the worker with SIGSEGV (1 of 60 starts)."""
 
     class Before(Body):
         field: int = 0
@@ -39,5 +39,5 @@ def test_a_worker_does_not_crash_when_its_first_requests_come_at_once() -> None:
     class After(Body):
         field: int = 0
 
-    assert not looks_at(Before)
-    assert looks_at(After)
+    assert not inspects_annotations(Before)
+    assert inspects_annotations(After)

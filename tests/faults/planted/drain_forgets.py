@@ -1,4 +1,4 @@
-"""An instance that drains refuses those to whom it has just granted a lock."""
+"""A draining instance refuses the requests to which it has just granted a lock."""
 
 from __future__ import annotations
 

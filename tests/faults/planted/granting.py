@@ -1,4 +1,4 @@
-"""What two planted faults share: a poll that grants the locks itself, as an earlier one did."""
+"""Shared by two planted faults: a poll that grants the locks itself, as an earlier one did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request whose client has hung up takes back what its owner holds, of which the owner's next request was told."""
+"""A request whose client has disconnected releases its owner's grant, of which the owner's next request was told."""
 
 from __future__ import annotations
 

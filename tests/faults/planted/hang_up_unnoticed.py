@@ -1,4 +1,4 @@
-"""Nobody looks whether a waiting client has hung up: its request goes on waiting, and is granted the lock."""
+"""A client that disconnects while it waits is not noticed: its request goes on waiting and is granted the lock."""
 
 from __future__ import annotations
 

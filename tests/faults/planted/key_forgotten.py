@@ -1,4 +1,4 @@
-"""A key is not looked up: a retry after the release makes another grant."""
+"""A key is not looked up: a retry after the release gets another grant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A poll grants to waiters that it has seen before, though their requests have been answered meanwhile."""
+"""A poll grants to the waiters of the previous poll, although their requests have been answered meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A poll grants, and takes back what it finds nobody to tell of, though the request has asked by itself meanwhile."""
+"""A poll releases a grant whose waiter has gone, although the request has acquired the lock itself meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A key's answer is kept only after the grant; the twin that comes second takes back what the first one was told of."""
+"""A key's answer is stored only after the grant; the second twin releases the grant that the first one was told of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beads that wait for each other, and agents that drain them, who fail, vanish, oversleep, and note what they hear."""
+"""Beads that depend on each other, and agents that complete them, fail, vanish or oversleep, and record each answer."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from harness.processes import wait_until
 from harness.work import AGENTS, BEADS, PROJECT, beat, complete, fail, release
 
 BATCH = 500  # beads of one bulk call
-LEASE = 10  # seconds, the least there is
-TRY = 2.0  # seconds after which an agent asks again
+LEASE = 10  # seconds, the shortest lease
+TRY = 2.0  # seconds after which an agent retries
 
-# Which of a hundred claims come to what; the others are completed.
+# What happens to which of a hundred claims; the others are completed.
 FATES = {
     **dict.fromkeys((5, 30, 55, 80), "fail"),
     **dict.fromkeys((15, 40, 65, 90), "release"),
-    **dict.fromkeys((20, 70), "vanish"),  # never heard of again
-    **dict.fromkeys((1, 51), "die"),  # the same, with a long lease: it is for its heartbeats that it is missed
-    45: "oversleep",  # completed after the lease's end
-    95: "stay",  # completed long after, kept by heartbeats
+    **dict.fromkeys((20, 70), "vanish"),  # the agent forgets the claim
+    **dict.fromkeys((1, 51), "die"),  # the same with a long lease, which ends for lack of heartbeats
+    45: "oversleep",  # completed after the end of the lease
+    95: "stay",  # completed later than the first lease, which heartbeats extend
 }
-RARE = {"die": 25, "oversleep": 2, "stay": 2}  # only each so manieth of them
+RARE = {"die": 25, "oversleep": 2, "stay": 2}  # only one in so many of them
 
 
 @dataclass
 class Plan:
-    """A bead to be made. What it names are the numbers of others, and it waits only for lesser ones."""
+    """A bead to be created. Others are named by their number; `blocked_by` has only smaller ones."""
 
     number: int
     priority: int
     due_date: str | None
     blocked_by: list[int]
     parent: int | None
-    waits_for: set[int] = field(default_factory=set)  # blocked_by, and its children
+    waits_for: set[int] = field(default_factory=set)  # its blockers and children
 
 
 def plan_beads(count: int, chance: random.Random) -> list[Plan]:
-    """In each fifty a chain, one that many wait for, one that waits for many, a family of three generations; the rest
-    waits for up to three others, or for none.
+    """Plan beads with dependencies.
+
+    Each fifty have a chain, a bead that blocks many, a bead that many block, and a family of three generations; the
+    rest are blocked by up to three others.
     """
     plans: list[Plan] = []
     for n in range(count):
@@ -72,7 +74,7 @@ def plan_beads(count: int, chance: random.Random) -> list[Plan]:
 
 
 def make_beads(client: Methods, plans: Sequence[Plan]) -> list[str]:
-    """Makes them in bulk, each call sent twice, and returns their ids. Names those of the same call by `ref`."""
+    """Create the beads in bulk, send each call twice, and return the ids. Beads of one call are named by `ref`."""
     ids: list[str] = []
     for first in range(0, len(plans), BATCH):
         beads = [
@@ -102,16 +104,16 @@ class Holding:
     bead: str
     agent: str
     fate: str
-    promised: datetime | None = None  # the end of the lease that it was last told of
-    ended_how: str | None = None  # as it was told; None when it did not ask
-    taken_over: bool = False  # from one that was lost
+    promised: datetime | None = None  # the end of the lease by the last answer
+    ended_how: str | None = None  # by the last answer; None when it did not ask
+    taken_over: bool = False  # after another claim had lapsed
 
 
 class Agent:
-    """One of the team's. Whatever comes in between, it goes on until it knows."""
+    """An agent that claims beads one after the other, and retries each request until it is answered."""
 
     def __init__(self, server: str, name: str, seed: int, work: float, turns: Iterator[int], last_turn: int) -> None:
-        """`work`: seconds that a bead takes, at most; `turns` counts all agents' claims, of which the later succeed."""
+        """`work`: seconds for a bead, at most; `turns` counts all agents' claims; from `last_turn` on, all complete."""
         self.name, self.held = name, list[Holding]()
         self.client = Patient([server], TRY)
         self._random, self._over = random.Random(f"{seed}/{name}"), threading.Event()
@@ -128,7 +130,7 @@ class Agent:
         self.client.close()
 
     def stop(self) -> None:
-        """It is done, and wakes up."""
+        """End the agent after its current request."""
         self._over.set()
 
     def _fate(self, turn: int) -> str:
@@ -136,7 +138,7 @@ class Agent:
         return fate if turn // 100 % RARE.get(fate, 1) == 0 else "complete"
 
     def _claim(self, fate: str) -> Holding | None:
-        """The next bead, with one key until there is one: a try that seemed lost may yet get it."""
+        """Claim the next bead, with one key until there is one, since a try without an answer may have succeeded."""
         body = {"agent_id": self.name, "lease_seconds": 30 * LEASE if fate == "die" else LEASE}
         key = {"Idempotency-Key": f"{self.name}-{next(self._keys)}"}
         while not self._over.is_set():
@@ -149,7 +151,7 @@ class Agent:
                 held = Holding(answer.json["fencing_token"], bead["id"], self.name, fate)
                 held.promised = instant(answer.json["lease_expires_at"])
                 held.taken_over = bead["attempts"] > bead["failures"]
-            else:  # it was had, and lost, while nobody answered
+            else:  # claimed by a try without an answer, and lost since
                 lost = assert_problem(answer, 409, "claim-lost")
                 held = Holding(lost["fencing_token"], lost["bead_id"], self.name, fate, ended_how=lost["ended_how"])
             self.held.append(held)
@@ -157,7 +159,9 @@ class Agent:
         return None
 
     def _use(self, held: Holding) -> None:
-        self._sleep(*((1, 2) if held.taken_over else (0, self._work)))  # who had it before may yet want to complete it
+        self._sleep(
+            *((1, 2) if held.taken_over else (0, self._work))
+        )  # time for the former agent to try to complete it
         if held.fate == "vanish":
             self.client.close()
             self._sleep(0.5, 3)
@@ -186,7 +190,7 @@ class Agent:
             assert_problem(again, 409, "claim-lost", ended_how=held.ended_how)
 
     def _stay(self, held: Holding) -> None:
-        """For longer than its lease."""
+        """Work for longer than the lease, and extend it by heartbeats."""
         for _ in range(4):
             if held.ended_how is None and not self._over.wait(LEASE / 3):
                 self._beat(held)

@@ -1,4 +1,4 @@
-"""Promises 3, 4, 6 and 7 together: agents drain beads that wait for each other, while everything dies and vanishes."""
+"""Promises 3, 4, 6 and 7 together: agents complete beads that depend on each other, while instances and agents die."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from harness import Cluster, Patient, wait_until
+from harness.agents import LEASE, Agent, Holding, Plan, make_beads, plan_beads
 from harness.client import Methods
-from harness.drain import LEASE, Agent, Holding, Plan, make_beads, plan_beads
 from harness.feed import Event, Follower, assert_in_order, differences, follow, replay
 from harness.history import PastClaim, assert_one_claimant, claims
 from harness.locks import Sql, instant
@@ -23,7 +23,7 @@ from harness.work import AGENTS, BEADS, assert_counted, team
 
 AGENT_IDS = [f"a{n}" for n in range(64)]
 DEAD_AFTER = 10  # seconds without a heartbeat, the least there is
-# Limits that no bead comes near to: else chance would block some.
+# Limits that no bead reaches; otherwise random failures would block some.
 CONFIG = f"agents: {{dead_after: {DEAD_AFTER}}}\nbeads: {{max_failures: 100, max_attempts: 100}}"
 OVERDUE = {"lapsed", "agent-died"}
 
@@ -59,9 +59,9 @@ def strikes(cluster: Cluster, sql: Sql, chance: random.Random, long: bool) -> St
 
 
 def strike_until(over: Callable[[], bool], kinds: Strikes) -> Counter[str]:
-    """Each in turn, on one instance after the other, with a pause between; says how many there were.
+    """Strike in each way in turn, one instance after the other; return how often each was done.
 
-    In the main thread: a master ends with the thread that started it.
+    Runs in the main thread, since a master ends with the thread that started it.
     """
     struck = Counter[str]()
     for n, (kind, strike) in enumerate(itertools.cycle(kinds.items())):
@@ -75,8 +75,8 @@ def strike_until(over: Callable[[], bool], kinds: Strikes) -> Counter[str]:
     raise AssertionError
 
 
-@pytest.mark.usefixtures("server_age")  # right after its start a database declares nobody dead
-def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
+@pytest.mark.usefixtures("server_age")  # in the first minute after the start of the server nobody is declared dead
+def test_64_agents_complete_each_bead_exactly_once_whatever_dies(
     start_cluster: Callable[..., Cluster], sql: Sql, seed: int, long: bool
 ) -> None:
     count, limit, work = (20_000, 900, 0.1) if long else (1_500, 180, 0.2)
@@ -108,7 +108,7 @@ def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
         for thread in working:
             thread.result()
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
-    sql("UPDATE agents SET heartbeat_at = NULL")  # now that they have nothing to do, they would die one by one
+    sql("UPDATE agents SET heartbeat_at = NULL")  # without heartbeats, they would be declared dead one by one
     follower.stop()
 
     past = claims(sql)
@@ -142,7 +142,7 @@ def test_64_agents_drain_beads_and_each_is_completed_once_whatever_dies(
 
 
 def everything(client: Methods, path: str) -> list[dict[str, Any]]:
-    """All of a list, page by page."""
+    """Return all rows of a list, page by page."""
     found, link = [], f"<{path}?limit=1000>"
     while link:
         answer = client.get(link[1 : link.index(">")])
@@ -153,7 +153,7 @@ def everything(client: Methods, path: str) -> list[dict[str, Any]]:
 
 
 def assert_planned(beads: dict[str, dict[str, Any]], ids: Sequence[str], plans: Sequence[Plan]) -> None:
-    """Each was made once, and waited for what it was to wait for."""
+    """Each bead was created once, with its planned dependencies."""
     assert len(set(ids)) == len(ids)
     assert beads.keys() == set(ids)
     for plan in plans:
@@ -165,7 +165,7 @@ def assert_planned(beads: dict[str, dict[str, Any]], ids: Sequence[str], plans: 
 
 
 def assert_completed_once(beads: dict[str, dict[str, Any]], past: dict[str, list[PastClaim]]) -> None:
-    """By its last claim, before that one's end, with the words of who had it."""
+    """Each bead was completed by its last claim, before that lease ended, with the values that its agent sent."""
     assert {bead["status"] for bead in beads.values()} == {"closed"}
     assert beads.keys() == past.keys()
     for bead in beads.values():
@@ -178,7 +178,7 @@ def assert_completed_once(beads: dict[str, dict[str, Any]], past: dict[str, list
 
 
 def assert_as_told(held: Sequence[Holding], past: dict[str, list[PastClaim]]) -> None:
-    """Every claim was had by one agent, who was told the truth about its end; none was taken away before it was due."""
+    """Every claim had one agent, which was told correctly how it ended; none was ended before its lease."""
     by_token = {claim.token: claim for claim in itertools.chain(*past.values())}
     assert sorted(holding.token for holding in held) == sorted(by_token)
     for holding in held:
@@ -197,7 +197,7 @@ def assert_as_told(held: Sequence[Holding], past: dict[str, list[PastClaim]]) ->
 def assert_none_too_early(
     plans: Sequence[Plan], ids: Sequence[str], past: dict[str, list[PastClaim]], events: Iterable[Event]
 ) -> None:
-    """Nobody had a bead before all that it waits for was completed: by the database's clock, and in the feed."""
+    """No bead was claimed before all that it waits for was completed: by the database's clock, and in the feed."""
     waits_for = {ids[plan.number]: {ids[other] for other in plan.waits_for} for plan in plans}
     for bead, others in waits_for.items():
         for other in others:
@@ -215,7 +215,7 @@ def assert_none_too_early(
 def assert_attempts_counted(
     beads: dict[str, dict[str, Any]], past: dict[str, list[PastClaim]], held: Iterable[Holding]
 ) -> None:
-    """As the claims have it, and as their agents do."""
+    """`attempts` and `failures` equal those of the past claims, and those that the agents were told of."""
     failed = Counter(holding.bead for holding in held if holding.ended_how == "failed")
     overdue = Counter(holding.bead for holding in held if holding.ended_how in {None, *OVERDUE})
     for bead in beads.values():
@@ -226,7 +226,7 @@ def assert_attempts_counted(
 
 
 def assert_reproduced(events: Iterable[Event], entities: dict[str, Iterable[dict[str, Any]]]) -> None:
-    """What the feed makes of each entity is what is answered for it."""
+    """Replaying the feed gives each entity as GET answers it."""
     made = replay(events)
     for kind, found in entities.items():
         for entity in found:

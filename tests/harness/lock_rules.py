@@ -1,4 +1,4 @@
-"""What clients asked for and were told of locks, and the rules for that and for the history of grants."""
+"""The requests for locks and their answers, and the rules that they and the history of grants must keep."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from harness.history import Past, assert_one_holder
 from harness.locks import instant
 
-GRACE = 1.5  # seconds after a client hung up or was cut off: what was under way for it may still be granted
-CLOCKS = 0.1  # seconds: the database's clock is this machine's, read at another moment
+GRACE = 1.5  # seconds after a client hung up or was cut off in which its request may still be granted
+CLOCKS = 0.1  # seconds: tolerance between this machine's clock and the database's
 
-STORY = 2.5  # seconds before and after a violation that are told with it
+STORY = 2.5  # seconds before and after a violation that its message covers
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Ask:
 
     @property
     def token(self) -> int | None:
-        """Of the grant that it was told."""
+        """The token of the grant in the answer."""
         return self.said["fencing_token"] if self.status in (200, 201) else None
 
     @property
@@ -47,7 +47,7 @@ class Ask:
 
 @dataclass
 class Release:
-    """One grant given back; `status` is 0 until that is answered."""
+    """The release of a grant; `status` is 0 until it is answered."""
 
     sent: float
     ended: float = math.inf
@@ -55,12 +55,12 @@ class Release:
     said: dict[str, Any] = field(default_factory=dict)
 
 
-Broken = tuple[float, str]  # when, by the clients' clock, and what
+Broken = tuple[float, str]  # when, by the clients' clock, and how a rule was broken
 
 
 @dataclass
 class Wish:
-    """One owner's wish for one lock. All its requests bear its number in their metadata, and so do its grants."""
+    """One owner's wish for one lock. All its requests, and so its grants, carry its number in their metadata."""
 
     number: str
     name: str
@@ -69,13 +69,13 @@ class Wish:
     key: str | None = None
     asks: list[Ask] = field(default_factory=list)
     releases: dict[int, Release] = field(default_factory=dict)
-    seen: list[Broken] = field(default_factory=list)  # by its client
-    gave_up: bool = False  # it went on asking, and was not told of a grant within the bound
+    seen: list[Broken] = field(default_factory=list)  # violations that its client saw
+    gave_up: bool = False  # it retried and was not granted the lock within the bound
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def told(self) -> dict[int, list[Ask]]:
-        """The answers that told of a grant, by its token."""
+        """The answers with a grant, by its token."""
         by_token: dict[int, list[Ask]] = defaultdict(list)
         for ask in self.asks:
             if ask.token is not None:
@@ -95,19 +95,19 @@ class Strike:
 
 @dataclass
 class History:
-    """The grants of the locks of one run, by name and in the order in which they began."""
+    """The grants of one run, by lock and in the order in which they began."""
 
     by_name: Mapping[str, Sequence[Past]]
     wishes: Mapping[int, str]  # the number of its wish, by token
-    offset: float  # the wall clock less the monotonic one
+    offset: float  # the wall clock minus the monotonic one
 
     def at(self, time: datetime) -> float:
-        """By the clients' monotonic clock."""
+        """Convert to the clients' monotonic clock."""
         return time.timestamp() - self.offset
 
 
 def violations(wishes: Iterable[Wish], strikes: Sequence[Strike], history: History) -> list[str]:
-    """Every rule that was broken, with what happened to the lock about then."""
+    """Return a message for each broken rule, with what happened to the lock at about that time."""
     found: list[str] = []
     by_name: dict[str, list[Wish]] = defaultdict(list)
     for wish in wishes:
@@ -128,13 +128,13 @@ def violations(wishes: Iterable[Wish], strikes: Sequence[Strike], history: Histo
 
 
 def _overlaps(asked: Sequence[Wish]) -> Iterator[Broken]:
-    """Rule 1: two grants trusted at once, or a later one with a smaller token."""
+    """Rule 1: no two grants are trusted at once, and later grants have larger tokens."""
     trusted: list[tuple[float, float, int]] = []
     for wish in asked:
         for token, answers in wish.told.items():
             stop = wish.releases[token].sent if token in wish.releases else math.inf
             trusted += [(a.ended, min(a.sent + wish.ttl, stop), token) for a in answers]
-    trusted = sorted(t for t in trusted if t[0] < t[1])  # else held back, as by a frozen instance, beyond its end
+    trusted = sorted(t for t in trusted if t[0] < t[1])  # else answered after its end, as by a frozen instance
     for former, later in itertools.pairwise(trusted):
         if former[2] == later[2]:
             continue
@@ -142,7 +142,7 @@ def _overlaps(asked: Sequence[Wish]) -> Iterator[Broken]:
             both = former[1] - later[0]
             yield later[0], f"{former[2]} was trusted while {later[2]} was held, for {both:.3f} s"
         if former[2] > later[2]:
-            yield later[0], f"{later[2]} was told after {former[2]}"
+            yield later[0], f"{later[2]} was granted after {former[2]}"
 
 
 def _overlaps_in_history(past: Sequence[Past], history: History) -> Iterator[Broken]:
@@ -157,11 +157,11 @@ Own = Mapping[int, Past]
 
 
 def _ended_early(wish: Wish, own: Own, strikes: Sequence[Strike], history: History) -> Iterator[Broken]:
-    """Rule 2: what a client was told of, and did not release, ends by nothing but its promised end."""
+    """Rule 2: a grant that its client was told of, and did not release, ends only at its promised end."""
     for token, answers in wish.told.items():
         at, grant, release = answers[0].ended, own.get(token), wish.releases.get(token)
         if grant is None:
-            yield at, f"{token} was told and is not in the history"
+            yield at, f"{token} was answered and is not in the history"
             continue
         how = grant.ended_how
         if release is not None and release.status == 204 and how != "released":
@@ -178,15 +178,15 @@ def _ended_early(wish: Wish, own: Own, strikes: Sequence[Strike], history: Histo
 
 
 def _granted_to_nobody(wish: Wish, own: Own, strikes: Sequence[Strike], history: History) -> Iterator[Broken]:
-    """Rule 3: a grant of which nobody was told, and not because its request was cut off at about that time."""
+    """Rule 3: every grant is answered, unless its request was cut off at about that time."""
     for token in own.keys() - wish.told.keys():
         at = history.at(own[token].acquired_at)
         if not any(ask.sent - CLOCKS <= at <= _may_be_granted_until(ask, strikes) for ask in wish.asks):
-            yield at, f"{token} was granted to one who had left, or was told otherwise"
+            yield at, f"{token} was granted to a client that had left, or was refused"
 
 
 def _may_be_granted_until(ask: Ask, strikes: Sequence[Strike]) -> float:
-    """Until when its instance may be granted what the client of this request does not hear of."""
+    """Return until when this request may be granted without an answer to its client."""
     there = sorted((s for s in strikes if s.instance == ask.instance), key=lambda strike: strike.since)
     cut = ask.hung_up or ask.status == 503
     if ask.status == 0 and not cut:  # a drain cuts off nobody
@@ -194,29 +194,29 @@ def _may_be_granted_until(ask: Ask, strikes: Sequence[Strike]) -> float:
     if not cut:
         return -math.inf
     until = ask.ended + GRACE
-    for strike in there:  # a frozen instance goes on when it wakes; a new one finds those who connected meanwhile
+    for strike in there:  # a frozen instance goes on when it wakes; a new one accepts clients that connected meanwhile
         if strike.since <= until and strike.until >= ask.sent:
             until = max(until, strike.until + GRACE)
     return until
 
 
 def _refused_while_it_held(wish: Wish, own: Own, strikes: Sequence[Strike], history: History) -> Iterator[Broken]:
-    """Rule 3: an owner that asks while it holds the lock is told of its grant."""
+    """Rule 3: an owner that acquires a lock that it holds is answered its grant."""
     for ask in wish.asks:
         for grant in own.values() if ask.refused else ():
             ended = math.inf if grant.ended_at is None else history.at(grant.ended_at)
             if history.at(grant.acquired_at) < ask.sent - CLOCKS and ask.ended + CLOCKS < min(
                 ended, history.at(grant.expires_at)
             ):
-                yield ask.ended, f"{grant.token} was held by one who asked for it and was refused"
+                yield ask.ended, f"{grant.token} was held, and its owner was refused"
 
 
 def _key_answers(wish: Wish, own: Own, strikes: Sequence[Strike], history: History) -> Iterator[Broken]:
-    """Rule 4: one key has one grant, and when that has ended a retry is told so."""
+    """Rule 4: a key has one grant, and once that has ended a retry is answered lock-lost."""
     if wish.key is None:
         return
     if len(wish.told) > 1:
-        yield wish.asks[-1].ended, f"one key was told of {sorted(wish.told)}"
+        yield wish.asks[-1].ended, f"one key was answered the grants {sorted(wish.told)}"
     if len(own) > 1:
         yield wish.asks[-1].ended, f"one key has the grants {sorted(own)}"
     for token, release in wish.releases.items():
@@ -227,7 +227,7 @@ def _key_answers(wish: Wish, own: Own, strikes: Sequence[Strike], history: Histo
 
 
 def _story(at: float, asked: Sequence[Wish], past: Sequence[Past], history: History) -> str:
-    """What happened to a lock before and after, in order, for who looks for the cause."""
+    """Return what happened to a lock before and after, in order, as help to find the cause."""
     lines: list[Broken] = []
     for wish in asked:
         who = f"{wish.number}{' with a key' if wish.key else ''}"
