@@ -105,7 +105,7 @@ def test_a_write_that_is_repeated_while_its_first_time_is_still_under_way_is_mad
         """The instances with a change that waits for a lock."""
         rows = sql(
             "SELECT application_name FROM pg_stat_activity"
-            " WHERE wait_event_type = 'Lock' AND query LIKE '%change_entity%'"
+            " WHERE wait_event_type = 'Lock' AND query LIKE '%enter_change%'"
         )
         return [row[0] for row in rows]
 
