@@ -20,6 +20,7 @@ from werkzeug.routing import BaseConverter
 from loom import errors
 
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 View = TypeVar("View", bound=Callable[..., Any])
 
 MAX_TOKEN = 2**53 - 1
@@ -71,7 +72,7 @@ def prepare(kind: type[msgspec.Struct] = msgspec.Struct) -> None:
         prepare(struct)
 
 
-def body(kind: type[T], known: Collection[str] | None = None, required: Collection[str] = ()) -> T:
+def body(kind: type[S], known: Collection[str] | None = None, required: Collection[str] = ()) -> S:
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge.
 
     known: the keys that it may have, where the `kind` itself ignores others. required: those that may not be empty.
@@ -87,7 +88,7 @@ def body(kind: type[T], known: Collection[str] | None = None, required: Collecti
     for key in found:
         if known is not None and key not in known:
             raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
-        if key in kind.__struct_fields__ and _is_deeper(found[key], MAX_DEPTH):  # type: ignore[attr-defined]
+        if key in kind.__struct_fields__ and _is_deeper(found[key], MAX_DEPTH):
             raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
     for key in required:
         if not getattr(value, key):

@@ -24,13 +24,15 @@ import uuid
 
 from app import app
 from loom import db
-from loom.http import answer, parse
+from loom.http import answer, idempotency
 
 @app.post("/things/<int:n>")
 def make(n):
-    with db.connection() as conn:
+    def work(conn):
         db.run(conn, "INSERT INTO things VALUES (%(n)s)", n=n)
-    return answer.json({"made": str(uuid.uuid4())}, 201)
+        return answer.json({"made": str(uuid.uuid4())}, 201)
+
+    return idempotency.once(work)
 """
 
 

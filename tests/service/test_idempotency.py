@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg2.extensions
 import pytest
-from flask import Blueprint, Flask, Response
+from flask import Blueprint, Flask, Response, request
 from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.locks import (
@@ -33,7 +33,7 @@ from harness.locks import (
 from loom import db, errors
 from loom.config import Config
 from loom.db.connection import Connection
-from loom.http import answer, idempotency, parse, waiting
+from loom.http import answer, idempotency, waiting
 from loom.instances import Instance
 from loom.upkeep import Upkeep
 
@@ -64,7 +64,7 @@ class Things:
     def _make(self, conn: db.Connection) -> Response:
         """Two rows on two connections of their own; then fails if it is told to."""
         self.runs += 1
-        body = parse.body(dict[str, Any])
+        body = request.get_json(force=True)
         for _ in range(2):
             with db.connection() as conn:
                 db.run(conn, "INSERT INTO things VALUES (%(n)s)", n=body["n"])
@@ -76,13 +76,13 @@ class Things:
         return answer.json({"made": str(uuid.uuid4())}, 201, {"ETag": '"1"', "Location": "/things/1"})
 
     def both(self) -> Response:
-        how = parse.body(dict[str, Any])["how"]
+        how = request.get_json(force=True)["how"]
         return idempotency.once(self._both, in_transaction=how == "transaction")
 
     def _both(self, conn: db.Connection) -> Response:
         """Counts up in two rows, in the order that the request tells: two such in two orders deadlock."""
         self.runs += 1
-        body = parse.body(dict[str, Any])
+        body = request.get_json(force=True)
         if body["how"] == "statement":
             with db.connection() as conn:
                 db.run(conn, "SELECT count_both(%(a)s, %(b)s)", a=body["rows"][0], b=body["rows"][1])
@@ -94,13 +94,13 @@ class Things:
         return answer.json({}, 201)
 
     def after(self) -> Response:
-        commits_first = bool(parse.body(dict[str, Any]).get("first"))
+        commits_first = bool(request.get_json(force=True).get("first"))
         return idempotency.once(self._after, in_transaction=not commits_first)
 
     def _after(self, conn: db.Connection) -> Response:
         """Fails as it is told to, in a transaction; before that, if told to, it commits one row."""
         self.runs += 1
-        body = parse.body(dict[str, Any])
+        body = request.get_json(force=True)
         if body.get("first"):
             with db.connection() as conn:
                 db.run(conn, "INSERT INTO things VALUES (1)")

@@ -6,9 +6,9 @@ from datetime import timedelta
 from typing import Any
 
 from loom import db, instances, locks
-from loom.http import locks as routes
 from loom.http import parse
 from loom.locks.queue import Queue, Waiter
+from loom.routes import locks as routes
 
 
 class WaiterForGrant(Waiter):
