@@ -44,6 +44,8 @@ pgx.register_type(pgx.new_type((1184,), "TIMESTAMPTZ_UTC", _utc))
 WRONG_SERVER = ("25006", "0A000")  # read-only, or in recovery: a demoted primary, a standby
 UNDONE = ("40001", "40P01")  # serialization failure, deadlock: rolled back as a whole, and may succeed when repeated
 REPEATS = 3
+RECENT_STATEMENTS = 256  # whose columns a connection remembers, and at most so many characters of each:
+LONG_STATEMENT = 10_000
 
 # SQLSTATE -> what it means to the caller. Two characters are a class; the longer match wins.
 _CLASSES: dict[str, type[errors.Error]] = {
@@ -131,7 +133,7 @@ class Connection:
         self._poll.register(self._socket, select.POLLIN)
         self._prefix = ""
         self._begun = False
-        self._names: dict[str, list[str]] = {}  # column names by statement: reading them from the cursor takes 6 us
+        self._names: dict[str, list[str]] = {}  # column names of recent statements: the cursor takes 6 us for them
         self.was_cut = False
         self.last_used = self.seconds_taken = 0.0  # when the last statement ended, and how long it took
         self.cut_at: float | None = None
@@ -176,9 +178,11 @@ class Connection:
                 cursor.execute(f"{prefix}SET LOCAL statement_timeout = {bound}; {sql}", params or None)
                 if cursor.description is None:
                     return []
-                names = self._names.get(sql)
-                if names is None:
-                    names = self._names[sql] = [column.name for column in cursor.description]
+                names = self._names.pop(sql, None) or [column.name for column in cursor.description]
+                if len(sql) < LONG_STATEMENT:
+                    self._names[sql] = names
+                    if len(self._names) > RECENT_STATEMENTS:
+                        del self._names[next(iter(self._names))]
                 return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         finally:
             self.cut_at = None

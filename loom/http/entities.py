@@ -61,7 +61,7 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        return entities.kind_name(self.entity)
+        return self.entity.kind
 
 
 def blueprint(kind: Kind) -> Blueprint:
@@ -118,7 +118,7 @@ def create(kind: Kind) -> Response:
 
     def work(conn: db.Connection) -> Response:
         made = entities.change(conn, writer, kind.entity, key, kind.create, patch, conditions=conditions)
-        return versioned(made.entity, 201)
+        return versioned(made, 201)
 
     return idempotency.once(work)
 
@@ -139,14 +139,14 @@ def change(kind: Kind, key: str) -> Response:
             conditions=conditions,
             merge=action == "patch" and "conflict=merge" in request.headers.get("Prefer", ""),
         )
-    return versioned(done.entity)
+    return versioned(done)
 
 
 def delete(kind: Kind, key: str) -> Response:
     key = parse.key(key)
     writer, conditions = headers.writer(f"{kind.name}:{key}"), headers.conditions()
     with db.connection() as conn:
-        entities.change(conn, writer, kind.entity, key, "delete", conditions=conditions)
+        entities.delete(conn, writer, kind.entity, key, conditions)
     return answer.nothing()
 
 

@@ -163,9 +163,7 @@ def redispatch(key: str) -> Response:
     }
     patch = {"status": "open", "assigned_to": None, "not_before": None, "context": asked}
     writer = headers.writer(f"bead:{key}")
-    return idempotency.once(
-        lambda conn: entities.versioned(state.change(conn, writer, Bead, key, "patch", patch).entity)
-    )
+    return idempotency.once(lambda conn: entities.versioned(state.change(conn, writer, Bead, key, "patch", patch)))
 
 
 @bp.post("/agents/<key>/heartbeat")

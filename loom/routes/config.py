@@ -68,10 +68,10 @@ def set_one(key: str) -> Response:
             Config,
             key,
             "upsert",
-            {"value": value},
+            {"value": msgspec.Raw(msgspec.json.encode(value))},
             conditions=conditions,
         )
-    return entities.versioned(done.entity)
+    return entities.versioned(done)
 
 
 @bp.get("")

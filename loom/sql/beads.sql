@@ -12,10 +12,11 @@ BEGIN
     END IF;
 END $$;
 
--- Locks what a change of a bead comes to, in one order: the others that it changes with what they wait for, its parent, and those
--- that wait for it when it is closed or opened. Else who has one of their rows and wants its own, as a heartbeat may, deadlocks
--- with it.
-CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], turns boolean) RETURNS void LANGUAGE plpgsql AS $$
+-- Locks every other row that a change of a bead will touch, in id order: `others`, what they wait for, its parent and,
+-- when it closes or reopens, the beads that wait for it. Without this, the change could deadlock with a transaction
+-- that has one of those rows and waits for the bead's own, such as a heartbeat.
+CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], closes_or_reopens boolean) RETURNS void
+LANGUAGE plpgsql AS $$
 DECLARE
     above text := (SELECT parent FROM beads WHERE id = bead);
 BEGIN
@@ -23,7 +24,7 @@ BEGIN
     IF others <> '{}' THEN
         others := others || ARRAY(SELECT unnest(b.blocked_by || b.parent) FROM beads b WHERE b.id = ANY (others));
     END IF;
-    IF turns THEN
+    IF closes_or_reopens THEN
         others := others || ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = bead);
     END IF;
     IF above IS NOT NULL THEN
@@ -34,9 +35,81 @@ BEGIN
     END IF;
 END $$;
 
+-- Enters a change of a bead: enter_change(), then the lock of the graph and the rows of other beads. blocks, children:
+-- what it will write of these, or null. others: beads that it will refer to. links: whether it changes dependencies.
+CREATE OR REPLACE FUNCTION enter_bead(
+    bead text, blocks text[], children text[], others text[], links boolean, new_status text, agent text,
+    deletes boolean, fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    neighbours text[] := '{}'; -- whose blocked_by or parent may change
+    closes_or_reopens boolean;
+BEGIN
+    IF blocks IS NOT NULL THEN
+        neighbours := blocks || ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = bead);
+    END IF;
+    IF children IS NOT NULL THEN
+        neighbours := neighbours || children || ARRAY(SELECT id FROM beads WHERE parent = bead);
+    END IF;
+    PERFORM enter_change(
+        'bead', bead, ARRAY(SELECT 'bead:' || n FROM unnest(neighbours) AS n) || ('agent:' || agent), deletes, fences);
+    IF entered() IS NULL OR NOT (links OR new_status IS NOT NULL) THEN
+        RETURN;
+    END IF;
+    PERFORM lock_bead_graph(links);
+    closes_or_reopens := (SELECT (b.status = 'closed') <> (new_status = 'closed') FROM beads b WHERE b.id = bead);
+    IF links OR closes_or_reopens THEN
+        PERFORM lock_beads(bead, neighbours || others, closes_or_reopens);
+    END IF;
+    -- Until link_neighbours(), which checks when all is written.
+    PERFORM set_config('loom.neighbours', neighbours::text, true),
+            set_config('loom.cycles', CASE WHEN neighbours <> '{}' AND NOT deletes THEN 'later' ELSE '' END, true);
+END $$;
+
+CREATE OR REPLACE FUNCTION refuse_unknown_beads(field text, wanted text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM raise_unknown(field, w) FROM unnest(wanted) AS w
+      WHERE NOT EXISTS (SELECT 1 FROM beads WHERE id = w) LIMIT 1;
+END $$;
+
+-- Writes `blocks` and `children` of the entered bead where they stand: in blocked_by and parent of its neighbours.
+-- Leaves those that became neighbours after their names were locked.
+CREATE OR REPLACE FUNCTION link_neighbours(blocks text[], children text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    bead text := entered();
+    neighbours text[];
+BEGIN
+    IF bead IS NULL THEN
+        RETURN;
+    END IF;
+    neighbours := current_setting('loom.neighbours');
+    PERFORM refuse_unknown_beads('blocks', blocks), refuse_unknown_beads('children', children);
+    UPDATE beads SET blocked_by = blocked_by || bead WHERE id = ANY (blocks) AND bead <> ALL (blocked_by);
+    UPDATE beads SET blocked_by = array_remove(blocked_by, bead)
+     WHERE id = ANY (neighbours) AND id <> ALL (blocks) AND bead = ANY (blocked_by);
+    UPDATE beads SET parent = bead WHERE id = ANY (children) AND parent IS DISTINCT FROM bead;
+    UPDATE beads SET parent = NULL WHERE id = ANY (neighbours) AND id <> ALL (children) AND parent = bead;
+    PERFORM set_config('loom.cycles', '', true);
+    PERFORM check_bead_cycle(bead);
+END $$;
+
+-- The prefix of the project and the next number, of at least three digits.
+CREATE OR REPLACE FUNCTION new_bead_id(project text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    prefix text := COALESCE((SELECT bead_prefix FROM projects WHERE id = project), 'bd');
+    n bigint;
+    made text;
+BEGIN
+    LOOP
+        n := nextval('bead_numbers');
+        made := prefix || '-' || CASE WHEN n < 1000 THEN to_char(n, 'FM000') ELSE n::text END;
+        EXIT WHEN NOT EXISTS (SELECT 1 FROM beads WHERE id = made);
+    END LOOP;
+    RETURN made;
+END $$;
+
 -- Raises L0002 when the bead waits for itself: for its blockers and its children, for theirs, and so on. Only one that
--- has just come to wait for others can have closed a cycle, so every way back from it leads to it. Who changes several beads
--- sets loom.cycles to 'later', and looks when all is done: in between there may be a cycle.
+-- has just come to wait for others can have closed a cycle, so every way back from it leads to it. Who changes several
+-- beads sets loom.cycles to 'later', and looks when all is done: in between there may be a cycle.
 CREATE OR REPLACE FUNCTION check_bead_cycle(start text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     came_from jsonb;
@@ -66,11 +139,10 @@ BEGIN
     END IF;
 END $$;
 
--- What follows from a change that does not come from the functions for claims: its claim ends with it, times and counters
--- follow, and what it refers to is there. Raises L0005 for a bead that would come into a closed project.
+-- What follows from a change that the functions for claims did not make: the claim ends, times and counters are set,
+-- and references are checked. Raises L0005 for a bead that would come into a closed project.
 CREATE OR REPLACE FUNCTION on_bead_written() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
-    missing text;
     closed boolean;
 BEGIN
     IF TG_OP = 'INSERT' OR NEW.project_id <> OLD.project_id OR (OLD.status = 'closed' AND NEW.status <> 'closed') THEN
@@ -89,7 +161,7 @@ BEGIN
         ELSIF NEW.status <> 'closed' AND NEW.assigned_to = OLD.assigned_to THEN
             NEW.assigned_to := NULL;
         END IF;
-        IF OLD.lease_expires_at <= clock_timestamp() AND NEW.attempts = OLD.attempts THEN -- it had, and nobody had noticed
+        IF OLD.lease_expires_at <= clock_timestamp() AND NEW.attempts = OLD.attempts THEN -- it had lapsed before
             NEW.attempts := NEW.attempts + 1;
         END IF;
         NEW.fencing_token := NULL;
@@ -110,7 +182,8 @@ BEGIN
         END IF;
     END IF;
     IF NEW.assigned_to IS NOT NULL
-       AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to OR (OLD.status = 'closed' AND NEW.status <> 'closed')) THEN
+       AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to
+            OR (OLD.status = 'closed' AND NEW.status <> 'closed')) THEN
         PERFORM 1 FROM agents WHERE id = NEW.assigned_to FOR KEY SHARE;
         IF NOT FOUND AND TG_OP = 'UPDATE' AND NEW.assigned_to = OLD.assigned_to THEN
             NEW.assigned_to := NULL; -- reopened, and who closed it is gone
@@ -120,15 +193,13 @@ BEGIN
     END IF;
     IF NEW.blocked_by <> COALESCE(OLD.blocked_by, '{}') THEN
         PERFORM lock_bead_graph(true);
-        NEW.blocked_by := ARRAY(SELECT b FROM unnest(NEW.blocked_by) WITH ORDINALITY AS u (b, n) GROUP BY b ORDER BY min(n));
+        NEW.blocked_by := ARRAY(
+            SELECT b FROM unnest(NEW.blocked_by) WITH ORDINALITY AS u (b, n) GROUP BY b ORDER BY min(n));
         SELECT count(*) FILTER (WHERE locked.status <> 'closed') INTO NEW.open_blockers
-          FROM (SELECT status FROM beads WHERE id = ANY (NEW.blocked_by) AND id <> NEW.id ORDER BY id FOR SHARE) AS locked;
-        -- What is there now stays until we commit.
-        SELECT b INTO missing FROM unnest(NEW.blocked_by) AS b
-         WHERE b <> NEW.id AND NOT EXISTS (SELECT 1 FROM beads WHERE id = b);
-        IF FOUND THEN
-            PERFORM raise_unknown('blocked_by', missing);
-        END IF;
+          FROM (SELECT status FROM beads WHERE id = ANY (NEW.blocked_by) AND id <> NEW.id
+                 ORDER BY id FOR SHARE) AS locked;
+        -- The beads that exist now will exist until this transaction ends.
+        PERFORM refuse_unknown_beads('blocked_by', array_remove(NEW.blocked_by, NEW.id));
     END IF;
     -- No CHECK, which would cost the functions for claims 4 % and find nothing.
     IF num_nulls(NEW.fencing_token, NEW.claimed_at, NEW.lease_seconds, NEW.lease_expires_at) NOT IN (0, 4)
@@ -146,8 +217,9 @@ CREATE TRIGGER a_bead_updated BEFORE UPDATE OF status, project_id, assigned_to, 
 
 CREATE OR REPLACE FUNCTION on_bead_blockers_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    DELETE FROM bead_blockers WHERE bead_id = NEW.id AND blocker_id = ANY (CASE WHEN TG_OP = 'UPDATE' THEN OLD.blocked_by END)
-        AND blocker_id <> ALL (NEW.blocked_by);
+    DELETE FROM bead_blockers
+     WHERE bead_id = NEW.id AND blocker_id = ANY (CASE WHEN TG_OP = 'UPDATE' THEN OLD.blocked_by END)
+       AND blocker_id <> ALL (NEW.blocked_by);
     INSERT INTO bead_blockers (bead_id, blocker_id) SELECT NEW.id, unnest(NEW.blocked_by) ON CONFLICT DO NOTHING;
     IF TG_OP = 'UPDATE' OR NEW.parent IS NOT NULL OR NEW.id = ANY (NEW.blocked_by) THEN
         PERFORM check_bead_cycle(NEW.id);
@@ -161,26 +233,28 @@ DROP TRIGGER IF EXISTS bead_blockers_changed ON beads;
 CREATE TRIGGER bead_blockers_changed AFTER UPDATE OF blocked_by ON beads FOR EACH ROW
     WHEN (NEW.blocked_by <> OLD.blocked_by) EXECUTE FUNCTION on_bead_blockers_changed();
 
--- The counters of those that wait for a bead, when it is closed, reopened, moved or gone; and its claim, if it ended. One trigger for
--- both, with a short condition: each is read and compiled anew by each UPDATE.
-CREATE OR REPLACE FUNCTION on_bead_turned() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Keeps the counters of the beads that wait for a bead when it is closed, reopened, moved or deleted, and notes the end
+-- of its claim. One trigger for both, with a short condition: each UPDATE compiles the conditions of all triggers
+-- again.
+CREATE OR REPLACE FUNCTION on_bead_closed_or_reopened() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     me text := CASE TG_OP WHEN 'DELETE' THEN OLD.id ELSE NEW.id END;
     was_open boolean := TG_OP <> 'INSERT' AND OLD.status <> 'closed';
     is_open boolean := TG_OP <> 'DELETE' AND NEW.status <> 'closed';
     old_parent text := CASE WHEN was_open THEN OLD.parent END;
     new_parent text := CASE WHEN is_open THEN NEW.parent END;
-    turned boolean := TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND was_open <> is_open);
+    closes_or_reopens boolean := TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND was_open <> is_open);
 BEGIN
-    IF TG_OP <> 'UPDATE' OR turned OR OLD.parent IS DISTINCT FROM NEW.parent THEN
-        -- Their rows first, in one order, and only then who waits: one that was waited for here may wait for others by now.
+    IF TG_OP <> 'UPDATE' OR closes_or_reopens OR OLD.parent IS DISTINCT FROM NEW.parent THEN
+        -- All rows first, in id order; then the UPDATEs: a bead that waited for this one may wait for another by now.
         PERFORM 1 FROM beads WHERE id IN (
-            SELECT bead_id FROM bead_blockers WHERE turned AND blocker_id = me UNION ALL SELECT unnest(ARRAY[old_parent, new_parent]))
+            SELECT bead_id FROM bead_blockers WHERE closes_or_reopens AND blocker_id = me
+            UNION ALL SELECT unnest(ARRAY[old_parent, new_parent]))
           ORDER BY id FOR NO KEY UPDATE;
         IF FOUND AND TG_OP = 'DELETE' THEN
             UPDATE beads SET blocked_by = array_remove(blocked_by, me)
              WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = me);
-        ELSIF FOUND AND turned THEN
+        ELSIF FOUND AND closes_or_reopens THEN
             UPDATE beads SET open_blockers = open_blockers + CASE WHEN is_open THEN 1 ELSE -1 END
              WHERE id IN (SELECT bead_id FROM bead_blockers WHERE blocker_id = me);
         END IF;
@@ -190,25 +264,27 @@ BEGIN
         END IF;
         IF TG_OP = 'DELETE' THEN
             DELETE FROM bead_blockers WHERE blocker_id = ANY (OLD.blocked_by) AND bead_id = me;
-        ELSIF NEW.parent IS NOT NULL AND (NEW.parent = me OR (TG_OP = 'UPDATE' AND NEW.parent IS DISTINCT FROM OLD.parent)) THEN
+        ELSIF NEW.parent IS NOT NULL
+              AND (NEW.parent = me OR (TG_OP = 'UPDATE' AND NEW.parent IS DISTINCT FROM OLD.parent)) THEN
             PERFORM check_bead_cycle(NEW.parent);
         END IF;
     END IF;
     IF TG_OP <> 'INSERT' AND OLD.fencing_token <> COALESCE(CASE TG_OP WHEN 'UPDATE' THEN NEW.fencing_token END, 0) THEN
-        PERFORM note_claim_ended(OLD, CASE WHEN TG_OP = 'UPDATE' AND NEW.attempts > OLD.attempts
-                                            AND OLD.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'changed' END);
+        PERFORM note_claim_ended(OLD, CASE
+            WHEN TG_OP = 'UPDATE' AND NEW.attempts > OLD.attempts AND OLD.lease_expires_at <= clock_timestamp()
+            THEN 'lapsed' ELSE 'changed' END);
     END IF;
     RETURN NULL;
 END $$;
 DROP TRIGGER IF EXISTS bead_inserted_with_parent ON beads;
 CREATE TRIGGER bead_inserted_with_parent AFTER INSERT ON beads FOR EACH ROW
-    WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION on_bead_turned();
-DROP TRIGGER IF EXISTS bead_turned ON beads;
-CREATE TRIGGER bead_turned AFTER UPDATE ON beads FOR EACH ROW
+    WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION on_bead_closed_or_reopened();
+DROP TRIGGER IF EXISTS bead_closed_or_reopened ON beads;
+CREATE TRIGGER bead_closed_or_reopened AFTER UPDATE ON beads FOR EACH ROW
     WHEN (OLD.claimed_at IS NOT NULL OR NEW.claimed_at IS NULL) -- not for a new claim
-    EXECUTE FUNCTION on_bead_turned();
+    EXECUTE FUNCTION on_bead_closed_or_reopened();
 DROP TRIGGER IF EXISTS bead_deleted ON beads;
-CREATE TRIGGER bead_deleted AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_turned();
+CREATE TRIGGER bead_deleted AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_closed_or_reopened();
 
 -- By hand, too, the graph is locked before the rows.
 CREATE OR REPLACE FUNCTION on_beads_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -218,70 +294,6 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS beads_deleted ON beads;
 CREATE TRIGGER beads_deleted BEFORE DELETE ON beads FOR EACH STATEMENT EXECUTE FUNCTION on_beads_deleted();
-
--- Creates beads, all or none. given: with ids and their `place` in the answer, in an order in which each comes after those that
--- it is blocked by; `blocks` and `children` name only beads that are there already. outcome: 'created', 'taken' (detail: the
--- id).
-CREATE OR REPLACE FUNCTION create_beads(given jsonb, fences jsonb, OUT outcome text, OUT entities jsonb, OUT detail jsonb)
-LANGUAGE plpgsql AS $$
-DECLARE
-    t timestamptz := clock_timestamp();
-    made text[] := ARRAY(SELECT it ->> 'id' FROM jsonb_array_elements(given) AS it);
-    linked jsonb := (SELECT COALESCE(jsonb_agg(jsonb_build_object(
-                           'field', field, 'bead', it -> 'id', 'other', other, 'place', it -> 'place')), '[]')
-                       FROM jsonb_array_elements(given) AS it CROSS JOIN unnest('{blocks, children}'::text[]) AS field
-                       CROSS JOIN jsonb_array_elements_text(it -> field) AS other);
-    others text[] := ARRAY(SELECT DISTINCT x ->> 'other' FROM jsonb_array_elements(linked) AS x);
-    names text;
-    values_given text;
-    missing record;
-BEGIN
-    PERFORM enter_names(ARRAY(
-        SELECT 'bead:' || o FROM unnest(others) AS o
-        UNION ALL SELECT 'agent:' || (it ->> 'assigned_to') FROM jsonb_array_elements(given) AS it), fences);
-    -- The names of new beads are not taken: nobody else can change what is not there yet.
-    PERFORM refuse_held(ARRAY(SELECT 'bead:' || m FROM unnest(made) AS m), fences);
-    PERFORM lock_bead_graph(true);
-    PERFORM lock_beads(NULL, others || ARRAY(
-        SELECT it ->> 'parent' FROM jsonb_array_elements(given) AS it
-        UNION ALL SELECT jsonb_array_elements_text(it -> 'blocked_by') FROM jsonb_array_elements(given) AS it), false);
-    SELECT jsonb_build_object('id', b.id) INTO detail FROM beads b WHERE b.id = ANY (made) LIMIT 1;
-    IF FOUND THEN
-        outcome := 'taken';
-        RETURN;
-    END IF;
-    SELECT x ->> 'field' AS field, x ->> 'other' AS id INTO missing FROM jsonb_array_elements(linked) AS x
-     WHERE NOT EXISTS (SELECT 1 FROM beads b WHERE b.id = x ->> 'other') LIMIT 1;
-    IF FOUND THEN
-        PERFORM raise_unknown(missing.field, missing.id);
-    END IF;
-
-    PERFORM set_config('loom.cycles', 'later', true);
-    -- In one statement, so that parents may come after their children. Absent keys get their columns' defaults.
-    SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum),
-           string_agg(format('COALESCE(r.%I, %s)', a.attname, COALESCE(pg_get_expr(d.adbin, d.adrelid), 'NULL')), ', ' ORDER BY a.attnum)
-      INTO names, values_given
-      FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
-     WHERE a.attrelid = 'beads'::regclass AND a.attnum > 0 AND NOT a.attisdropped;
-    EXECUTE format('INSERT INTO beads (%s) SELECT %s FROM jsonb_array_elements($1) WITH ORDINALITY AS g (it, n)'
-                   ' CROSS JOIN LATERAL jsonb_populate_record(NULL::beads, g.it) AS r ORDER BY g.n', names, values_given)
-      USING (SELECT jsonb_agg(g.it || jsonb_build_object('created_at', w.at, 'updated_at', w.at) ORDER BY g.n)
-               FROM jsonb_array_elements(given) WITH ORDINALITY AS g (it, n)
-               CROSS JOIN LATERAL (SELECT t + (g.it ->> 'place')::int * INTERVAL '1 us' AS at) AS w);
-    UPDATE beads b SET blocked_by = b.blocked_by || l.added
-      FROM (SELECT x ->> 'other' AS other, array_agg(x ->> 'bead' ORDER BY (x ->> 'place')::int) AS added
-              FROM jsonb_array_elements(linked) AS x
-             WHERE x ->> 'field' = 'blocks' GROUP BY 1) AS l WHERE b.id = l.other;
-    UPDATE beads b SET parent = x ->> 'bead' FROM jsonb_array_elements(linked) AS x
-     WHERE x ->> 'field' = 'children' AND b.id = x ->> 'other';
-    PERFORM set_config('loom.cycles', '', true);
-    -- A cycle of new beads by blocked_by alone would have no order; another one leads to a new bead from what is waiting for it
-    -- already, or from its parent.
-    PERFORM check_bead_cycle(b.id) FROM beads b
-      WHERE b.id = ANY (made) AND (b.parent IS NOT NULL OR linked @> jsonb_build_array(jsonb_build_object('bead', b.id)));
-    outcome := 'created';
-    SELECT jsonb_agg(as_json(b) ORDER BY b.created_at) INTO entities FROM beads b WHERE b.id = ANY (made);
-END $$;
 
 CREATE OR REPLACE FUNCTION open_children_of(bead text) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT to_jsonb(ARRAY(SELECT c.id FROM beads c WHERE c.parent = bead AND c.status <> 'closed' ORDER BY c.id));

@@ -12,7 +12,8 @@ BEGIN
         PERFORM raise_unknown(NEW.entity_type || '_id', NEW.entity_id);
     END IF;
     IF NEW.parent_id IS NOT NULL AND NOT EXISTS (
-        SELECT 1 FROM comments WHERE id = NEW.parent_id AND (entity_type, entity_id) = (NEW.entity_type, NEW.entity_id)) THEN
+        SELECT 1 FROM comments
+         WHERE id = NEW.parent_id AND (entity_type, entity_id) = (NEW.entity_type, NEW.entity_id)) THEN
         PERFORM raise_unknown('parent_id', NEW.parent_id);
     END IF;
     RETURN NEW;
@@ -29,4 +30,5 @@ DROP TRIGGER IF EXISTS project_deleted_with_comments ON projects;
 CREATE TRIGGER project_deleted_with_comments AFTER DELETE ON projects FOR EACH ROW
     EXECUTE FUNCTION on_commented_deleted('project');
 DROP TRIGGER IF EXISTS bead_deleted_with_comments ON beads;
-CREATE TRIGGER bead_deleted_with_comments AFTER DELETE ON beads FOR EACH ROW EXECUTE FUNCTION on_commented_deleted('bead');
+CREATE TRIGGER bead_deleted_with_comments AFTER DELETE ON beads FOR EACH ROW
+    EXECUTE FUNCTION on_commented_deleted('bead');

@@ -1,9 +1,9 @@
 -- Projects.
 
--- A closed project takes no beads: none is created in it, moved into it or reopened. on_bead_written() checks that with the
--- project's row locked FOR KEY SHARE, as a foreign key locks it. So closing takes FOR UPDATE, the one mode that conflicts with
--- it: a bead that is written at the same time is committed before, or refused. FOR SHARE there would do without this, but then
--- every change of a project would wait for the writers of its beads.
+-- A closed project takes no beads: none is created in it, moved into it or reopened. on_bead_written() checks that with
+-- the project's row locked FOR KEY SHARE, as a foreign key locks it. So closing takes FOR UPDATE, the one mode that
+-- conflicts with it: a bead that is written at the same time is committed before, or refused. FOR SHARE there would do
+-- without this, but then every change of a project would wait for the writers of its beads.
 CREATE OR REPLACE FUNCTION on_project_written() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'UPDATE' AND NEW.status = 'closed' AND OLD.status <> 'closed' THEN

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from loom.db import Time
-from loom.state.entities import Entity, Id
+from loom.state.entities import Action, Entity, Id, Steps, enter
 
 
 class Agent(Entity, kw_only=True):
     """An AI worker. `heartbeat_at` is absent until its first heartbeat: only then can it die of missing them."""
 
+    kind: ClassVar[str] = "agent"
+    table: ClassVar[str] = "agents"
+    new_id: ClassVar[str] = (
+        "'agent-' || floor(extract(epoch FROM clock_timestamp())) || '-' || id_of_name(%(name)s) || %(suffix)s"
+    )
     conditions: ClassVar[Mapping[str, str]] = {
         "capability": "capabilities && %(capability)s",
         # without its part before the last slash, too: backend is default/backend
@@ -32,3 +37,13 @@ class Agent(Entity, kw_only=True):
     started_at: Time
     last_active: Time
     heartbeat_at: Time | None = None
+
+    @classmethod
+    def steps(cls, key: str, action: Action, patch: Mapping[str, Any]) -> Steps:
+        """An agent that ends gives its beads back. They are locked before its row, as in a claim."""
+        if action != "delete" and patch.get("status") != "dead":
+            return Steps(enter(key))
+        beads = "FROM beads WHERE assigned_to = %(key)s AND status IN ('open', 'in_progress', 'blocked')"
+        names = f"ARRAY(SELECT 'bead:' || id {beads})" if action == "delete" else "'{}'"
+        locked = f"SELECT count(*) FROM (SELECT 1 {beads} AND entered() IS NOT NULL ORDER BY id FOR UPDATE) AS locked"
+        return Steps(f"{enter(key, names)}; {locked}")

@@ -12,7 +12,7 @@ import psycopg2
 
 from loom import db, errors, refusals
 from loom.db import Time
-from loom.state.entities import Entity, Id
+from loom.state.entities import Action, Entity, Id, Steps, enter, values
 from loom.state.writer import Writer, call
 
 Status = Literal["open", "in_progress", "blocked", "closed"]
@@ -21,13 +21,12 @@ Status = Literal["open", "in_progress", "blocked", "closed"]
 class Bead(Entity, kw_only=True):
     """A unit of work. Its claim is `fencing_token` and the lease; `blocks` and `children` are derived."""
 
+    kind: ClassVar[str] = "bead"
+    table: ClassVar[str] = "beads"
+    new_id: ClassVar[str] = "new_bead_id(%(project_id)s)"
+    derived: ClassVar[frozenset[str]] = frozenset({"blocks", "children"})
     statuses: ClassVar[tuple[str, ...]] = get_args(Status)
-    orders: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("assigned_to", "status"),
-        ("type", "status"),
-        ("project_id", "status"),
-        ("status",),
-    )
+    indexed: ClassVar[tuple[str, ...]] = ("assigned_to", "type", "project_id")
     conditions: ClassVar[Mapping[str, str]] = {"tags": "tags && %(tags)s"}
 
     type: str
@@ -58,6 +57,29 @@ class Bead(Entity, kw_only=True):
     lease_seconds: int | None = None
     lease_expires_at: Time | None = None
 
+    @classmethod
+    def steps(cls, key: str, action: Action, patch: Mapping[str, Any]) -> Steps:
+        """Other beads are locked before this one's row; `blocks` and `children` are written to them afterwards."""
+        blocks, children = ([], []) if action == "delete" else (patch.get("blocks"), patch.get("children"))
+        linked = blocks is not None or children is not None
+        if not linked and patch.keys().isdisjoint(("blocked_by", "parent", "status")):
+            return Steps(enter(key, "ARRAY['agent:' || %(assigned_to)s]" if patch.get("assigned_to") else "'{}'"))
+        return Steps(
+            f"""
+            SELECT enter_bead({key}, %(blocks)s, %(children)s, %(others)s, %(links)s, %(new_status)s, %(agent)s,
+                              %(deletes)s, %(fences)s)
+            """,
+            "SELECT link_neighbours(%(blocks)s, %(children)s)" if linked and action != "delete" else "",
+            {
+                "blocks": blocks,
+                "children": children,
+                "others": _waits_for(patch),
+                "links": linked or not patch.keys().isdisjoint(("blocked_by", "parent")),
+                "new_status": patch.get("status"),
+                "agent": patch.get("assigned_to"),
+            },
+        )
+
 
 def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, Any]]) -> list[Bead]:
     """Creates all or none. A `ref` names a bead for the others of the same call.
@@ -72,17 +94,72 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
     _turn_around(beads, ids)
     try:
         order = _in_order({key: bead.get("blocked_by", ()) for key, bead in beads.items()})
-        row = call(
-            conn,
-            writer,
-            "SELECT outcome, entities::text AS entities, detail FROM create_beads(%(beads)s, %(fences)s)",
-            beads=msgspec.json.encode([beads[key] for key in order]).decode(),
-        )
+        return _create([beads[key] for key in order], conn, writer)
     except graphlib.CycleError as exc:
         raise _named(refusals.error("cycle", {"cycle": exc.args[1][::-1]}), given, refs) from exc
     except psycopg2.DatabaseError as exc:
         raise _named(refusals.from_postgres(exc) or exc, given, refs) from exc
-    return msgspec.json.decode(row["entities"], type=list[Bead])
+
+
+def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> list[Bead]:
+    """Inserts beads in this order, with `place` as the order of their age, and links them to others that exist."""
+    blocked: dict[str, list[str]] = {}  # existing bead -> new ones that block it
+    parents: dict[str, str] = {}  # existing bead -> its new parent
+    for bead in sorted(new, key=lambda bead: bead["place"]):
+        for other in bead.get("blocks", ()):
+            blocked.setdefault(other, []).append(bead["id"])
+        parents |= dict.fromkeys(bead.get("children", ()), bead["id"])
+    linked = [bead["id"] for bead in new if bead.get("parent") or bead.get("blocks") or bead.get("children")]
+    columns = list(dict.fromkeys(name for bead in new for name in bead if name not in {"ref", "place", *Bead.derived}))
+    rows: list[str] = []
+    params: dict[str, Any] = {}
+    for n, bead in enumerate(new):
+        row = values({column: bead[column] for column in columns if column in bead})
+        params |= {f"{column}_{n}": value for column, value in row.items()}
+        age = f"statement_timestamp() + {bead['place']} * INTERVAL '1 us'"
+        given = [f"%({column}_{n})s" if column in row else "DEFAULT" for column in columns]
+        rows.append(f"({', '.join([age, age, *given])})")
+    # A new bead's own name is not locked: nobody else can change what does not exist yet. The cycles are checked at the
+    # end, and all is inserted by one statement, since a parent may come after its children.
+    row = call(
+        conn,
+        writer,
+        f"""
+        SELECT enter_names(%(names)s::text[], %(fences)s);
+        SELECT refuse_held(%(own_names)s::text[], %(fences)s);
+        SELECT lock_bead_graph(true);
+        SELECT lock_beads(NULL, %(others)s::text[], false);
+        SELECT set_config('loom.cycles', 'later', true);
+        INSERT INTO beads (created_at, updated_at, {", ".join(columns)}) VALUES {", ".join(rows)};
+        SELECT refuse_unknown_beads('blocks', %(blocked)s::text[]);
+        SELECT refuse_unknown_beads('children', %(adopted)s::text[]);
+        UPDATE beads b SET blocked_by = b.blocked_by || ARRAY(SELECT jsonb_array_elements_text(l.value))
+          FROM jsonb_each(%(blockers)s) AS l WHERE b.id = l.key;
+        UPDATE beads b SET parent = l.value FROM jsonb_each_text(%(parents)s) AS l WHERE b.id = l.key;
+        SELECT set_config('loom.cycles', '', true);
+        SELECT check_bead_cycle(id) FROM unnest(%(linked)s::text[]) AS id;
+        SELECT jsonb_agg(as_json(b) ORDER BY b.created_at)::text AS beads FROM beads b WHERE b.id = ANY (%(keys)s)
+        """,
+        names=[
+            *(f"bead:{other}" for other in (*blocked, *parents)),
+            *(f"agent:{bead['assigned_to']}" for bead in new if bead.get("assigned_to")),
+        ],
+        own_names=[f"bead:{bead['id']}" for bead in new],
+        others=[*blocked, *parents, *(other for bead in new for other in _waits_for(bead))],
+        blocked=list(blocked),
+        adopted=list(parents),
+        blockers=json.dumps(blocked),
+        parents=json.dumps(parents),
+        linked=linked,
+        keys=[bead["id"] for bead in new],
+        **params,
+    )
+    return msgspec.json.decode(row["beads"], type=list[Bead])
+
+
+def _waits_for(patch: Mapping[str, Any]) -> list[str]:
+    """The beads that a patch refers to in its own columns."""
+    return [*(patch.get("blocked_by") or ()), *([patch["parent"]] if patch.get("parent") else [])]
 
 
 def _new_keys(conn: db.Connection, given: Sequence[dict[str, Any]]) -> list[str]:
@@ -91,10 +168,11 @@ def _new_keys(conn: db.Connection, given: Sequence[dict[str, Any]]) -> list[str]
         rows = db.rows(
             conn,
             """
-            SELECT COALESCE(b.it ->> 'id', new_entity_id('bead', b.it)) AS id
-              FROM jsonb_array_elements(%(beads)s) WITH ORDINALITY AS b (it, place) ORDER BY place
+            SELECT COALESCE(b.id, new_bead_id(b.project_id)) AS id
+              FROM unnest(%(ids)s::text[], %(projects)s::text[]) WITH ORDINALITY AS b (id, project_id, n) ORDER BY n
             """,
-            beads=json.dumps([{name: bead.get(name) for name in ("id", "project_id")} for bead in given]),
+            ids=[bead.get("id") for bead in given],
+            projects=[bead["project_id"] for bead in given],
         )
         keys = [row["id"] for row in rows]
         if len(set(keys)) == len(keys):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
+from typing import ClassVar
+
 import msgspec
 
 from loom import db
@@ -16,6 +19,9 @@ MAX_DEPTH = 50  # of replies to replies as they are answered; deeper ones stand 
 class Comment(Versioned, kw_only=True):
     """A remark on a bead; `replies` are those that name it as their parent."""
 
+    kind: ClassVar[str] = "comment"
+    table: ClassVar[str] = "comments"
+
     id: str
     bead_id: str
     parent_id: str | None = None
@@ -28,6 +34,9 @@ class Comment(Versioned, kw_only=True):
 
 class ProjectComment(Versioned, kw_only=True):
     """A remark on a project."""
+
+    kind: ClassVar[str] = "comment"
+    table: ClassVar[str] = "comments"
 
     id: str
     project_id: str
@@ -88,4 +97,4 @@ def _add(
         "author_username": author,
         "content": content,
     }
-    return change(conn, writer, kind, None, "create", given).entity
+    return change(conn, writer, kind, str(uuid.uuid4()), "create", given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -22,6 +22,10 @@ PARAMETERS = {"settings": sorted(config.SHAREABLE)}
 
 class Config(Versioned, kw_only=True):
     """A shared value, any JSON. `updated_by`: who wrote it last."""
+
+    kind: ClassVar[str] = "config"
+    table: ClassVar[str] = "config"
+    key_column: ClassVar[str] = "key"
 
     key: str
     value: msgspec.Raw

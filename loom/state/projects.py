@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -20,6 +20,10 @@ GitAuth = Literal["none", "ssh", "token", "basic", "git-helper"]
 
 class Project(Entity, kw_only=True):
     """What agents and beads belong to. `agents` are ids; they and `comments` are derived."""
+
+    kind: ClassVar[str] = "project"
+    table: ClassVar[str] = "projects"
+    new_id: ClassVar[str] = "'proj-' || nextval('project_numbers')"
 
     name: str
     description: str = ""
@@ -102,7 +106,7 @@ def close(conn: db.Connection, writer: Writer, key: str) -> Project:
 
 def reopen(conn: db.Connection, writer: Writer, key: str) -> Project:
     """It takes beads again. Raises NotFound, LockHeld, LockLost."""
-    return change(conn, writer, Project, key, "put", {"status": "reopened"}).entity
+    return change(conn, writer, Project, key, "put", {"status": "reopened"})
 
 
 def _issues(found: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from loom.db import Time
-from loom.state.entities import Entity
+from loom.state.entities import Action, Entity, Steps, enter
 
 
 class Provider(Entity, kw_only=True):
     """An LLM endpoint. `key_id` names the key that somebody else keeps."""
+
+    kind: ClassVar[str] = "provider"
+    table: ClassVar[str] = "providers"
+    new_id: ClassVar[str] = "id_of_name(%(name)s) || %(suffix)s"
 
     name: str
     type: str
@@ -37,3 +42,9 @@ class Provider(Entity, kw_only=True):
     supports_streaming: bool
     tags: list[str]
     metrics: dict[str, Any]
+
+    @classmethod
+    def steps(cls, key: str, action: Action, patch: Mapping[str, Any]) -> Steps:
+        """Agents lose a provider that is deleted."""
+        agents = "ARRAY(SELECT 'agent:' || id FROM agents WHERE provider_id = %(key)s)"
+        return Steps(enter(key, agents) if action == "delete" else enter(key))

@@ -105,7 +105,7 @@ def test_a_write_that_nginx_repeats_while_the_first_is_still_running_is_made_onc
         """Return the instances with a change that waits for a row lock."""
         rows = sql(
             "SELECT application_name FROM pg_stat_activity"
-            " WHERE wait_event_type = 'Lock' AND query LIKE '%change_entity%'"
+            " WHERE wait_event_type = 'Lock' AND query LIKE '%enter_change%'"
         )
         return [row[0] for row in rows]
 
