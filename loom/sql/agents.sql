@@ -3,7 +3,7 @@
 -- An agent that is gone has no beads: what it had claimed is open again.
 CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM give_back_beads_of(OLD.id, setting('beads.max_failures', 5), setting('beads.max_attempts', 20));
+    PERFORM give_back_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
         UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
     END IF;
@@ -20,13 +20,19 @@ CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
 
 -- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database was
 -- away meanwhile.
-CREATE OR REPLACE FUNCTION agent_is_dead(a agents, dead_after interval) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT a.status = 'dead' OR COALESCE(a.heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count(), false);
+CREATE OR REPLACE FUNCTION agent_is_dead(a agents) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT a.status = 'dead' OR COALESCE(
+        a.heartbeat_at < clock_timestamp() - make_interval(secs => setting('agents.dead_after')) AND heartbeats_count(), false);
+$$;
+
+-- Who has the bead. alive is null when nobody has it; lease_expires_at, when it is not claimed.
+CREATE OR REPLACE FUNCTION holder_of(b beads) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT jsonb_build_object('agent_id', b.assigned_to, 'lease_expires_at', b.lease_expires_at,
+                              'alive', (SELECT NOT agent_is_dead(a) FROM agents a WHERE a.id = b.assigned_to));
 $$;
 
 -- Gives back what a dead agent has claimed. What others are at, or hold from outside, is left to lapse at once.
-CREATE OR REPLACE FUNCTION give_back_beads_of(agent text, max_failures integer, max_attempts integer) RETURNS void
-LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION give_back_beads_of(agent text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
 BEGIN
@@ -36,7 +42,7 @@ BEGIN
         IF try_name('bead:' || b.id) THEN
             -- A lease that is over has lapsed: the agent may have been told so.
             PERFORM give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
-                              NULL, NULL, max_failures, max_attempts);
+                              NULL, NULL);
         ELSE
             UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
         END IF;
@@ -44,8 +50,7 @@ BEGIN
 END $$;
 
 -- Marks an agent dead that has missed its heartbeats; what it had is open again. False when it lives, or others are at it.
-CREATE OR REPLACE FUNCTION end_dead_agent(agent text, dead_after interval, max_failures integer, max_attempts integer)
-RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION end_dead_agent(agent text) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     a agents;
 BEGIN
@@ -55,10 +60,10 @@ BEGIN
     PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status = 'in_progress'
       ORDER BY id FOR NO KEY UPDATE;
     SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE;
-    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a, dead_after) THEN
+    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a) THEN
         RETURN false;
     END IF;
-    PERFORM give_back_beads_of(agent, max_failures, max_attempts);
+    PERFORM give_back_beads_of(agent);
     UPDATE agents SET status = 'dead' WHERE id = agent;
     RETURN true;
 END $$;

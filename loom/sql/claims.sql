@@ -28,15 +28,14 @@ END $$;
 
 -- Ends a claim that was not completed: the bead is open again, or blocked when it has failed too often. The caller has the
 -- bead's row locked. how: as in claims.ended_how.
-CREATE OR REPLACE FUNCTION give_back(b beads, how text, why text, delay interval, max_failures integer, max_attempts integer)
-RETURNS beads LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION give_back(b beads, how text, why text, delay interval) RETURNS beads LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
     n_attempts integer := b.attempts + (how <> 'released')::int;
     n_failures integer := b.failures + (how = 'failed')::int;
     stop text := CASE WHEN how = 'released' THEN NULL
-                      WHEN n_failures >= max_failures THEN format('failed %s times, the last time: %s', n_failures, COALESCE(why, how))
-                      WHEN n_attempts >= max_attempts THEN format('claimed %s times without success, the last time: %s',
+                      WHEN n_failures >= setting('beads.max_failures') THEN format('failed %s times, the last time: %s', n_failures, COALESCE(why, how))
+                      WHEN n_attempts >= setting('beads.max_attempts') THEN format('claimed %s times without success, the last time: %s',
                                                                   n_attempts, COALESCE(why, how)) END;
 BEGIN
     PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(why, ''), true);
@@ -55,7 +54,7 @@ BEGIN
 END $$;
 
 -- Opens again what nobody has renewed in time, a batch at a time; passes over what others are at, or hold from outside.
-CREATE OR REPLACE FUNCTION lapse_claims(batch integer, max_failures integer, max_attempts integer) RETURNS SETOF beads
+CREATE OR REPLACE FUNCTION lapse_claims(batch integer) RETURNS SETOF beads
 LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
@@ -69,7 +68,7 @@ BEGIN
         PERFORM 1 FROM agents WHERE id = b.assigned_to FOR NO KEY UPDATE SKIP LOCKED;
         IF (FOUND OR NOT EXISTS (SELECT 1 FROM agents WHERE id = b.assigned_to)) AND try_name('bead:' || b.id) THEN
             RETURN NEXT b;
-            PERFORM give_back(b, 'lapsed', NULL, NULL, max_failures, max_attempts);
+            PERFORM give_back(b, 'lapsed', NULL, NULL);
         END IF;
     END LOOP;
 END $$;
@@ -121,7 +120,7 @@ BEGIN
 END $$;
 
 -- Opens again what has lapsed, before a claim looks what there is. Our own agent's row first: the others are only tried.
-CREATE OR REPLACE FUNCTION lapse_before_claim(agent text, max_failures integer, max_attempts integer) RETURNS void
+CREATE OR REPLACE FUNCTION lapse_before_claim(agent text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
@@ -130,23 +129,22 @@ BEGIN
     IF (SELECT wakes_at(not_before, lease_expires_at) FROM beads WHERE wakes_at(not_before, lease_expires_at) <= t
          ORDER BY wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL THEN
         PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE;
-        PERFORM lapse_claims(100, max_failures, max_attempts);
+        PERFORM lapse_claims(100);
     END IF;
 END $$;
 
 -- The agent's beads, when they are as many as it may have at once; else null.
-CREATE OR REPLACE FUNCTION busy_with(agent text, most integer) RETURNS jsonb LANGUAGE sql STABLE AS $$
+CREATE OR REPLACE FUNCTION busy_with(agent text) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT jsonb_build_object('beads', ARRAY(
                SELECT b.id FROM beads b WHERE b.assigned_to = agent AND b.status = 'in_progress'
                   AND b.fencing_token IS NOT NULL ORDER BY b.id))
-      FROM agents a WHERE a.id = agent AND a.open_claims >= most;
+      FROM agents a WHERE a.id = agent AND a.open_claims >= setting('agents.max_concurrent');
 $$;
 
 -- Claims the best ready bead: by priority, then due date, then age. outcome: 'claimed', 'nothing', 'agent-busy' (detail: its
 -- beads), 'unknown-project', or as enter_claim. In one value, JSON: a row of several took 4 % longer.
 CREATE OR REPLACE FUNCTION claim_next(
-    agent text, lease integer, most integer, max_failures integer, max_attempts integer, fences jsonb,
-    project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL)
+    agent text, lease integer, fences jsonb, project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     outcome text;
@@ -170,8 +168,8 @@ BEGIN
             prepared := true;
             PERFORM enter_claim(agent, '{}', fences);
             PERFORM compare_fencing_identity();
-            PERFORM lapse_before_claim(agent, max_failures, max_attempts);
-            detail := busy_with(agent, most);
+            PERFORM lapse_before_claim(agent);
+            detail := busy_with(agent);
             IF detail IS NOT NULL THEN
                 RETURN json_build_object('outcome', 'agent-busy', 'detail', detail)::text;
             END IF;
@@ -228,7 +226,7 @@ BEGIN
             UPDATE agents SET open_claims = open_claims + 1, current_bead = best, last_active = t,
                               heartbeat_at = CASE WHEN heartbeat_at IS NOT NULL THEN t END
              WHERE id = agent AND (NOT plain OR (
-                   status <> 'dead' AND open_claims < most
+                   status <> 'dead' AND open_claims < setting('agents.max_concurrent')
                    AND (SELECT fencing_identity FROM cluster) = fencing_identity_now()
                    AND (SELECT wakes_at(not_before, lease_expires_at) FROM beads WHERE wakes_at(not_before, lease_expires_at) <= t
                          ORDER BY wakes_at(not_before, lease_expires_at) LIMIT 1) IS NULL
@@ -257,8 +255,7 @@ END $$;
 -- agent_id, alive, lease_expires_at), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason), 'bead-closed'
 -- (detail: closed_at), 'agent-busy' (detail: its beads), or as enter_claim.
 CREATE OR REPLACE FUNCTION claim_bead(
-    wanted text, agent text, lease integer, most integer, max_failures integer, max_attempts integer, dead_after interval,
-    fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+    wanted text, agent text, lease integer, fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
     dead boolean;
@@ -277,19 +274,18 @@ BEGIN
         bead := as_json(b);
         RETURN;
     END IF;
-    SELECT agent_is_dead(a, dead_after) INTO dead FROM agents a WHERE a.id = b.assigned_to;
+    SELECT agent_is_dead(a) INTO dead FROM agents a WHERE a.id = b.assigned_to;
     IF b.fencing_token IS NOT NULL AND (dead OR b.lease_expires_at <= clock_timestamp()) THEN
         PERFORM 1 FROM agents WHERE id IN (agent, b.assigned_to) ORDER BY id FOR NO KEY UPDATE;
         b := give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
-                       NULL, NULL, max_failures, max_attempts);
+                       NULL, NULL);
     END IF;
     IF b.status = 'closed' THEN
         outcome := 'bead-closed';
         detail := jsonb_build_object('closed_at', b.closed_at);
     ELSIF b.assigned_to <> agent OR (b.status = 'in_progress' AND b.assigned_to IS NULL) THEN
         outcome := 'bead-claimed';
-        detail := jsonb_build_object('holder', jsonb_build_object(
-            'agent_id', b.assigned_to, 'alive', NOT dead, 'lease_expires_at', b.lease_expires_at));
+        detail := jsonb_build_object('holder', holder_of(b));
     ELSIF b.status = 'blocked' OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
@@ -298,10 +294,10 @@ BEGIN
             'not_before', CASE WHEN b.not_before > clock_timestamp() THEN b.not_before END,
             'blocked_reason', b.blocked_reason);
     ELSE
-        IF busy_with(agent, most) IS NOT NULL THEN
-            PERFORM lapse_before_claim(agent, max_failures, max_attempts); -- its own may be over
+        IF busy_with(agent) IS NOT NULL THEN
+            PERFORM lapse_before_claim(agent); -- its own may be over
         END IF;
-        detail := busy_with(agent, most);
+        detail := busy_with(agent);
         IF detail IS NOT NULL THEN
             outcome := 'agent-busy';
         ELSE
@@ -315,32 +311,49 @@ BEGIN
     END IF;
 END $$;
 
+-- The detail of 'claim-lost': how and when this claim of the bead ended (null if it never was), and who has claimed it now.
+CREATE OR REPLACE FUNCTION claim_lost(b beads, token bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT jsonb_build_object('bead_id', b.id, 'fencing_token', token, 'ended_how', past.ended_how, 'ended_at', past.ended_at,
+                              'holder', CASE WHEN b.lease_expires_at > clock_timestamp() THEN holder_of(b) END)
+      FROM (SELECT) AS one LEFT JOIN (
+          SELECT ended_how, ended_at FROM claims WHERE fencing_token = token AND bead_id = b.id
+          UNION ALL
+          SELECT 'lapsed', b.lease_expires_at WHERE b.fencing_token = token AND b.lease_expires_at <= clock_timestamp()
+      ) AS past ON true;
+$$;
+
 -- Extends a claim; never revives one, never shortens it with `extend`. The row first, only then the clock. outcome: 'renewed',
--- 'claim-lost'.
+-- 'claim-lost', 'not-found'.
 CREATE OR REPLACE FUNCTION renew_claim(
-    wanted text, token bigint, lease integer, extend boolean, fences jsonb, OUT outcome text, OUT bead jsonb)
+    wanted text, token bigint, lease integer, extend boolean, fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
 BEGIN
     PERFORM enter_names('{}', fences);
-    PERFORM 1 FROM beads WHERE id = wanted FOR NO KEY UPDATE;
+    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'not-found';
+        RETURN;
+    ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= clock_timestamp() THEN
+        outcome := 'claim-lost';
+        detail := claim_lost(b, token);
+        RETURN;
+    END IF;
     UPDATE beads SET lease_seconds = COALESCE(lease, lease_seconds),
                      lease_expires_at = GREATEST(CASE WHEN extend THEN lease_expires_at END,
                                                  clock_timestamp() + make_interval(secs => COALESCE(lease, lease_seconds)))
-     WHERE id = wanted AND fencing_token = token AND lease_expires_at > clock_timestamp() RETURNING * INTO b;
-    outcome := CASE WHEN FOUND THEN 'renewed' ELSE 'claim-lost' END;
-    IF FOUND THEN
-        bead := as_json(b);
-    END IF;
+     WHERE id = wanted RETURNING * INTO b;
+    outcome := 'renewed';
+    bead := as_json(b);
 END $$;
 
 -- Ends a claim by its holder. how: 'completed' (why: the close reason; more is merged into the context), 'failed' (delay: before
 -- it is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had ended in this way before),
 -- 'claim-lost', 'open-children' (detail: their ids; nothing was done: the claim and its lease are as they were), 'not-found'.
 CREATE OR REPLACE FUNCTION end_claim(
-    wanted text, token bigint, how text, why text, more jsonb, delay integer, max_failures integer, max_attempts integer,
-    fences jsonb, OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
+    wanted text, token bigint, how text, why text, more jsonb, delay integer, fences jsonb,
+    OUT outcome text, OUT bead jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
     t timestamptz;
@@ -363,6 +376,7 @@ BEGIN
         RETURN;
     ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= t THEN
         outcome := 'claim-lost';
+        detail := claim_lost(b, token);
         RETURN;
     ELSIF how = 'completed' AND b.open_children > 0 THEN
         -- A transaction that adds or reopens a child counts it in this row, which is locked here: none is added before the end.
@@ -389,7 +403,6 @@ BEGIN
         bead := as_json(b);
     ELSE
         bead := as_json(give_back(
-            b, how, why, make_interval(secs => COALESCE(delay, LEAST(30 * 2 ^ LEAST(b.failures, 10), 3600))),
-            max_failures, max_attempts));
+            b, how, why, make_interval(secs => COALESCE(delay, LEAST(30 * 2 ^ LEAST(b.failures, 10), 3600)))));
     END IF;
 END $$;

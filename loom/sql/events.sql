@@ -74,14 +74,15 @@ CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXE
 
 -- Who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request, and that no client can
 -- choose (Loom-Proxy-Request-ID). A proxy that lost the answer to a write sends it once more with the same id: what that id
--- made, in events and grants, is then answered as the first time.
-CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text) RETURNS void
+-- made, in events and grants, is then answered as the first time. settings: those in force in the instance, for setting().
+CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
             set_config('loom.instance_id', COALESCE(instance::text, ''), true),
             set_config('loom.request_id', COALESCE(request, ''), true),
-            set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true);
+            set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true),
+            set_config('loom.settings', settings::text, true);
 END $$;
 
 -- The types are those of the original.
