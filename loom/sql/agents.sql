@@ -3,7 +3,7 @@
 -- An agent that is gone has no beads: what it had claimed is open again.
 CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM give_back_beads_of(OLD.id);
+    PERFORM reopen_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
         UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
     END IF;
@@ -15,11 +15,12 @@ DROP TRIGGER IF EXISTS agent_died ON agents;
 CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
     WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
 
--- The order of locking: names, the graph of the beads, beads by id, agents by id, then what follows from the change. Who has
--- an agent's row without its beads' only tries for beads, names and further agents, and passes over what others are at.
+-- The order of locking: names, the graph of the beads, beads by id, agents by id, then what follows from the change.
+-- Who has an agent's row without its beads' only tries for beads, names and further agents, and passes over what others
+-- are at.
 
--- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database was
--- away meanwhile.
+-- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database
+-- was away meanwhile.
 CREATE OR REPLACE FUNCTION agent_is_dead(a agents) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT a.status = 'dead' OR COALESCE(
         a.heartbeat_at < clock_timestamp() - make_interval(secs => setting('agents.dead_after')) AND heartbeats_count(), false);
@@ -32,7 +33,7 @@ CREATE OR REPLACE FUNCTION holder_of(b beads) RETURNS jsonb LANGUAGE sql STABLE 
 $$;
 
 -- Gives back what a dead agent has claimed. What others are at, or hold from outside, is left to lapse at once.
-CREATE OR REPLACE FUNCTION give_back_beads_of(agent text) RETURNS void LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION reopen_beads_of(agent text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
 BEGIN
@@ -41,15 +42,15 @@ BEGIN
     LOOP
         IF try_name('bead:' || b.id) THEN
             -- A lease that is over has lapsed: the agent may have been told so.
-            PERFORM give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
-                              NULL, NULL);
+            PERFORM reopen_bead(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END);
         ELSE
             UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
         END IF;
     END LOOP;
 END $$;
 
--- Marks an agent dead that has missed its heartbeats; what it had is open again. False when it lives, or others are at it.
+-- Marks an agent dead that has missed its heartbeats; what it had is open again. False when it lives, or others are at
+-- it.
 CREATE OR REPLACE FUNCTION end_dead_agent(agent text) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     a agents;
@@ -63,14 +64,14 @@ BEGIN
     IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a) THEN
         RETURN false;
     END IF;
-    PERFORM give_back_beads_of(agent);
+    PERFORM reopen_beads_of(agent);
     UPDATE agents SET status = 'dead' WHERE id = agent;
     RETURN true;
 END $$;
 
--- An agent says that it lives, and which of its claims (bead -> token) it still works on: those are extended, each by its own
--- lease. It takes no name: who holds agent:ID from outside must not let the agent die. extended: bead -> its new end; lost:
--- bead -> how its claim ended, or null. outcome: 'alive', 'unknown-agent'.
+-- An agent says that it lives, and which of its claims (bead -> token) it still works on: those are extended, each by
+-- its own lease. It takes no name: who holds agent:ID from outside must not let the agent die. extended: bead -> its
+-- new end; lost: bead -> how its claim ended, or null. outcome: 'alive', 'unknown-agent'.
 CREATE OR REPLACE FUNCTION heartbeat_agent(
     agent text, new_status text, claims jsonb, fences jsonb, OUT outcome text, OUT extended jsonb, OUT lost jsonb)
 LANGUAGE plpgsql AS $$

@@ -27,7 +27,8 @@ END $$;
 DROP TRIGGER IF EXISTS config_grown ON config;
 CREATE TRIGGER config_grown AFTER INSERT OR UPDATE ON config FOR EACH STATEMENT EXECUTE FUNCTION on_config_grown();
 
--- A setting as it is shared, if the shared value is valid; else its default. Ranges and defaults are those of loom/config.py.
+-- A setting as it is shared, if the shared value is valid; else its default. Ranges and defaults are those of
+-- loom/config.py.
 CREATE OR REPLACE FUNCTION shared_setting(name text) RETURNS integer LANGUAGE sql STABLE AS $$
     SELECT COALESCE((SELECT c.value::text::integer FROM config c
                       WHERE c.key = s.key AND CASE WHEN c.value::text ~ '^[0-9]{1,5}$'
@@ -37,8 +38,8 @@ CREATE OR REPLACE FUNCTION shared_setting(name text) RETURNS integer LANGUAGE sq
      WHERE s.key = name;
 $$;
 
--- A setting in force: that of the instance that acts, see acting_as(); by hand in psql, where no instance acts, the shared
--- one. Inlined by the planner.
+-- A setting in force: that of the instance that acts, see acting_as(); by hand in psql, where no instance acts, the
+-- shared one. Inlined by the planner.
 CREATE OR REPLACE FUNCTION setting(name text) RETURNS integer LANGUAGE sql STABLE AS $$
     SELECT COALESCE((NULLIF(current_setting('loom.settings', true), '')::json ->> name)::integer, shared_setting(name));
 $$;

@@ -1,9 +1,9 @@
 -- Events: one per version of an entity, and the order in which a reader sees them.
 
--- Numbers what has been committed, in the order of insertion, at most so much at a time; returns how many. Whoever reads
--- calls it first, in a transaction that has not written; if another is at it, that will do. The order is the promise: the
--- lock, and then each statement sees what all who had the lock before have committed. One entity's later version is seen
--- only together with the earlier ones.
+-- Numbers what has been committed, in the order of insertion, at most so much at a time; returns how many. Whoever
+-- reads calls it first, in a transaction that has not written; if another is at it, that will do. The order is the
+-- promise: the lock, and then each statement sees what all who had the lock before have committed. One entity's later
+-- version is seen only together with the earlier ones.
 CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
 DECLARE
     set_back boolean;
@@ -11,8 +11,8 @@ DECLARE
     oldest_running bigint;
     n integer;
 BEGIN
-    -- Ours must be greater than the xid of whoever has inserted into a gap: from a snapshot's xmax, that of a transaction
-    -- that runs cannot be told.
+    -- Ours must be greater than the xid of whoever has inserted into a gap: from a snapshot's xmax, that of a
+    -- transaction that runs cannot be told.
     IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(hashtextextended('loom:events', 0)) THEN
         RETURN 0;
     END IF;
@@ -72,9 +72,10 @@ END $$;
 DROP TRIGGER IF EXISTS events_truncated ON events;
 CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXECUTE FUNCTION on_events_truncated();
 
--- Who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request, and that no client can
--- choose (Loom-Proxy-Request-ID). A proxy that lost the answer to a write sends it once more with the same id: what that id
--- made, in events and grants, is then answered as the first time. settings: those in force in the instance, for setting().
+-- Who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request, and that no
+-- client can choose (Loom-Proxy-Request-ID). A proxy that lost the answer to a write sends it once more with the same
+-- id: what that id made, in events and grants, is then answered as the first time. settings: those in force in the
+-- instance, for setting().
 CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -97,6 +98,14 @@ CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jso
         ELSE 'updated' END;
 $$;
 
+-- The event of a version: the one way in which events are written. type: the kind of entity, a dot, and what happened.
+CREATE OR REPLACE FUNCTION write_event(type text, entity text, version bigint, project text, t timestamptz, changes jsonb)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes)
+    VALUES (type, split_part(type, '.', 1), entity, version, project, t, changes);
+END $$;
+
 -- The version and the event of a change. Arguments: the kind, and the columns that have no version.
 CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
 DECLARE
@@ -117,8 +126,8 @@ BEGIN
         becomes := to_jsonb(NEW);
     END IF;
     entity := was || becomes;
-    INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes) VALUES (
-        event_type(kind, TG_OP, was, becomes), kind, COALESCE(entity ->> 'id', entity ->> 'key'),
+    PERFORM write_event(
+        event_type(kind, TG_OP, was, becomes), COALESCE(entity ->> 'id', entity ->> 'key'),
         (entity ->> 'version')::bigint + (TG_OP = 'DELETE')::int,
         CASE kind WHEN 'project' THEN entity ->> 'id' ELSE entity ->> 'project_id' END,
         CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END,
