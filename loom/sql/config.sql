@@ -31,10 +31,13 @@ CREATE TRIGGER config_grown AFTER INSERT OR UPDATE ON config FOR EACH STATEMENT 
 -- loom/config.py.
 CREATE OR REPLACE FUNCTION shared_setting(name text) RETURNS integer LANGUAGE sql STABLE AS $$
     SELECT COALESCE((SELECT c.value::text::integer FROM config c
-                      WHERE c.key = s.key AND CASE WHEN c.value::text ~ '^[0-9]{1,5}$'
-                                                   THEN c.value::text::integer BETWEEN s.least AND s.most END), s.fallback)
+                      WHERE c.key = s.key
+                        AND CASE WHEN c.value::text ~ '^[0-9]{1,5}$'
+                                 THEN c.value::text::integer BETWEEN s.low AND s.high END),
+                    s.fallback)
       FROM (VALUES ('agents.max_concurrent', 1, 1000, 20), ('agents.dead_after', 10, 86400, 120),
-                   ('beads.max_failures', 1, 1000, 5), ('beads.max_attempts', 1, 1000, 20)) AS s (key, least, most, fallback)
+                   ('beads.max_failures', 1, 1000, 5), ('beads.max_attempts', 1, 1000, 20))
+           AS s (key, low, high, fallback)
      WHERE s.key = name;
 $$;
 
