@@ -112,8 +112,8 @@ $$;
 
 -- Events ----------------------------------------------------------------------------------------------------------
 
--- One row per version of every entity of the shared state: the feed, and the entity's history. Written by the triggers
--- of the entities and by the functions that claim beads; bounded by retention alone. Rows never change.
+-- One row per version of every entity of the shared state: the feed, and the entity's history. Written by
+-- write_event() alone; bounded by retention alone. Rows never change.
 CREATE TABLE IF NOT EXISTS events (
     place       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY, -- the order of insertion: one entity's versions stand right
     type        text        NOT NULL,

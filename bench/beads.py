@@ -48,7 +48,7 @@ from loom.http.answer import encode_cursor
 
 CLAIM = """
 \\set agent random(1, 1000)
-SELECT claim_next('agent-:agent', 1800, 1000000, 5, 20, NULL, NULL, NULL, NULL)::text AS answer;
+SELECT claim_next('agent-:agent', 1800, NULL, NULL, NULL, NULL)::text AS answer;
 """
 SIZES = {"20k": (20_000, 0), "100k": (100_000, 0), "1m": (1_000_000, 0), "blocked": (100_000, 1_000_000)}
 
@@ -86,6 +86,11 @@ def loom_queue() -> Queue:
                AND substr(id, 4)::bigint * %(ready)s %% (%(ready)s + %(others)s) >= %(ready)s;
             INSERT INTO bead_blockers SELECT id, 'blocker' FROM beads WHERE open_blockers = 1;
             CREATE SEQUENCE further;
+            -- As acting_as() gives them, and no agent is ever busy.
+            DO $$ BEGIN
+                EXECUTE format('ALTER DATABASE %%I SET loom.settings = %%L', current_database(),
+                               '{"agents.max_concurrent": 1000000, "beads.max_failures": 5, "beads.max_attempts": 20}');
+            END $$;
         """,
         claim=CLAIM,
         protocol="simple",

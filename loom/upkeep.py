@@ -117,14 +117,12 @@ class Upkeep:
         )
 
     def _agents(self, conn: db.Connection) -> None:
-        for agent in claims.end_dead_agents(conn, self._writer, self._config):
+        for agent in claims.end_dead_agents(conn, self._writer):
             log.warning("agent-dead", extra={"fields": {"agent_id": agent}})
 
     def _claims(self, conn: db.Connection) -> None:
         for _ in range(100):
-            lapsed = claims.lapse(
-                conn, self._writer, self._config, BATCH // 10
-            )  # small batches: the agents of these claims wait for this
+            lapsed = claims.lapse(conn, self._writer, BATCH // 10)  # small batches: the agents of these claims wait
             for claim in lapsed:
                 log.warning("claim-lapsed", extra={"fields": claim})
             if len(lapsed) < BATCH // 10 or self._stopping.is_set():
@@ -137,7 +135,7 @@ class Upkeep:
 
     @property
     def _writer(self) -> Writer:
-        return Writer("loom", self._instance.instance_id)
+        return Writer(self._config, "loom", self._instance.instance_id)
 
     def _grants_history(self, conn: db.Connection) -> None:
         self._history(conn, "grants")

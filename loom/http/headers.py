@@ -9,6 +9,7 @@ from flask import request
 
 from loom import errors, instances
 from loom.http.parse import MAX_TOKEN, check_name, plain, utf8
+from loom.http.settings import settings
 from loom.state.entities import Conditions, Versions
 from loom.state.writer import Writer
 
@@ -31,6 +32,7 @@ def writer(own: str | None, actor: str | None = None) -> Writer:
     headers = request.environ
     named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
     return Writer(
+        settings(),
         actor=actor if named is None else plain(utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor"),
         instance_id=instances.own_id(),
         request_id=_request_id("HTTP_X_REQUEST_ID"),

@@ -13,7 +13,6 @@ from msgspec import Meta
 from loom import db
 from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.parse import Key, Token
-from loom.http.settings import settings
 from loom.state import claims
 from loom.state import entities as state
 from loom.state.beads import Bead
@@ -76,7 +75,7 @@ class Redispatch(msgspec.Struct):
 def _extended(writer: Writer, conn: db.Connection, first: dict[str, Any]) -> claims.Claim:
     """The claim of this request's first answer, extended. Raises ClaimLost when it has ended."""
     lease = timedelta(seconds=first["bead"]["lease_seconds"])
-    return claims.renew(conn, writer, settings(), first["bead"]["id"], first["fencing_token"], lease, extend=True)
+    return claims.renew(conn, writer, first["bead"]["id"], first["fencing_token"], lease, extend=True)
 
 
 @bp.post("/beads/claim")
@@ -88,7 +87,6 @@ def claim_next() -> Response:
         claim = claims.claim_next(
             conn,
             writer,
-            settings(),
             body.agent_id,
             timedelta(seconds=body.lease_seconds),
             project=body.project_id,
@@ -107,7 +105,7 @@ def claim(key: str) -> Response:
 
     def work(conn: db.Connection) -> Response:
         lease = timedelta(seconds=body.lease_seconds)
-        return answer.json(claims.claim(conn, writer, settings(), key, body.agent_id, lease))
+        return answer.json(claims.claim(conn, writer, key, body.agent_id, lease))
 
     return idempotency.once(work, refresh=partial(_extended, writer))
 
@@ -117,9 +115,7 @@ def renew(key: str) -> Response:
     key, body = parse.key(key), parse.body(RenewClaim)
     lease = None if body.lease_seconds is None else timedelta(seconds=body.lease_seconds)
     with db.connection() as conn:
-        return answer.json(
-            claims.renew(conn, headers.writer(f"bead:{key}"), settings(), key, body.fencing_token, lease)
-        )
+        return answer.json(claims.renew(conn, headers.writer(f"bead:{key}"), key, body.fencing_token, lease))
 
 
 @bp.delete("/beads/<key>/claim")
@@ -128,7 +124,7 @@ def release(key: str) -> Response:
     key, token = parse.key(key), parse.integer("fencing_token", most=parse.MAX_TOKEN)
     reason, writer = parse.text("reason", 1000), headers.writer(f"bead:{key}")
     with db.connection() as conn:
-        claims.end(conn, writer, settings(), key, token, "released", reason)
+        claims.end(conn, writer, key, token, "released", reason)
     return answer.nothing()
 
 
@@ -147,9 +143,7 @@ def fail(key: str) -> Response:
 
 def _ended(key: str, token: int, how: claims.Ending, why: str | None, **more: Any) -> Response:
     writer = headers.writer(f"bead:{key}")
-    return idempotency.once(
-        lambda conn: entities.versioned(claims.end(conn, writer, settings(), key, token, how, why, **more))
-    )
+    return idempotency.once(lambda conn: entities.versioned(claims.end(conn, writer, key, token, how, why, **more)))
 
 
 @bp.post("/beads/<key>/redispatch")

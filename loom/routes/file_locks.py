@@ -42,10 +42,9 @@ def take() -> Response:
     body = parse.body(LockFile)
     file = File(body.project_id, parse.file_path(body.file_path))
     writer = headers.writer(file.lock_name, body.agent_id)
-    dead_after = timedelta(seconds=settings().agents.dead_after)
 
     def work(conn: db.Connection) -> Response:
-        lock, new = file_locks.take(conn, writer, file, body.agent_id, body.bead_id or None, _timeout(), dead_after)
+        lock, new = file_locks.take(conn, writer, file, body.agent_id, body.bead_id or None, _timeout())
         return answer.json(lock, 201 if new else 200)
 
     return idempotency.once(work, refresh=_extended)

@@ -1,9 +1,9 @@
 -- Agents: heartbeats, and what ends with an agent.
 
--- An agent that is gone has no beads: what it had claimed is open again.
+-- When an agent dies or is deleted, the beads that it had claimed are open again.
 CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM give_back_beads_of(OLD.id, setting('beads.max_failures', 5), setting('beads.max_attempts', 20));
+    PERFORM reopen_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
         UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
     END IF;
@@ -15,18 +15,22 @@ DROP TRIGGER IF EXISTS agent_died ON agents;
 CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
     WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
 
--- The order of locking: names, the graph of the beads, beads by id, agents by id, then what follows from the change. Who has
--- an agent's row without its beads' only tries for beads, names and further agents, and passes over what others are at.
-
--- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database was
--- away meanwhile.
-CREATE OR REPLACE FUNCTION agent_is_dead(a agents, dead_after interval) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT a.status = 'dead' OR COALESCE(a.heartbeat_at < clock_timestamp() - dead_after AND heartbeats_count(), false);
+-- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database
+-- was away meanwhile.
+CREATE OR REPLACE FUNCTION agent_is_dead(a agents) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT a.status = 'dead' OR COALESCE(
+        a.heartbeat_at < clock_timestamp() - make_interval(secs => setting('agents.dead_after'))
+        AND heartbeats_count(), false);
 $$;
 
--- Gives back what a dead agent has claimed. What others are at, or hold from outside, is left to lapse at once.
-CREATE OR REPLACE FUNCTION give_back_beads_of(agent text, max_failures integer, max_attempts integer) RETURNS void
-LANGUAGE plpgsql AS $$
+-- Who has the bead. alive is null when nobody has it; lease_expires_at, when it is not claimed.
+CREATE OR REPLACE FUNCTION holder_of(b beads) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT jsonb_build_object('agent_id', b.assigned_to, 'lease_expires_at', b.lease_expires_at,
+                              'alive', (SELECT NOT agent_is_dead(a) FROM agents a WHERE a.id = b.assigned_to));
+$$;
+
+-- Reopens the beads that a dead agent has claimed. One whose name is locked or held from outside lapses instead.
+CREATE OR REPLACE FUNCTION reopen_beads_of(agent text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
 BEGIN
@@ -35,17 +39,17 @@ BEGIN
     LOOP
         IF try_name('bead:' || b.id) THEN
             -- A lease that is over has lapsed: the agent may have been told so.
-            PERFORM give_back(b, CASE WHEN b.lease_expires_at <= clock_timestamp() THEN 'lapsed' ELSE 'agent-died' END,
-                              NULL, NULL, max_failures, max_attempts);
+            PERFORM reopen_bead(
+                b, CASE WHEN b.lease_expires_at > clock_timestamp() THEN 'agent-died' ELSE 'lapsed' END);
         ELSE
             UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
         END IF;
     END LOOP;
 END $$;
 
--- Marks an agent dead that has missed its heartbeats; what it had is open again. False when it lives, or others are at it.
-CREATE OR REPLACE FUNCTION end_dead_agent(agent text, dead_after interval, max_failures integer, max_attempts integer)
-RETURNS boolean LANGUAGE plpgsql AS $$
+-- Marks an agent dead that has missed its heartbeats; its beads are open again. False when it is alive, or when its
+-- name is locked or held from outside.
+CREATE OR REPLACE FUNCTION end_dead_agent(agent text) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     a agents;
 BEGIN
@@ -55,17 +59,17 @@ BEGIN
     PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status = 'in_progress'
       ORDER BY id FOR NO KEY UPDATE;
     SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE;
-    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a, dead_after) THEN
+    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a) THEN
         RETURN false;
     END IF;
-    PERFORM give_back_beads_of(agent, max_failures, max_attempts);
+    PERFORM reopen_beads_of(agent);
     UPDATE agents SET status = 'dead' WHERE id = agent;
     RETURN true;
 END $$;
 
--- An agent says that it lives, and which of its claims (bead -> token) it still works on: those are extended, each by its own
--- lease. It takes no name: who holds agent:ID from outside must not let the agent die. extended: bead -> its new end; lost:
--- bead -> how its claim ended, or null. outcome: 'alive', 'unknown-agent'.
+-- A heartbeat of an agent, which names the claims (bead -> token) that it still works on: each is extended by its own
+-- lease. It takes no name: an agent must not die because somebody holds agent:ID from outside. extended: bead -> its
+-- new end; lost: bead -> how its claim ended, or null. outcome: 'alive', 'unknown-agent'.
 CREATE OR REPLACE FUNCTION heartbeat_agent(
     agent text, new_status text, claims jsonb, fences jsonb, OUT outcome text, OUT extended jsonb, OUT lost jsonb)
 LANGUAGE plpgsql AS $$
@@ -83,7 +87,8 @@ BEGIN
     lost := '{}';
     FOR c IN SELECT key AS bead, value::bigint AS token FROM jsonb_each_text(claims) ORDER BY key COLLATE "C" LOOP
         PERFORM 1 FROM beads WHERE id = c.bead FOR NO KEY UPDATE;
-        UPDATE beads SET lease_expires_at = GREATEST(lease_expires_at, clock_timestamp() + make_interval(secs => lease_seconds))
+        UPDATE beads SET lease_expires_at = GREATEST(lease_expires_at,
+                                                     clock_timestamp() + make_interval(secs => lease_seconds))
          WHERE id = c.bead AND fencing_token = c.token AND assigned_to = agent AND lease_expires_at > clock_timestamp()
         RETURNING lease_expires_at INTO ends;
         IF FOUND THEN

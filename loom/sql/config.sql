@@ -27,10 +27,24 @@ END $$;
 DROP TRIGGER IF EXISTS config_grown ON config;
 CREATE TRIGGER config_grown AFTER INSERT OR UPDATE ON config FOR EACH STATEMENT EXECUTE FUNCTION on_config_grown();
 
--- A shared setting that is a whole number from 1 to 1000; or else the fallback, as for one put there by hand that is none.
-CREATE OR REPLACE FUNCTION setting(name text, fallback integer) RETURNS integer LANGUAGE sql STABLE AS $$
-    SELECT COALESCE((SELECT (value #>> '{}')::integer FROM config
-                      WHERE key = name AND value::text ~ '^([1-9][0-9]{0,2}|1000)$'), fallback);
+-- A setting as it is shared, if the shared value is valid; else its default. Ranges and defaults are those of
+-- loom/config.py.
+CREATE OR REPLACE FUNCTION shared_setting(name text) RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT COALESCE((SELECT c.value::text::integer FROM config c
+                      WHERE c.key = s.key
+                        AND CASE WHEN c.value::text ~ '^[0-9]{1,5}$'
+                                 THEN c.value::text::integer BETWEEN s.low AND s.high END),
+                    s.fallback)
+      FROM (VALUES ('agents.max_concurrent', 1, 1000, 20), ('agents.dead_after', 10, 86400, 120),
+                   ('beads.max_failures', 1, 1000, 5), ('beads.max_attempts', 1, 1000, 20))
+           AS s (key, low, high, fallback)
+     WHERE s.key = name;
+$$;
+
+-- A setting in force: that of the instance that acts, see acting_as(); by hand in psql, where no instance acts, the
+-- shared one. Inlined by the planner.
+CREATE OR REPLACE FUNCTION setting(name text) RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT COALESCE((NULLIF(current_setting('loom.settings', true), '')::json ->> name)::integer, shared_setting(name));
 $$;
 
 -- Sets shared values, key -> value, all or none; one that is as it was makes no version.

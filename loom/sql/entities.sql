@@ -76,13 +76,15 @@ CREATE OR REPLACE FUNCTION as_json(t agents) RETURNS jsonb LANGUAGE sql STABLE A
 
 CREATE OR REPLACE FUNCTION as_json(t config) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';
 
--- PL/pgSQL keeps the plans: an SQL function with a subquery is planned again at each call.
-CREATE OR REPLACE FUNCTION as_json(t beads) RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+-- PL/pgSQL keeps the plans: an SQL function with a subquery is planned again at each call. json: in a claim, jsonb took 7 % more.
+CREATE OR REPLACE FUNCTION as_json(t beads) RETURNS json LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    RETURN to_jsonb(t) || jsonb_build_object(
-        'not_before', CASE WHEN t.not_before > clock_timestamp() THEN t.not_before END,
-        'blocks', ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = t.id ORDER BY bead_id),
-        'children', ARRAY(SELECT id FROM beads WHERE parent = t.id ORDER BY id));
+    IF t.not_before <= clock_timestamp() THEN
+        t.not_before := NULL;
+    END IF;
+    RETURN (SELECT row_to_json(bead) FROM (
+        SELECT t.*, ARRAY(SELECT bead_id FROM bead_blockers WHERE blocker_id = t.id ORDER BY bead_id) AS blocks,
+               ARRAY(SELECT id FROM beads WHERE parent = t.id ORDER BY id) AS children) AS bead);
 END $$;
 
 -- A name as a part of an id: short, and without what cannot stand in a path.

@@ -74,14 +74,16 @@ CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXE
 
 -- Sets who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request
 -- (Loom-Proxy-Request-ID); no client can choose it. A proxy that lost the answer to a write sends the write again with the
--- same id. If that id is found in an event or a grant, the request gets its first answer again.
-CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text) RETURNS void
+-- same id. If that id is found in an event or a grant, the request gets its first answer again. settings: those in force in
+-- the instance, for setting().
+CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
             set_config('loom.instance_id', COALESCE(instance::text, ''), true),
             set_config('loom.request_id', COALESCE(request, ''), true),
-            set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true);
+            set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true),
+            set_config('loom.settings', settings::text, true);
 END $$;
 
 -- The type of an event; the types are those of the original.
@@ -95,6 +97,14 @@ CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jso
         WHEN kind IN ('bead', 'agent') AND becomes ->> 'status' <> was ->> 'status' THEN 'status_change'
         ELSE 'updated' END;
 $$;
+
+-- The event of a version: the one way in which events are written. type: the kind of entity, a dot, and what happened.
+CREATE OR REPLACE FUNCTION write_event(type text, entity text, version bigint, project text, t timestamptz, changes jsonb)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes)
+    VALUES (type, split_part(type, '.', 1), entity, version, project, t, changes);
+END $$;
 
 -- Sets the new version of a changed entity and writes its event. Arguments: the kind, and the columns that are in no event.
 CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
@@ -116,8 +126,8 @@ BEGIN
         becomes := to_jsonb(NEW);
     END IF;
     entity := was || becomes;
-    INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes) VALUES (
-        event_type(kind, TG_OP, was, becomes), kind, COALESCE(entity ->> 'id', entity ->> 'key'),
+    PERFORM write_event(
+        event_type(kind, TG_OP, was, becomes), COALESCE(entity ->> 'id', entity ->> 'key'),
         (entity ->> 'version')::bigint + (TG_OP = 'DELETE')::int,
         CASE kind WHEN 'project' THEN entity ->> 'id' ELSE entity ->> 'project_id' END,
         CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END,

@@ -7,7 +7,7 @@
 -- to end with it, between a look at it and the commit. outcome: 'new', 'same', 'held', 'promised' as acquire_lock (held:
 -- the grant that has it); 'claim-lost' (detail: bead_id, agent_id, and the holder of the bead, or null).
 CREATE OR REPLACE FUNCTION take_file_lock(
-    name text, about jsonb, instance uuid, ttl interval, dead_after interval, fences jsonb,
+    name text, about jsonb, instance uuid, ttl interval, fences jsonb,
     OUT outcome text, OUT held jsonb, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     agent text := about ->> 'agent_id';
@@ -23,10 +23,8 @@ BEGIN
             PERFORM raise_unknown('bead_id', about ->> 'bead_id');
         ELSIF b.fencing_token IS NULL OR b.lease_expires_at <= clock_timestamp() OR b.assigned_to <> agent THEN
             outcome := 'claim-lost';
-            detail := jsonb_build_object('bead_id', b.id, 'agent_id', agent, 'holder', (
-                SELECT jsonb_build_object('agent_id', a.id, 'alive', NOT agent_is_dead(a, dead_after),
-                                          'lease_expires_at', b.lease_expires_at)
-                  FROM agents a WHERE a.id = b.assigned_to AND b.lease_expires_at > clock_timestamp()));
+            detail := jsonb_build_object('bead_id', b.id, 'agent_id', agent,
+                                         'holder', CASE WHEN b.lease_expires_at > clock_timestamp() THEN holder_of(b) END);
             RETURN;
         END IF;
     END IF;

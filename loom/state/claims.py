@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from loom import db, errors, refusals
-from loom.config import Config
+from loom import db, errors
 from loom.db import Time
 from loom.state.agents import Agent
 from loom.state.beads import Bead
@@ -47,7 +46,6 @@ class Beat(msgspec.Struct):
 def claim_next(
     conn: db.Connection,
     writer: Writer,
-    config: Config,
     agent: str,
     lease: timedelta,
     *,
@@ -63,16 +61,13 @@ def claim_next(
         conn,
         writer,
         """
-        SELECT claim_next(%(agent)s, %(lease)s, %(most)s, %(failures)s, %(attempts)s, %(fences)s,
-                          %(project)s, %(types)s, %(tags)s)::text AS answer
+        SELECT claim_next(%(agent)s, %(lease)s, %(fences)s, %(project)s, %(types)s, %(tags)s)::text AS answer
         """,
         agent=agent,
         lease=int(lease.total_seconds()),
-        most=config.agents.max_concurrent,
         project=project,
         types=list(types) or None,
         tags=list(tags) or None,
-        **_limits(config),
     )
     if row["outcome"] == "nothing":
         return None
@@ -81,7 +76,7 @@ def claim_next(
     return _claim(row)
 
 
-def claim(conn: db.Connection, writer: Writer, config: Config, bead: str, agent: str, lease: timedelta) -> Claim:
+def claim(conn: db.Connection, writer: Writer, bead: str, agent: str, lease: timedelta) -> Claim:
     """Claims one bead. The same agent again gets its claim of before, which ends no earlier than it would have.
 
     Raises NotFound, Invalid for an unknown agent, BeadClaimed, BeadBlocked, BeadClosed, AgentBusy, LockHeld, LockLost.
@@ -90,15 +85,11 @@ def claim(conn: db.Connection, writer: Writer, config: Config, bead: str, agent:
         conn,
         writer,
         """
-        SELECT outcome, bead::text AS bead, detail FROM claim_bead(
-            %(bead)s, %(agent)s, %(lease)s, %(most)s, %(failures)s, %(attempts)s, %(dead_after)s, %(fences)s)
+        SELECT outcome, bead::text AS bead, detail FROM claim_bead(%(bead)s, %(agent)s, %(lease)s, %(fences)s)
         """,
         bead=bead,
         agent=agent,
         lease=int(lease.total_seconds()),
-        most=config.agents.max_concurrent,
-        dead_after=_dead_after(config),
-        **_limits(config),
     )
     if row["outcome"] == "not-found":
         raise not_found(Bead, bead)
@@ -108,7 +99,6 @@ def claim(conn: db.Connection, writer: Writer, config: Config, bead: str, agent:
 def renew(
     conn: db.Connection,
     writer: Writer,
-    config: Config,
     bead: str,
     token: int,
     lease: timedelta | None,
@@ -123,7 +113,7 @@ def renew(
         conn,
         writer,
         """
-        SELECT outcome, bead::text AS bead
+        SELECT outcome, bead::text AS bead, detail
           FROM renew_claim(%(bead)s, %(token)s, %(lease)s, %(extend)s, %(fences)s)
         """,
         bead=bead,
@@ -131,15 +121,14 @@ def renew(
         lease=None if lease is None else int(lease.total_seconds()),
         extend=extend,
     )
-    if row["outcome"] == "claim-lost":
-        raise _lost(conn, config, bead, token)
+    if row["outcome"] == "not-found":
+        raise not_found(Bead, bead)
     return _claim(row)
 
 
 def end(
     conn: db.Connection,
     writer: Writer,
-    config: Config,
     bead: str,
     token: int,
     how: Ending,
@@ -160,7 +149,7 @@ def end(
         writer,
         """
         SELECT outcome, bead::text AS bead, detail FROM end_claim(
-            %(bead)s, %(token)s, %(how)s, %(why)s, %(context)s, %(delay)s, %(failures)s, %(attempts)s, %(fences)s)
+            %(bead)s, %(token)s, %(how)s, %(why)s, %(context)s, %(delay)s, %(fences)s)
         """,
         bead=bead,
         token=token,
@@ -168,10 +157,7 @@ def end(
         why=why,
         context=None if context is None else json.dumps(context),
         delay=None if retry_after is None else int(retry_after.total_seconds()),
-        **_limits(config),
     )
-    if row["outcome"] == "claim-lost":
-        raise _lost(conn, config, bead, token)
     if row["bead"] is None:
         raise not_found(Bead, bead)
     return msgspec.json.decode(row["bead"], type=Bead)
@@ -195,49 +181,29 @@ def heartbeat(
     return msgspec.json.decode(row["beat"], type=Beat)
 
 
-def lapse(conn: db.Connection, writer: Writer, config: Config, most: int) -> list[dict[str, str]]:
+def lapse(conn: db.Connection, writer: Writer, most: int) -> list[dict[str, str]]:
     """Opens again what nobody has renewed in time. Returns the `bead_id` and `agent_id` of each claim."""
     row = call(
         conn,
         writer,
         """
         SELECT COALESCE(jsonb_agg(jsonb_build_object('bead_id', id, 'agent_id', assigned_to)), '[]') AS lapsed
-          FROM lapse_claims(%(most)s, %(failures)s, %(attempts)s)
+          FROM lapse_claims(%(most)s)
         """,
         most=most,
-        **_limits(config),
     )
     return row["lapsed"]
 
 
-def end_dead_agents(conn: db.Connection, writer: Writer, config: Config) -> list[str]:
+def end_dead_agents(conn: db.Connection, writer: Writer) -> list[str]:
     """Marks who has missed its heartbeats, each in a transaction of its own; their beads are open again."""
-    silent = db.rows(
+    silent = call(
         conn,
-        "SELECT id FROM agents a WHERE status <> 'dead' AND agent_is_dead(a, %(dead_after)s) ORDER BY id",
-        dead_after=_dead_after(config),
-    )
-    ended = []
-    for row in silent:
-        done = call(
-            conn,
-            writer,
-            "SELECT end_dead_agent(%(id)s, %(dead_after)s, %(failures)s, %(attempts)s) AS done",
-            id=row["id"],
-            dead_after=_dead_after(config),
-            **_limits(config),
-        )
-        if done["done"]:
-            ended.append(row["id"])
-    return ended
-
-
-def _limits(config: Config) -> dict[str, int]:
-    return {"failures": config.beads.max_failures, "attempts": config.beads.max_attempts}
-
-
-def _dead_after(config: Config) -> timedelta:
-    return timedelta(seconds=config.agents.dead_after)
+        writer,
+        "SELECT ARRAY(SELECT id FROM agents a WHERE status <> 'dead' AND agent_is_dead(a) ORDER BY id) AS agents",
+    )["agents"]
+    end_one = "SELECT end_dead_agent(%(agent)s) AS ended"
+    return [agent for agent in silent if call(conn, writer, end_one, agent=agent)["ended"]]
 
 
 def _claim(row: db.Row) -> Claim:
@@ -245,38 +211,3 @@ def _claim(row: db.Row) -> Claim:
     assert bead.fencing_token is not None
     assert bead.lease_expires_at is not None
     return Claim("claimed", bead, bead.fencing_token, bead.lease_expires_at)
-
-
-def _lost(conn: db.Connection, config: Config, bead: str, token: int) -> errors.Error:
-    """ClaimLost with how and when the claim ended (None: never given) and who has one now; NotFound if no bead."""
-    row = db.one(
-        conn,
-        """
-        SELECT past.ended_how, past.ended_at, b.lease_expires_at > clock_timestamp() AS held,
-                 b.assigned_to AS agent_id, NOT agent_is_dead(a, %(dead_after)s) AS alive, b.lease_expires_at
-          FROM beads b LEFT JOIN agents a ON a.id = b.assigned_to
-          LEFT JOIN (
-              SELECT bead_id, ended_how, ended_at FROM claims WHERE fencing_token = %(token)s
-              UNION ALL
-              SELECT id, 'lapsed', lease_expires_at FROM beads
-               WHERE id = %(bead)s AND fencing_token = %(token)s AND lease_expires_at <= clock_timestamp()
-          ) AS past ON past.bead_id = b.id
-         WHERE b.id = %(bead)s
-        """,
-        bead=bead,
-        token=token,
-        dead_after=_dead_after(config),
-    )
-    if row is None:
-        return not_found(Bead, bead)
-    holder = {name: row[name] for name in ("agent_id", "alive", "lease_expires_at")}
-    return refusals.error(
-        "claim-lost",
-        {
-            "bead_id": bead,
-            "fencing_token": token,
-            "ended_how": row["ended_how"],
-            "ended_at": row["ended_at"],
-            "holder": holder if row["held"] else None,
-        },
-    )

@@ -61,12 +61,11 @@ def of_grant(grant: locks.Grant) -> FileLock:
 
 
 def take(
-    conn: db.Connection, writer: Writer, file: File, agent: str, bead: str | None, ttl: timedelta, dead_after: timedelta
+    conn: db.Connection, writer: Writer, file: File, agent: str, bead: str | None, ttl: timedelta
 ) -> tuple[FileLock, bool]:
     """Locks the file for the agent, and says whether the lock is new: its own of before is extended, never shortened.
 
     bead: one that the agent has claimed; the lock ends with the claim. Without one, what it was for before stays.
-    dead_after: after so long without a heartbeat an agent is dead.
     Raises LockHeld, ClaimLost, LockLost, Invalid for an unknown project, agent or bead.
     """
     about = {"file_path": file.path, "project_id": file.project_id, "agent_id": agent}
@@ -74,14 +73,12 @@ def take(
         conn,
         writer,
         """
-        SELECT outcome, held, detail
-          FROM take_file_lock(%(name)s, %(about)s, %(instance)s, %(ttl)s, %(dead_after)s, %(fences)s)
+        SELECT outcome, held, detail FROM take_file_lock(%(name)s, %(about)s, %(instance)s, %(ttl)s, %(fences)s)
         """,
         name=file.lock_name,
         about=json.dumps(about if bead is None else {**about, "bead_id": bead}),
         instance=writer.instance_id,
         ttl=ttl,
-        dead_after=dead_after,
     )
     outcome = row["outcome"]
     if outcome == "promised":

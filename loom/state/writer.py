@@ -8,18 +8,20 @@ from typing import Any
 import msgspec
 
 from loom import db, refusals
+from loom.config import Config
 
-ACTING = "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s, %(proxy_request_id)s); "
+ACTING = "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s, %(proxy_request_id)s, %(settings)s); "
 
 
 class Writer(msgspec.Struct, frozen=True):
     """Who makes a request.
 
-    request_id: the client's name for it, which decides nothing. proxy_request_id: the proxy's; see acting_as() in
-    schema.sql. fences: the grants that the request presents, lock name -> fencing token; all must be held for it to
-    write.
+    config: the one in force in the instance that acts. request_id: the client's name for it, which decides nothing.
+    proxy_request_id: the proxy's; see acting_as() in loom/sql/events.sql. fences: the grants that the request presents,
+    lock name -> fencing token; all must be held for it to write.
     """
 
+    config: Config
     actor: str | None = None
     instance_id: str | None = None
     request_id: str | None = None
@@ -47,6 +49,7 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
         instance_id=writer.instance_id,
         request_id=writer.request_id,
         proxy_request_id=writer.proxy_request_id,
+        settings=json.dumps(_settings(writer.config)),
         fences=json.dumps(writer.fences) if writer.fences else None,
         **params,
     )
@@ -55,3 +58,13 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
     if row.get("detail") is not None:
         refusals.check(row)
     return row
+
+
+def _settings(config: Config) -> dict[str, int]:
+    """Those that setting() of loom/sql/config.sql knows."""
+    return {
+        "agents.max_concurrent": config.agents.max_concurrent,
+        "agents.dead_after": config.agents.dead_after,
+        "beads.max_failures": config.beads.max_failures,
+        "beads.max_attempts": config.beads.max_attempts,
+    }

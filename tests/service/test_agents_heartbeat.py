@@ -228,6 +228,14 @@ def test_an_agent_that_an_operator_ends_gives_its_beads_back(work: AppClient, sq
     assert_counted(sql)
 
 
+@pytest.mark.parametrize("method", ["PATCH", "DELETE"])
+def test_the_limits_of_the_configuration_count_when_an_operator_ends_an_agent(work: AppClient, method: str) -> None:
+    work._app.config["LOOM"] = Config(beads=BeadsConfig(max_attempts=1))
+    claim(work, "x")
+    assert work.request(method, f"{AGENTS}/a", {"status": "dead"}).status in (200, 204)
+    assert get(work, "x")["blocked_reason"] == "claimed 1 times without success, the last time: agent-died"
+
+
 def test_a_dead_agent_that_claims_lives(work: AppClient, sql: Sql) -> None:
     work.request("PATCH", f"{AGENTS}/a", {"status": "dead"})
     claim(work, "x")

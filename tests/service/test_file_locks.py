@@ -394,7 +394,7 @@ def test_a_claim_cannot_end_while_a_file_is_being_locked_for_it(work: AppClient,
     token = claim(work, "x")
     with session() as other, other.cursor() as cursor:
         about = '{"file_path": "f", "project_id": "p", "agent_id": "a", "bead_id": "x"}'
-        cursor.execute("SELECT outcome FROM take_file_lock('file:p:f', %s, NULL, '600 s', '120 s', NULL)", (about,))
+        cursor.execute("SELECT outcome FROM take_file_lock('file:p:f', %s, NULL, '600 s', NULL)", (about,))
         assert cursor.fetchall() == [("new",)]
         late = threading.Thread(target=complete, args=(work, "x", token))
         late.start()
@@ -412,7 +412,7 @@ def test_no_file_is_locked_for_a_claim_that_is_ending(work: AppClient, sql: Sql,
     token = claim(work, "x")
     answers = []
     with session() as other, other.cursor() as cursor:
-        cursor.execute("SELECT outcome FROM end_claim('x', %s, 'released', NULL, NULL, NULL, 5, 20, NULL)", (token,))
+        cursor.execute("SELECT outcome FROM end_claim('x', %s, 'released', NULL, NULL, NULL, NULL)", (token,))
         late = threading.Thread(target=lambda: answers.append(ask(work, "f", bead_id="x")))
         late.start()
         wait_until(

@@ -17,7 +17,7 @@ from harness.locks import Sql, acquire, assert_problem
 from harness.work import ask, bead, claim, fail, get, team
 
 from loom import db, upkeep
-from loom.config import SHAREABLE, AgentsConfig, Config, DatabaseConfig
+from loom.config import SHAREABLE, AgentsConfig, Config, DatabaseConfig, check
 from loom.http import yaml
 from loom.instances import Instance
 from loom.state.config import Shared
@@ -307,10 +307,31 @@ def test_triggers_use_the_shared_limits(client: AppClient, sql: Sql) -> None:
     assert get(client, "x")["status"] == "blocked"
     for bad in ('"x"', "0", "1001", "1.5", "null", "[]", "1e300", '"1"'):
         sql("UPDATE config SET value = %s", bad)
-        assert sql("SELECT setting('beads.max_attempts', 20)") == [(20,)], bad
+        assert sql("SELECT setting('beads.max_attempts')") == [(20,)], bad
     claim(client, "y")
     sql("DELETE FROM agents")
     assert get(client, "y")["status"] == "open"
+
+
+@pytest.mark.parametrize(
+    "key", ["agents.max_concurrent", "agents.dead_after", "beads.max_failures", "beads.max_attempts"]
+)
+def test_by_hand_the_database_goes_by_the_defaults_and_ranges_of_the_configuration(sql: Sql, key: str) -> None:
+    section, name = key.split(".")
+    default = getattr(getattr(Config(), section), name)
+    assert sql("SELECT setting(%s)", key) == [(default,)]
+    sql("INSERT INTO config (key, value) VALUES (%s, '1')", key)
+    for value in (0, 1, 9, 10, 11, 1000, 1001, 86400, 86401, 100000):
+        sql("UPDATE config SET value = %s WHERE key = %s", json.dumps(value), key)
+        assert sql("SELECT setting(%s)", key) == [(value if valid(key, value) else default,)], value
+
+
+def valid(key: str, value: int) -> bool:
+    try:
+        check(key, value)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.usefixtures("level")

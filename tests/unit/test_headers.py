@@ -8,26 +8,35 @@ import pytest
 from flask import Flask
 
 from loom import errors
+from loom.config import Config
 from loom.http import headers
 from loom.state.writer import Writer
+
+CONFIG = Config()
 
 
 def writer(actor: str | None = None, **sent: str) -> Writer:
     names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in sent.items()}
-    with Flask("test").test_request_context(environ_overrides=names):
+    with application().test_request_context(environ_overrides=names):
         return headers.writer("bead:bd-1", actor)
 
 
+def application() -> Flask:
+    app = Flask("test")
+    app.config["LOOM"] = CONFIG
+    return app
+
+
 def test_headers_name_the_actor_and_the_request_id() -> None:
-    assert writer() == Writer()
+    assert writer() == Writer(CONFIG)
     assert writer("a 1").actor == "a 1"
-    assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer("Jürgen (ops)", None, "r-1")
-    assert writer(loom_proxy_request_id="n-1") == Writer(proxy_request_id="n-1")
+    assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer(CONFIG, "Jürgen (ops)", None, "r-1")
+    assert writer(loom_proxy_request_id="n-1") == Writer(CONFIG, proxy_request_id="n-1")
 
 
 def test_a_request_id_that_nginx_would_replace_is_ignored() -> None:
     for bad in ("", "a b", "x" * 129, "ü"):
-        assert writer(x_request_id=bad, loom_proxy_request_id=bad) == Writer()
+        assert writer(x_request_id=bad, loom_proxy_request_id=bad) == Writer(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +71,7 @@ def test_a_bad_header_is_refused_by_name_and_never_ignored(headers: dict[str, An
 
 def test_a_header_in_broken_utf8_is_refused() -> None:
     with (
-        Flask("test").test_request_context(environ_overrides={"HTTP_LOOM_ACTOR": "\xff"}),
+        application().test_request_context(environ_overrides={"HTTP_LOOM_ACTOR": "\xff"}),
         pytest.raises(errors.Invalid, match="Loom-Actor: is not UTF-8"),
     ):
         headers.writer("bead:bd-1")
