@@ -197,15 +197,20 @@ DECLARE
     bead json;
     passed text[]; -- held from outside, or locked by others
 BEGIN
-    -- The usual case: any bead, and nothing must be done first. It is the same claim as below in fewer statements: the
-    -- general way takes 1.4 times the instructions.
-    IF fences IS NULL AND project IS NULL AND kinds IS NULL AND wanted IS NULL THEN
+    -- The usual case: nothing must be done first, and no bead is reserved for the agent; start_claim() checks that. It is
+    -- the same claim as below in fewer statements: the general way takes 1.4 times the instructions.
+    IF fences IS NULL THEN
         PERFORM pg_advisory_xact_lock(hashtextextended('agent:' || agent, 0));
-        SELECT id INTO best FROM beads
-         WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
-        -- A name is only tried by who has rows: one that waits deadlocks with another that has the name and wants the
-        -- row.
+        IF project IS NULL AND kinds IS NULL AND wanted IS NULL THEN
+            -- pick_free_bead() for this case, without the call: 5 % of a claim
+            SELECT id INTO best FROM beads
+             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
+             ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
+        ELSE
+            best := pick_free_bead(NULL, project, '{}', kinds, wanted);
+        END IF;
+        -- A transaction that holds row locks only tries a name: if it waited, it would deadlock with one that holds the
+        -- name and waits for the row.
         IF pg_try_advisory_xact_lock(hashtextextended('bead:' || best, 0)) THEN
             bead := start_claim(best, agent, lease, at_once => true);
             IF bead IS NOT NULL THEN
