@@ -605,7 +605,8 @@ def test_a_page_costs_the_same_wherever_it_is_and_whatever_it_is_filtered_by(cli
         for after in (None, "x10000", "x40000", "x49990"):
             entities.some(Spy(), Bead, filters=filters, after=after, limit=10)  # type: ignore[arg-type]
             with db.connection() as conn:
-                (row,) = conn.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {asked[-1][0]}", asked[-1][1])
+                for _ in range(2):  # the first time in a session also reads the catalog
+                    (row,) = conn.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {asked[-1][0]}", asked[-1][1])
             plan = row["QUERY PLAN"][0]["Plan"]
             assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 300, (filters, after, plan)
 
