@@ -241,7 +241,8 @@ def write(kind: type[Versioned], action: Action, patch: Mapping[str, Any]) -> st
         return f"DELETE FROM {kind.table} WHERE {kind.key_column} = entered()"
     if action in ("create", "upsert"):
         names = ", ".join([kind.key_column, "created_at", "updated_at", *new])
-        conflict = f"ON CONFLICT ({kind.key_column}) DO UPDATE SET {updated}" if action == "upsert" and updated else ""
+        existing = f"DO UPDATE SET {updated}" if updated else "DO NOTHING"
+        conflict = f"ON CONFLICT ({kind.key_column}) {existing}" if action == "upsert" else ""
         return f"""
             INSERT INTO {kind.table} ({names}) SELECT {", ".join(["entered()", "t", "t", *new.values()])}
               FROM clock_timestamp() AS t WHERE entered() IS NOT NULL {conflict}

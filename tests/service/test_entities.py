@@ -564,6 +564,13 @@ def test_the_other_kinds_are_listed_by_their_filters(client: AppClient) -> None:
         assert ids(client.get(path)) == expected, path
 
 
+def test_registering_a_provider_again_with_nothing_but_its_id_changes_nothing(client: AppClient) -> None:
+    first = client.post("/api/v1/providers", {"id": "gpt"})
+    again = client.post("/api/v1/providers", {"id": "gpt"})
+    assert (first.status, again.status) == (201, 201)
+    assert again.json == first.json
+
+
 def test_a_page_costs_the_same_wherever_it_is_and_whatever_it_is_filtered_by(client: AppClient, sql: Sql) -> None:
     """In blocks that PostgreSQL looks at. What is asked for stands at the end, or not at all."""
     team(client, "a", "b")
