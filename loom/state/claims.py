@@ -1,4 +1,4 @@
-"""Claims: which agent works on which bead, until when. One function of schema.sql decides each, in one round trip."""
+"""Claims: which agent works on which bead, until when. loom/sql/claims.sql decides, in one round trip."""
 
 from __future__ import annotations
 

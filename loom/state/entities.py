@@ -274,7 +274,7 @@ def check_read(conn: db.Connection, entity: Versioned, if_match: Versions | None
 
 
 def matches(entity: Versioned, versions: Versions) -> bool:
-    """As version_matches() of schema.sql, for what is there."""
+    """As version_matches() of loom/sql/entities.sql, for an entity that exists."""
     return versions == "*" or entity.version in versions
 
 
