@@ -7,6 +7,7 @@ unknown reference) raises one of our own SQLSTATEs, with its detail as JSON. Bot
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -122,8 +123,15 @@ _TEXTS: dict[str, Callable[[Detail], str | None]] = {
 }
 
 
-def _with_times(value: Any, name: str = "") -> Any:
-    """Converts times, which are text in JSON from PostgreSQL, so that they are answered like all others."""
-    if isinstance(value, Mapping):
-        return {key: _with_times(each, key) for key, each in value.items()}
-    return msgspec.convert(value, datetime) if name in TIMES and isinstance(value, str) else value
+def _with_times(detail: Detail) -> dict[str, Any]:
+    """The members with times as other answers have them: PostgreSQL's JSON has them as texts.
+
+    Those of the holder, too, but nothing within its metadata, which are its owner's.
+    """
+    members: dict[str, Any] = {}
+    for name, value in detail.items():
+        members[name] = _with_times(value) if name == "holder" and isinstance(value, Mapping) else value
+        if name in TIMES and isinstance(value, str):
+            with contextlib.suppress(msgspec.ValidationError):  # infinity, by hand
+                members[name] = msgspec.convert(value, datetime)
+    return members

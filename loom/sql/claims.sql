@@ -162,7 +162,7 @@ CREATE OR REPLACE FUNCTION pick_free_bead(other beads, project text, passed text
 RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     best text;
-    worst_priority smallint := COALESCE(other.priority, 3);
+    worst_priority smallint := COALESCE(other.priority, 32767);
     worst_due timestamptz := COALESCE(other.due_date, 'infinity');
     worst_created_at timestamptz := COALESCE(other.created_at, 'infinity');
 BEGIN

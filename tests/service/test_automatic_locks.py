@@ -193,3 +193,13 @@ def test_a_token_without_a_name_is_refused_where_no_name_is_its_own(work: AppCli
         problem = assert_problem(work.request(method, path, body, {"Loom-Lock-Token": "17"}), 400, "invalid")
         assert problem["errors"][0]["field"] == "Loom-Lock-Token"
     assert (sql("SELECT count(*) FROM beads"), sql(SHARED)) == before
+
+
+def test_a_holders_metadata_is_answered_as_its_owner_wrote_it(client: AppClient) -> None:
+    """Its keys may be named like times: that was a 500 for everybody who wanted to change the bead."""
+    team(client, "a")
+    bead(client, "x")
+    metadata = {"expires_at": "soon", "ended_at": {"closed_at": "never"}, "holder": {"expires_at": "x"}}
+    acquire(client, "bead:x", metadata=metadata)
+    refused = client.request("PATCH", f"{BEADS}/x", {"title": "t"})
+    assert assert_problem(refused, 409, "lock-held")["holder"]["metadata"] == metadata
