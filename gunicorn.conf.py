@@ -12,6 +12,7 @@ worker_class = "loom.server.worker.Worker"
 workers = settings.server.workers
 threads = settings.server.threads
 
+worker_connections = 6000  # more than the 2 x 2,500 requests that may wait
 keepalive = 75  # seconds; above nginx's 1, so that nginx closes idle connections first
 # From SIGTERM to SIGKILL; systemd's TimeoutStopSec is above it.
 graceful_timeout = 20 + int(settings.server.drain_seconds)

@@ -12,44 +12,38 @@ from loom import db, errors
 
 log = logging.getLogger("loom.waiting")
 
+POLL_SHARE = 0.25  # of the time at most is spent on polls, when many wait
+
 
 class Waiter:
-    """A request that waits until it gets a result, or until the database cannot be reached."""
+    """A request that waits until it has a result, its time is over, or the database cannot be reached."""
 
-    def __init__(self, client_gone: Callable[[], bool]) -> None:
-        """`client_gone` tells whether the client of the request has hung up."""
-        self.client_gone = client_gone
+    def __init__(self, ends: float, client_gone: Callable[[], bool]) -> None:
+        """`ends`: of time.monotonic(). `client_gone` tells whether the client of the request has hung up."""
+        self.ends, self.client_gone = ends, client_gone
         self.result: Any = None
         self.error: errors.Error | None = None
-        self.woken = threading.Event()
+        self.on_finish: Callable[[], object] = lambda: None
 
 
 W = TypeVar("W", bound=Waiter)
 
 
-class WaitLimit:
-    """Counts the waiting requests of one worker: at most `most`, so that threads are left for other requests.
+class Poller(Generic[W]):
+    """The requests of a worker that wait for one kind of thing, and the thread that polls for them.
 
     No request may wait while the worker is draining: those that wait are answered, and their clients ask another
     instance early enough to keep their places in the queue.
     """
 
-    def __init__(self, most: int, draining: Callable[[], bool]) -> None:
-        self.most, self.draining = most, draining
-        self.lock = threading.Lock()
-        self.count = 0
-
-
-class Poller(Generic[W]):
-    """The requests that wait for one kind of thing, at most `most`, and the thread that polls for them."""
-
     name: str  # of its thread and its connection
     period: float  # seconds between two polls
 
-    def __init__(self, limit: WaitLimit, most: int | None = None) -> None:
-        self._limit, self._most = limit, limit.most if most is None else most
+    def __init__(self, most: int, draining: Callable[[], bool]) -> None:
+        """`most`: requests that may wait at the same time."""
+        self.most, self._draining = most, draining
         self._waiters: set[W] = set()
-        self._change = threading.Condition(limit.lock)
+        self._change = threading.Condition()
         self._poll_now = threading.Event()
         self._started = False
 
@@ -59,39 +53,29 @@ class Poller(Generic[W]):
 
     @property
     def full(self) -> bool:
-        return len(self._waiters) >= self._most or self._limit.count >= self._limit.most or self._limit.draining()
+        return len(self._waiters) >= self.most or self._draining()
 
-    def wait(self, waiter: W, seconds: float) -> Any:
-        """The waiter's result.
-
-        None if there is no result within `seconds`, its client hangs up, too many wait, or the worker is draining.
-        Raises Unavailable when the database becomes unreachable in the meantime.
-        """
+    def add(self, waiter: W) -> bool:
+        """Begins to poll for the waiter, and calls its `on_finish` once, when it has a result or an error, when its
+        client has hung up, or when the worker drains. False if too many wait: then it is not added."""
         with self._change:
             if self.full:
-                return None
+                return False
             self._waiters.add(waiter)
-            self._limit.count += 1
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._poll_for_all, name=self.name, daemon=True).start()
             self._change.notify()
-        try:
-            waiter.woken.wait(seconds)
-        finally:
-            with self._change:
-                self._waiters.discard(waiter)
-                self._limit.count -= 1
-        if waiter.error is not None:
-            raise waiter.error
-        return waiter.result
+        return True
+
+    def remove(self, waiter: W) -> None:
+        """Ends the wait without a result; does nothing if it is over."""
+        with self._change:
+            self._waiters.discard(waiter)
 
     def wake(self, which: Callable[[W], bool], result: Any) -> None:
-        """Wakes the waiters for which `which` is true, with this result."""
-        with self._change:
-            for waiter in filter(which, self._waiters):
-                waiter.result = result
-                waiter.woken.set()
+        """Ends the waits of those for which `which` is true, with this result."""
+        self._finish(which, result)
 
     def poll_soon(self, which: Callable[[W], bool]) -> None:
         """Polls at once if a waiter for which `which` is true is there: it may have a result."""
@@ -99,17 +83,23 @@ class Poller(Generic[W]):
             if any(map(which, self._waiters)):
                 self._poll_now.set()
 
+    def _finish(self, which: Callable[[W], bool], result: Any = None, error: errors.Error | None = None) -> None:
+        with self._change:
+            finished = [waiter for waiter in self._waiters if which(waiter)]
+            self._waiters.difference_update(finished)
+        for waiter in finished:
+            waiter.result, waiter.error = result, error
+            waiter.on_finish()
+
     def _poll_for_all(self) -> None:
         connection = db.default().dedicated(self.name)
         while True:
             with self._change:
                 self._change.wait_for(lambda: bool(self._waiters))
-                # A woken waiter may still be in the set; a poll for it would take a new place in the queue.
-                waiters = [w for w in self._waiters if not w.woken.is_set()]
             started = time.monotonic()
-            for waiter in [w for w in waiters if w.client_gone() or self._limit.draining()]:
-                waiters.remove(waiter)
-                waiter.woken.set()
+            self._finish(lambda waiter: self._draining() or waiter.client_gone())
+            with self._change:
+                waiters = list(self._waiters)
             try:
                 if waiters:
                     with connection.use() as conn:
@@ -117,8 +107,9 @@ class Poller(Generic[W]):
             except Exception as exc:
                 if not isinstance(exc, errors.Unavailable):
                     log.exception("poll-failed", extra={"fields": {"poller": self.name}})
-                for waiter in [w for w in waiters if w.result is None]:
-                    waiter.error = exc if isinstance(exc, errors.Error) else errors.Unavailable()
-                    waiter.woken.set()
-            self._poll_now.wait(max(0.0, self.period - (time.monotonic() - started)))
+                error = exc if isinstance(exc, errors.Error) else errors.Unavailable()
+                polled = set(waiters)
+                self._finish(polled.__contains__, error=error)
+            took = time.monotonic() - started
+            self._poll_now.wait(max(self.period - took, took / POLL_SHARE - took))
             self._poll_now.clear()

@@ -75,9 +75,12 @@ class Database:
         with self._lock:
             return {"open": self._open, "idle": len(self._idle), "waiting": len(self._waiters), "max": self._max}
 
-    def start_request(self) -> None:
-        """Sets this thread's deadline for the request that begins, including its waits for a connection."""
-        self._thread_state.deadline = time.monotonic() + self.timeout - SLACK
+    def start_request(self, received: float | None = None) -> None:
+        """Sets this thread's deadline for the request that begins, including its waits for a connection.
+
+        `received`: when the request arrived (time.monotonic()), if that was earlier: it may have waited for a thread.
+        """
+        self._thread_state.deadline = (received or time.monotonic()) + self.timeout - SLACK
         self._thread_state.repeatable = True
 
     @property

@@ -14,7 +14,7 @@ from loom.config import Config
 from loom.db.connection import REPEATS
 from loom.http import problems
 from loom.http.parse import NameConverter, check_query
-from loom.http.pollers import Pollers
+from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, WAITER, Pollers, Wait, before_view
 
 MAX_BODY = 1024 * 1024  # bytes
 API = "/api/v1/"
@@ -38,11 +38,21 @@ class Application(Flask):
 
     def full_dispatch_request(self) -> Response:
         """Relies on the rule that each view and each error handler returns a Response."""
-        try:
-            self.preprocess_request()
-            answer = self.dispatch_with_retries()
-        except Exception as exc:
-            answer = cast(Response, self.handle_user_exception(exc))
+        while True:
+            try:
+                self.preprocess_request()
+                answer = self.dispatch_with_retries()
+                break
+            except Wait as wait:
+                environ = request.environ
+                environ[WAITER] = wait.waiter
+                if CAN_PARK in environ:
+                    environ[PARKED] = wait
+                    return Response()  # not sent: the server runs the request again
+                self.pollers.sleep(wait)
+            except Exception as exc:
+                answer = cast(Response, self.handle_user_exception(exc))
+                break
         return self.process_response(answer)
 
     def dispatch_with_retries(self) -> Response:
@@ -70,7 +80,8 @@ class Application(Flask):
 
         Refuses the request if this instance may have been declared dead and cannot confirm that it is registered.
         """
-        db.default().start_request()
+        db.default().start_request(request.environ.pop(RECEIVED, None))
+        before_view()
         if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):
             check_query(self.view_functions[request.endpoint])
         me = registry.current

@@ -1,9 +1,15 @@
-"""The requests that wait in this worker."""
+"""The requests that wait in this worker.
+
+A view that has nothing to answer yet calls `wait`, which ends this call of the view. The request is run again from the
+start when there is a result or the wait is over. Under our own worker it costs no thread in between (loom.server.loop);
+under any other server its thread sleeps.
+"""
 
 from __future__ import annotations
 
-import functools
 import socket
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,17 +18,54 @@ from flask import current_app, request
 from loom import instances
 from loom.locks.queue import LockPoller
 from loom.state.events import EventPoller
-from loom.waiting import WaitLimit
+from loom.waiting import Poller, Waiter
+
+MOST_PARKED = 2500  # requests that wait without a thread, of each kind; an instance with 2 x 2,000 stays below 256 MiB
+
+CAN_PARK = "loom.can_park"  # in the environ: set by a server that can run a request again later
+PARKED = "loom.parked"  # the Wait for which the server is to keep the request; there is no response yet
+WAITER = "loom.waiter"  # the Waiter with which this request has waited before
+RECEIVED = "loom.received"  # time.monotonic() when the request was complete
 
 
 class Pollers:
-    """The pollers of an application. At most half of its threads may wait, or all but eight if that is more."""
+    """The pollers of an application. Where waiting takes threads, half of them may wait, or all but eight if that is
+    more, and half of those for events: a request for a lock has a place in a queue and must be able to wait."""
 
     def __init__(self, threads: int) -> None:
-        limit = WaitLimit(max(1, threads - 8, threads // 2), _draining)
-        self.locks = LockPoller(limit)
-        # At most half of the waiting requests: a request for a lock has a place in a queue and must be able to wait.
-        self.events = EventPoller(limit, max(1, limit.most // 2))
+        self._waiting_threads = max(1, threads - 8, threads // 2)
+        self._sleeping = 0
+        self._lock = threading.Lock()
+        self.locks = LockPoller(MOST_PARKED, _draining)
+        self.events = EventPoller(MOST_PARKED, _draining)
+
+    def full(self, poller: Poller) -> bool:
+        """Whether this request may not wait."""
+        if request.environ.get(CAN_PARK):
+            return poller.full
+        most = self._waiting_threads if poller is self.locks else max(1, self._waiting_threads // 2)
+        return poller.full or self._sleeping >= most
+
+    def sleep(self, wait: Wait) -> None:
+        """Keeps this thread until the wait is over."""
+        over = threading.Event()
+        wait.waiter.on_finish = over.set
+        with self._lock:
+            self._sleeping += 1
+        try:
+            if wait.poller.add(wait.waiter):
+                over.wait(max(0.0, wait.waiter.ends - time.monotonic()))
+                wait.poller.remove(wait.waiter)
+        finally:
+            with self._lock:
+                self._sleeping -= 1
+
+
+class Wait(Exception):
+    """Raised by a view, through `wait`: run the request again when the waiter has finished."""
+
+    def __init__(self, poller: Poller, waiter: Waiter) -> None:
+        self.poller, self.waiter = poller, waiter
 
 
 def pollers() -> Pollers:
@@ -30,9 +73,38 @@ def pollers() -> Pollers:
     return cast(Any, current_app).pollers
 
 
-def client_gone_check() -> Callable[[], bool]:
-    """A function that tells other threads whether the client of this request has hung up."""
-    return functools.partial(client_gone, request.environ)
+def waited() -> Waiter | None:
+    """What this request has waited for before this call of the view."""
+    return request.environ.get(WAITER)
+
+
+def wait(poller: Poller, make_waiter: Callable[[float, Callable[[], bool]], Waiter], seconds: float) -> None:
+    """Ends this call of the view, to run the request again later. Returns if the request may not wait (any longer).
+
+    `seconds` count from the first call of the view.
+    """
+    before = waited()
+    if before is not None and before.result is None:  # time is over, the client has hung up, or the worker drains
+        return
+    ends = time.monotonic() + seconds if before is None else before.ends
+    if time.monotonic() < ends and not pollers().full(poller):
+        raise Wait(poller, make_waiter(ends, _never if request.environ.get(CAN_PARK) else _client_gone_check()))
+
+
+def before_view() -> None:
+    """Raises the error with which the wait of this request has ended, if any."""
+    before = waited()
+    if before is not None and before.error is not None:
+        raise before.error
+
+
+def _never() -> bool:
+    return False
+
+
+def _client_gone_check() -> Callable[[], bool]:
+    environ = request.environ
+    return lambda: client_gone(environ)
 
 
 def client_gone(environ: dict[str, Any]) -> bool:

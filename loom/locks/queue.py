@@ -11,8 +11,8 @@ from loom.waiting import Poller, Waiter
 class LockWaiter(Waiter):
     """A request that waits for a lock. Its result is True when the lock is free and it is the first in the queue."""
 
-    def __init__(self, name: str, owner: str, client_gone: Callable[[], bool]) -> None:
-        super().__init__(client_gone)
+    def __init__(self, name: str, owner: str, ends: float, client_gone: Callable[[], bool]) -> None:
+        super().__init__(ends, client_gone)
         self.name, self.owner = name, owner
 
 

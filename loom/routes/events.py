@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from typing import cast
 
 from flask import Blueprint, Response, request
 
 from loom import db
 from loom.http import answer, parse
-from loom.http.pollers import client_gone_check, pollers
+from loom.http.pollers import pollers, wait, waited
 from loom.state import events
 from loom.state.events import EventWaiter
 
@@ -22,20 +24,26 @@ LONGEST_WAIT = 25  # seconds; below the 30 s after which many proxies give up
 def feed() -> Response:
     after = parse.integer("after", least=0, most=parse.MAX_TOKEN) if "after" in request.args else None
     limit = parse.integer("limit", most=1000, default=100)
-    until = time.monotonic() + parse.integer("wait_seconds", least=0, most=LONGEST_WAIT, default=0)
+    wait_seconds = parse.integer("wait_seconds", most=LONGEST_WAIT, default=0)
     filters = {name: parse.text(name) or None for name in ("type", "entity_id", "project_id")}
+    before = cast(EventWaiter | None, waited())
+    if before is not None:
+        after = before.after
+    page = _read(after, limit, time.monotonic() + wait_seconds if before is None else before.ends, filters)
     headers = {}
+    if not page.events and wait_seconds:
+        wait(pollers().events, partial(EventWaiter, page.next), wait_seconds)
+        if before is None:
+            headers["Retry-After"] = "1"  # too many wait
+    return answer.json({"events": page.events, "count": len(page.events), "next": page.next}, headers=headers)
+
+
+def _read(after: int | None, limit: int, ends: float, filters: dict[str, str | None]) -> events.Page:
+    """Reads on to the newest event until some are found; after the time `ends`, only once."""
     while True:
         with db.connection() as conn:
             page = events.read(conn, after, limit, **filters)
-        after, left = page.next, until - time.monotonic()
-        if page.events or left <= 0:
-            break
-        if after >= page.last:
-            if pollers().events.full:
-                headers["Retry-After"] = "1"
-                break
-            if pollers().events.wait(EventWaiter(after, client_gone_check()), left) is None:
-                break
+        if page.events or page.next >= page.last or time.monotonic() >= ends:
+            return page
+        after = page.next
         db.default().start_request()
-    return answer.json({"events": page.events, "count": len(page.events), "next": page.next}, headers=headers)

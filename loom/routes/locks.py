@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from datetime import timedelta
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, cast
 
 import msgspec
 from flask import Blueprint, Response
@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from loom import db, errors, instances, locks
 from loom.http import answer, idempotency, parse, problems
-from loom.http.pollers import client_gone_check, pollers
+from loom.http.pollers import pollers, wait, waited
 from loom.locks.queue import LockWaiter
 
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
@@ -40,7 +40,7 @@ class RenewLock(parse.Body):
 
 @bp.post("/<name:_>")
 def acquire(_: str) -> Response:
-    """Tries to acquire the lock; with `wait_seconds`, again when it is our turn, and a last time when the wait is over.
+    """Tries to acquire the lock. With `wait_seconds`, it is run again when it is its turn, and a last time at the end.
 
     A grant is never taken back, since another request of the same owner may have been answered with it. If the client
     has hung up, the grant expires, as if its holder had crashed.
@@ -78,16 +78,8 @@ def acquire(_: str) -> Response:
         return locks.renew(conn, name, first["fencing_token"], ttl, extend=True)
 
     response = idempotency.once(ask, refresh=extended, wait=True)
-    wait_ends = time.monotonic() + body.wait_seconds
-    while response.status_code == errors.LockHeld.status and time.monotonic() < wait_ends and not pollers().locks.full:
-        waiter = LockWaiter(name, owner, client_gone_check())
-        is_our_turn = pollers().locks.wait(waiter, wait_ends - time.monotonic())
-        if waiter.client_gone():
-            break
-        db.default().start_request()
-        response = idempotency.once(ask, refresh=extended, wait=True)
-        if not is_our_turn:
-            break
+    if response.status_code == errors.LockHeld.status:
+        wait(pollers().locks, partial(LockWaiter, name, owner), body.wait_seconds)
     return response
 
 
@@ -135,7 +127,8 @@ def held() -> Response:
 
 def _owner(owner: str | None) -> str:
     if owner is None:
-        return idempotency.owner() or str(uuid.uuid4())
+        before = cast(LockWaiter | None, waited())
+        return before.owner if before is not None else idempotency.owner() or str(uuid.uuid4())
     if owner.startswith(RESERVED_OWNER):
         raise errors.Invalid.field("owner", f"must not begin with {RESERVED_OWNER}, which is reserved for instances")
     return owner

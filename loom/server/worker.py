@@ -1,4 +1,4 @@
-"""The gunicorn worker: gthread, with an exit that loses no request and responses that are sent in one call."""
+"""The gunicorn worker: its start, its signals, and its end."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ import contextlib
 import logging
 import mmap
 import os
+import resource
+import select
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from gunicorn import glogging
 from gunicorn.errors import HaltServer
-from gunicorn.workers import gthread
+from gunicorn.workers import base
 
 from loom import instances
-from loom.http.pollers import client_gone
 from loom.server import check
 from loom.server.listener import close_empty
+from loom.server.loop import STOP_SECONDS, Loop
 
 log = logging.getLogger("loom.worker")
 
 FAILURES = 3  # in a row: after this number of new workers that could not serve, the master ends
 QUIT_SECONDS = 5  # after Ctrl-C, the process ends within this time
-STALL_SECONDS = (
-    15  # to wait for the next bytes of a request before its thread is freed; below a worker's graceful_timeout
-)
-JOINED_BYTES = 64 * 1024  # of a body that are copied behind the headers into one send; the rest is not copied
+TURN_SECONDS = 0.25  # of the main thread's sleep: how exactly deadlines are kept
+BUSY_TURN_SECONDS = 0.005  # while all threads are busy: how long /health/live may wait
+OTHER_FILES = 128  # besides clients' connections: those to the database, logs, pipes
 
 # A new worker starts with copies of its master's signal handlers, which would swallow these signals. So these are
 # blocked from before the fork until the worker has its own handlers; in the master only during the fork. Threads that
@@ -53,62 +51,21 @@ def _threads() -> int:
         return threading.active_count()
 
 
-class OneSend:
-    """A socket that keeps the data of the first `sendall` until the second: headers and body are sent together.
-
-    If a worker is killed between the two, nginx has seen the headers and cannot ask another instance for the answer.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.held: bytes | None = b""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sock, name)
-
-    def sendall(self, data: bytes) -> None:
-        if self.held is None:
-            self.sock.sendall(data)
-        elif not self.held:
-            self.held = data
-        else:
-            head, self.held = self.held, None
-            self.sock.sendall(head + data[:JOINED_BYTES])
-            if len(data) > JOINED_BYTES:
-                self.sock.sendall(memoryview(data)[JOINED_BYTES:])
-
-    def sendfile(self, *args: Any, **kwargs: Any) -> int:
-        self.flush()
-        return self.sock.sendfile(*args, **kwargs)
-
-    def flush(self) -> None:
-        """Send the data that is held: the headers of a response without a body."""
-        held, self.held = self.held, None
-        if held:
-            self.sock.sendall(held)
-
-
 class Logger(glogging.Logger):
     """gunicorn's log without access lines; with a logging configuration it would build one per request (10 us)."""
 
     def access(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def exception(self, *args: Any, **kwargs: Any) -> None:
-        """Ignores a client that stalls, which is not an error of ours."""
-        if not isinstance(sys.exc_info()[1], BlockingIOError):
-            super().exception(*args, **kwargs)
 
-
-class Worker(gthread.ThreadWorker):
-    """Ends without resetting a connection: stops accepting only when the listener is empty, then closes it.
-
-    gunicorn's own worker keeps its listener open while it drains; connections that the kernel accepts then are reset.
-    """
+class Worker(base.Worker):
+    """Serves requests in threads (see loop.py), and ends without resetting a connection."""
 
     drain_seconds = 0.0  # after SIGTERM: how long to go on accepting, while /health/ready says 503
     drain_until: float | None = None
     quitting = False
+    _next_second = _next_expiry = 0.0
+    _was_busy = False
 
     def before_fork(self) -> None:
         """In the master, immediately before the fork. Ends gunicorn if no worker can serve."""
@@ -134,6 +91,20 @@ class Worker(gthread.ThreadWorker):
         log.critical("cannot-serve", exc_info=exception, extra={"fields": {"reason": reason}})
         sys.exit(1)
 
+    def init_process(self) -> None:
+        self._allow_open_files()
+        self.cfg.set("sendfile", False)  # the loop sends what the client does not take at once
+        super().init_process()
+
+    def _allow_open_files(self) -> None:
+        """A limit of 1,024 is common; each connection takes a file descriptor."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = self.cfg.worker_connections + OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            self.cfg.set("worker_connections", max(1, min(self.cfg.worker_connections, most - OTHER_FILES)))
+
     def init_signals(self) -> None:
         super().init_signals()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATION_SIGNALS)
@@ -144,7 +115,7 @@ class Worker(gthread.ThreadWorker):
         if self.drain_seconds and self.drain_until is None:
             self.drain_until = time.monotonic() + self.drain_seconds
         else:
-            super().handle_exit(sig, frame)
+            self.alive = False
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGINT, SIGQUIT: drain for one second. SIGALRM ends the process if a request or the database takes longer."""
@@ -156,63 +127,55 @@ class Worker(gthread.ThreadWorker):
         if not self.alive:
             super().handle_quit(sig, frame)
         self.cfg.set("graceful_timeout", 1)
-        super().handle_exit(sig, frame)
-
-    def notify(self) -> None:
-        super().notify()
-        if self.drain_until is not None and time.monotonic() >= self.drain_until:
-            super().handle_exit(signal.SIGTERM, None)
-
-    def is_parent_alive(self) -> bool:
-        if not super().is_parent_alive():
-            self.alive = False
-        return self.alive
-
-    def set_accept_enabled(self, enabled: bool) -> None:
-        super().set_accept_enabled(enabled and self.alive)
-        if self.alive:
-            return
         instances.drain()
-        while self.sockets:
-            listener = self.sockets.pop()
-            close_empty(listener, self.ppid, partial(self._accept_one, listener))
+        self.alive = False
 
-    def _accept_one(self, listener: Any) -> bool:
-        seen = self.nr_conns
-        self.accept(listener)
-        return self.nr_conns != seen
+    def run(self) -> None:
+        self._loop = Loop(self.wsgi, self.cfg, self.sockets, self._wake)
+        self._woken = select.poll()  # by a signal or by the loop
+        self._woken.register(self.PIPE[0], select.POLLIN)
+        self._loop.start()
+        while self.alive:
+            self._turn()
+            if self.drain_until is not None and time.monotonic() >= self.drain_until:
+                self.alive = False
+            if self.ppid != os.getppid():  # the master is gone
+                self.alive = False
+            if self._loop.served >= self.max_requests:
+                self.alive = False
+        instances.drain()
+        for listener in self._loop.stop_accepting():
+            close_empty(listener, self.ppid, partial(self._loop.accept, listener))
+        self._loop.stop(0 if self.quitting else STOP_SECONDS)
+        deadline = time.monotonic() + self.cfg.graceful_timeout
+        while not self._loop.empty and time.monotonic() < deadline:
+            self._turn(longest=0.05)
 
-    def _cap_keepalive(self, deadline: float) -> None:
-        """Also for connections that never sent a request; gunicorn waits for these until `graceful_timeout`."""
-        deadline = time.monotonic() if self.quitting else deadline
-        super()._cap_keepalive(deadline)
-        for conn in self.pending_conns:
-            conn.timeout = min(conn.timeout, deadline)
-
-    def enqueue_req(self, conn: gthread.TConn) -> None:
-        conn.queued_at = time.monotonic()
-        if not conn.initialized:
-            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_SECONDS, 0))
-        super().enqueue_req(conn)
-
-    def handle_request(self, req: Any, conn: gthread.TConn) -> bool:
-        sock, conn.sock = conn.sock, OneSend(conn.sock)
-        try:
-            # After a long wait for a thread the client may have hung up, and nobody would read the response.
-            if time.monotonic() - conn.queued_at > 1 and client_gone({"gunicorn.socket": sock}):
-                return False
-            keep = super().handle_request(req, conn)
-            conn.sock.flush()
-            return keep
-        finally:
-            conn.sock = sock
-
-    def finish_request(self, conn: gthread.TConn, fs: Future[Any]) -> None:
-        """Closes in a thread: a graceful close may wait 2 s for the client, and this loop must accept connections."""
-        if fs.cancelled() or fs.exception() or fs.result():
-            super().finish_request(conn, fs)
+    def _turn(self, longest: float = TURN_SECONDS) -> None:
+        """One turn of the main thread: take events while all threads are busy, else sleep until something happens."""
+        now = time.monotonic()
+        if now >= self._next_second:
+            self._next_second = now + 1
+            self.notify()
+        if now >= self._next_expiry:
+            self._next_expiry = now + TURN_SECONDS
+            self._loop.expire()
+        if self._loop.all_busy:
+            self._loop.take_events()
+            self._was_busy = True
+            longest = BUSY_TURN_SECONDS
+        elif self._was_busy:  # and may be again soon: waking this thread each time would cost more
+            self._was_busy = False
+            longest = BUSY_TURN_SECONDS
         else:
-            self.nr_conns -= 1
-            with contextlib.suppress(OSError):
-                conn.sock.shutdown(socket.SHUT_WR)  # at once: a client may read until the end of the stream
-            self.tpool.submit(conn.close, graceful=True)
+            self._loop.main_sleeps = True
+            if self._loop.all_busy:
+                longest = 0
+        if self._woken.poll(longest * 1000):
+            os.read(self.PIPE[0], 4096)
+        self._loop.main_sleeps = False
+
+    def _wake(self) -> None:
+        self._loop.main_sleeps = False
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            os.write(self.PIPE[1], b"!")

@@ -137,10 +137,10 @@ def _time(value: Any) -> Any:
 
 
 class EventWaiter(Waiter):
-    """Who waits for an event after the cursor; it is told the newest one's id."""
+    """A request that waits for an event after the cursor. Its result is the id of the newest event."""
 
-    def __init__(self, after: int, client_gone: Callable[[], bool]) -> None:
-        super().__init__(client_gone)
+    def __init__(self, after: int, ends: float, client_gone: Callable[[], bool]) -> None:
+        super().__init__(ends, client_gone)
         self.after = after
 
 

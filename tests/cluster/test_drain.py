@@ -11,13 +11,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import psycopg2.extensions as pgx
 import pytest
 from harness import Client, Cluster, Postgres, wait_until
 from harness.load import Caller, Load, use_lock
 from harness.postgres import query
 
-from loom.server.worker import STALL_SECONDS
+from loom.server.connection import READ_SECONDS
 
 Sql = Callable[..., list[tuple[object, ...]]]
 GOOD = {200, 201, 204}
@@ -198,21 +200,25 @@ def test_a_client_that_stalls_within_its_request_occupies_no_thread(start_cluste
     half_a_body = b"POST /api/v1/locks/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
     with connections(cluster.ports[0], HALF_A_REQUEST, half_a_body) as (headers, body):
         time.sleep(0.3)
-        assert cluster.client(0, timeout=STALL_SECONDS + 10).get("/health/live").status == 200
-        assert headers.recv(100) == b""
-        assert body.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert cluster.client(0, timeout=1).get("/health").status == 200
+        for sock in (headers, body):
+            sock.settimeout(READ_SECONDS + 10)
+            assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
     assert "Traceback" not in cluster.masters[0].log.read_text()
 
 
-def test_a_queued_request_whose_client_has_disconnected_is_not_started(start_cluster: Callable[..., Cluster]) -> None:
+def test_a_queued_request_whose_client_has_disconnected_is_not_started(
+    start_cluster: Callable[..., Cluster], session: Callable[[], pgx.connection], sql: Sql
+) -> None:
     cluster = start_cluster(1, config="server: {threads: 1}")
-    client = cluster.client(0)
-    with socket.create_connection(("127.0.0.1", cluster.ports[0])) as slow:
-        slow.sendall(b"POST /api/v1/locks/slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")  # takes the thread
-        time.sleep(0.3)
+    holder = session()
+    with holder.cursor() as cursor, ThreadPoolExecutor(1) as threads:
+        cursor.execute("LOCK TABLE distributed_locks")
+        slow = threads.submit(cluster.client(0).post, "/api/v1/locks/slow", {})
+        wait_until(lambda: sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
         with contextlib.closing(Client(cluster.ports[0], timeout=0.5)) as impatient, pytest.raises(TimeoutError):
             impatient.post("/api/v1/locks/unwanted", {})
         time.sleep(1)
-        slow.sendall(b"{}")
-        assert slow.recv(100).startswith(b"HTTP/1.1 201")
-    assert [lock["lock_name"] for lock in client.get("/api/v1/locks").json] == ["slow"]
+        holder.rollback()
+        assert slow.result().status == 201
+    assert [lock["lock_name"] for lock in cluster.client(0).get("/api/v1/locks").json] == ["slow"]

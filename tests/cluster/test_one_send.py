@@ -10,10 +10,9 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from harness import Cluster, Process, answers, free_port, wait_until
+from harness import Cluster, answers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts segments for us")
 
@@ -43,21 +42,8 @@ class Connection:
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A gunicorn that serves harness.answers with our worker, and nothing else of Loom."""
-    port, folder = free_port(), tmp_path_factory.mktemp("answers")
-    options = ["--bind", f"127.0.0.1:{port}", "--threads", "4", "--no-control-socket"]
-    command = [sys.executable, "-m", "gunicorn", "-k", "loom.server.worker.Worker", *options]
-    tests = str(Path(answers.__file__).parents[1])
-    process = Process([*command, "harness.answers:app"], folder / "log", env={"PYTHONPATH": tests}, cwd=folder)
-
-    def serves() -> bool:
-        assert process.runs, process.last_lines()
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", port)) == 0
-
-    wait_until(serves)
-    yield port
-    process.stop()
+    with answers.served(tmp_path_factory.mktemp("answers")) as port:
+        yield port
 
 
 @pytest.fixture

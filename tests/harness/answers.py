@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+from harness.processes import Process, free_port, wait_until
 
 Start = Callable[..., Any]
 BIG = bytes(range(256)) * 4096  # 1 MiB
@@ -62,6 +68,37 @@ def file(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
     return environ["wsgi.file_wrapper"](source)
 
 
+def echo(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    body = environ["wsgi.input"].read()
+    start("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+def unread(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    """Answers without a look at the request's body."""
+    start("413 Content Too Large", [("Content-Length", "0")])
+    return []
+
+
 ANSWERS: dict[str, Callable[[Any, Start], Iterable[bytes]]] = {
-    f"/{answer.__name__}": answer for answer in (small, big, empty, nothing, unchanged, stream, cut, file)
+    f"/{answer.__name__}": answer for answer in (small, big, empty, nothing, unchanged, stream, cut, file, echo, unread)
 }
+
+
+@contextlib.contextmanager
+def served(folder: Path, threads: int = 4) -> Iterator[int]:
+    """A gunicorn that serves this application with our worker, and nothing else of Loom; yields its port."""
+    port = free_port()
+    options = ["--bind", f"127.0.0.1:{port}", "--threads", str(threads), "--no-control-socket"]
+    command = [sys.executable, "-m", "gunicorn", "-k", "loom.server.worker.Worker", *options]
+    tests = str(Path(__file__).parents[1])
+    process = Process([*command, "harness.answers:app"], folder / "log", env={"PYTHONPATH": tests}, cwd=folder)
+
+    def serves() -> bool:
+        assert process.runs, process.last_lines()
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(serves)
+    yield port
+    process.stop()

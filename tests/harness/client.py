@@ -66,6 +66,12 @@ def _encoded(body: Any) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
+def readable(sock: socket.socket) -> bool:
+    poll = select.poll()  # select() takes no file descriptor above 1023
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Client(Methods):
     """One connection, opened when needed and kept. Not thread-safe. Never retries a request."""
 
@@ -77,7 +83,7 @@ class Client(Methods):
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         """Send and wait for the answer. Raises OSError or http.client.HTTPException when the connection fails."""
         sock = self._conn.sock
-        if sock is not None and select.select([sock], [], [], 0)[0]:  # the server has closed it
+        if sock is not None and readable(sock):  # the server has closed it
             self._conn.close()
         try:
             self._conn.request(method, path, _encoded(body) or None, headers or {})

@@ -154,3 +154,9 @@ class Process:
     def last_lines(self, count: int = 60) -> str:
         """Return the end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+
+def memory(pid: int) -> int:
+    """The most memory that a process has had, in bytes (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from app import app as app
 from loom import db, locks
 from loom.locks.queue import LockPoller, LockWaiter
 
-wait = LockPoller.wait
+remove = LockPoller.remove
 
 
-def wait_and_take_back(poller: LockPoller, waiter: LockWaiter, seconds: float) -> Any:
-    told = wait(poller, waiter, seconds)
-    if waiter.client_gone():
-        with db.connection() as conn:
-            held = locks.get(conn, waiter.name)
-            if held is not None and held.owner == waiter.owner:
-                locks.release(conn, waiter.name, held.fencing_token)
-    return told
+def remove_and_take_back(poller: LockPoller, waiter: LockWaiter) -> None:
+    """Called when a wait ends without a result; here as if that were always a disconnected client."""
+    remove(poller, waiter)
+    with db.connection() as conn:
+        held = locks.get(conn, waiter.name)
+        if held is not None and held.owner == waiter.owner:
+            locks.release(conn, waiter.name, held.fencing_token)
 
 
-LockPoller.wait = wait_and_take_back
+LockPoller.remove = remove_and_take_back

@@ -1,0 +1,35 @@
+"""The responses to requests that the application never sees."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+from gunicorn.http.errors import ExpectationFailed, LimitRequestHeaders, LimitRequestLine, UnsupportedTransferCoding
+
+from loom import errors
+
+STATUS: dict[type[Exception], tuple[int, type[errors.Error]]] = {
+    LimitRequestLine: (414, errors.TooLarge),
+    LimitRequestHeaders: (431, errors.TooLarge),
+    ExpectationFailed: (417, errors.Invalid),
+    UnsupportedTransferCoding: (501, errors.Invalid),
+}
+
+
+def refusal(exc: Exception) -> bytes:
+    """The complete HTTP response to a request that cannot be parsed, or that failed with one of our errors."""
+    if isinstance(exc, errors.Error):
+        status, problem = exc.status, exc
+    else:
+        status, kind = STATUS.get(type(exc), (400, errors.Invalid))
+        problem = kind(str(exc))
+    body = {"type": f"/problems/{problem.type}", "title": problem.title, "status": status}
+    if problem.detail:
+        body["detail"] = problem.detail
+    content = msgspec.json.encode({**body, "error": problem.detail or problem.title})
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+        f"Content-Type: application/problem+json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
