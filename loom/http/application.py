@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from flask import Flask, request
-from flask.wrappers import Response
+from flask.wrappers import Request, Response
+from werkzeug.routing import MapAdapter
 
 from loom import db, errors
 from loom import instances as registry
@@ -65,6 +66,14 @@ class Application(Flask):
                 if not db.default().repeatable:
                     raise
         return view()
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """For routing by path alone: no route depends on the host. Flask's own takes a fifth of a request's time."""
+        if request is None:
+            return None
+        environ = request.environ
+        path = environ.get("PATH_INFO", "").encode("latin-1").decode(errors="replace")
+        return MapAdapter(self.url_map, "", "/", "", "http", path, environ["REQUEST_METHOD"])
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func
