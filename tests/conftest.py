@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import signal
@@ -30,6 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:  # before workers of xdist start, which get the same
         config.option.seed = random.SystemRandom().randrange(2**31)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with what was started
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two processes for each core: tests of clusters and of faults spend most of their time waiting."""
+    return min(2 * (os.cpu_count() or 1), 8)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
