@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -15,7 +18,7 @@ import psycopg2.extensions
 import pytest
 from flask import Flask
 from harness import AppClient, Cluster, PgBouncer, Postgres, version
-from harness.postgres import postgres_version, query
+from harness.postgres import parent_folder, postgres_version, query
 
 from loom import db, instances
 from loom.config import Config, DatabaseConfig, ServerConfig
@@ -65,6 +68,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether to run the long version."""
     return request.config.option.long
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a path that is short enough for the socket of a server in it; pytest's are too long."""
+    path = Path(tempfile.mkdtemp(prefix="loom-test-", dir=parent_folder()))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
