@@ -22,21 +22,11 @@ LOOM = "from loom.cli import main; main()"
 UP = "Ctrl-C stops everything."
 
 
-def consecutive_ports() -> int:
-    """Return the first of three free ports."""
-    while True:
-        first = free_port()
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in (first + 1, first + 2):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-
-
 class Run:
     """`loom cluster` in a folder of its own."""
 
     def __init__(self, folder: Path, code: str = LOOM, **options: Any) -> None:
-        self.port, self.nginx_port = consecutive_ports(), free_port()
+        self.port, self.nginx_port = free_port(3), free_port()
         self.log = folder / "log"
         self.mark = f"LOOM_TEST_RUN={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")

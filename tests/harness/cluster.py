@@ -87,9 +87,15 @@ class Cluster:
 
     def kill(self, i: int) -> int:
         """Kill the worker by SIGKILL and return its process number; the master starts another."""
-        pid = self.pid(i)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+
+        def killed() -> int:
+            pid = self.pid(i)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and the next one is about to start
+                os.kill(pid, signal.SIGKILL)
+                return pid
+            return 0
+
+        return wait_until(killed)
 
     @contextlib.contextmanager
     def frozen(self, i: int) -> Iterator[None]:
