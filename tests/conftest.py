@@ -10,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as package_version
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # in a process of xdist: a slow file and a fast one in turn, for an even load
+        files = [list(tests) for _, tests in groupby(items, lambda item: item.path)]
+        slow = [tests for tests in files if tests[0].path.parent.name in ("cluster", "faults")]
+        fast = [tests for tests in files if tests not in slow]
+        items[:] = [test for pair in zip_longest(slow, fast, fillvalue=[]) for tests in pair for test in tests]
     if config.option.long:  # the long versions take as long as they are told to
         for item in items:
             if "long" in getattr(item, "fixturenames", ()):
