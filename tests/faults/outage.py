@@ -11,7 +11,7 @@ from harness.load import Job, Load, get, use_lock
 
 BOUND = 5.0  # seconds: database.timeout
 AT_ONCE = 0.5  # seconds, for what is refused without asking the database
-HEALED_WITHIN = 5.0  # seconds after the database is back
+HEALED_WITHIN = 5.0 + MARGIN  # seconds after the database is back
 GOOD = {200, 201, 204, 409}
 
 

@@ -28,7 +28,7 @@ def test_an_instance_removed_while_frozen_comes_back_with_a_new_id(
         assert [grant.ended_how for grant in grants(sql, "own")] == ["owner-died"]
         time.sleep(6)  # its next heartbeat is due
     wait_until(lambda: (after := cluster.health(0)) and after["instance_id"] != before["instance_id"])
-    cluster.wait_healthy(timeout=5)
+    cluster.wait_healthy()
     assert sql("SELECT 1 FROM instances WHERE instance_id = %s", before["instance_id"]) == []
     cluster.kill(0)
     wait_until(lambda: sql("SELECT count(*) FROM instances WHERE status = 'dead'") == [(1,)])

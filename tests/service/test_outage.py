@@ -59,7 +59,7 @@ def test_a_stopped_server_is_reported_and_found_again(
     wait_until(lambda: not healthy(client))
     assert_away(client, instance)
     postgres.start()
-    wait_until(lambda: healthy(client), 5)
+    wait_until(lambda: healthy(client), BOUND)
     renewed = client.put(BUILD, {"fencing_token": held["fencing_token"]})
     assert (renewed.status, renewed.json["owner"]) == (200, "a")
     wait_until(lambda: instance.missed == 0 and instance.fresh)
@@ -78,7 +78,7 @@ def test_a_silent_server_delays_requests_once_and_within_the_bound(
         assert time.monotonic() - started < BOUND
         assert {answer.status for answer in answers} == {503}
         assert_away(client, instance)
-    wait_until(lambda: healthy(client), 5)
+    wait_until(lambda: healthy(client), BOUND)
     assert client.post(BUILD, {"owner": "a"}).status == 200
 
 
@@ -138,7 +138,7 @@ def test_nothing_acknowledged_is_lost_in_a_power_cut(client: AppClient, postgres
     )
     assert {grant["fencing_token"] for grant in granted} <= set(rows)
     assert {rows[token] for token in released} == {"released"}
-    wait_until(lambda: healthy(client), 5)
+    wait_until(lambda: healthy(client), BOUND)
     assert acquire(client, "next")["fencing_token"] > max(rows)
 
 
