@@ -18,7 +18,7 @@ run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NG
 	@exec $(BIN)/loom cluster --instances $(INSTANCES) --port $(PORT) --nginx-port $(NGINX_PORT)
 
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: .venv/test ## Check style, types, and which module imports which
 	$(BIN)/ruff check .

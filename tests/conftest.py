@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as package_version
+from itertools import groupby, zip_longest
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -14,10 +19,11 @@ import psycopg2.extensions
 import pytest
 from flask import Flask
 from harness import AppClient, Cluster, PgBouncer, Postgres, version
-from harness.postgres import postgres_version, query
+from harness.postgres import parent_folder, postgres_version, query
 
 from loom import db, instances
 from loom.config import Config, DatabaseConfig, ServerConfig
+from loom.http.application import Application
 from loom.routes import create_app
 
 
@@ -32,6 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: with what was started
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two processes for each core: tests of clusters and of faults spend most of their time waiting."""
+    return min(2 * (os.cpu_count() or 1), 8)
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     nginx, pgbouncer = version("nginx", "-v"), version("pgbouncer")
     return [
@@ -42,6 +54,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # in a process of xdist: a slow file and a fast one in turn, for an even load
+        files = [list(tests) for _, tests in groupby(items, lambda item: item.path)]
+        slow = [tests for tests in files if tests[0].path.parent.name in ("cluster", "faults")]
+        fast = [tests for tests in files if tests not in slow]
+        items[:] = [test for pair in zip_longest(slow, fast, fillvalue=[]) for tests in pair for test in tests]
     if config.option.long:  # the long versions take as long as they are told to
         for item in items:
             if "long" in getattr(item, "fixturenames", ()):
@@ -58,6 +75,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether to run the long version."""
     return request.config.option.long
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a path that is short enough for the socket of a server in it; pytest's are too long."""
+    path = Path(tempfile.mkdtemp(prefix="loom-test-", dir=parent_folder()))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -153,9 +178,25 @@ def instance(database: db.Database) -> Iterator[instances.Instance]:
 
 
 @pytest.fixture
-def app(dsn: str, instance: instances.Instance) -> Flask:
+def config(dsn: str) -> Config:
+    """The settings of the application."""
+    return Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=32))
+
+
+@pytest.fixture(scope="session")
+def routes() -> Application:
+    """An application whose routes those of the tests share, since it takes 20 ms to register them."""
+    return create_app(Config())
+
+
+@pytest.fixture
+def app(routes: Application, config: Config, instance: instances.Instance) -> Flask:
     """The application, served by this process as an instance."""
-    return create_app(Config(database=DatabaseConfig(type="postgres", dsn=dsn), server=ServerConfig(threads=32)))
+    app = Application(config)
+    for name in ("url_map", "view_functions", "blueprints"):
+        setattr(app, name, getattr(routes, name))
+    app.add_url_rule = None  # type: ignore[method-assign,assignment]  # a test that adds routes calls create_app
+    return app
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def test_a_draining_instance_still_serves_and_reports_that_it_is_not_ready(
     assert cluster.client(0).get("/health/ready").status == 200
     started = time.monotonic()
     cluster.masters[0].send(signal.SIGTERM)
-    wait_until(lambda: cluster.client(0).get("/health/ready").status == 503, 1)
-    wait_until(lambda: sql("SELECT status FROM instances") == [("draining",)], 1)
+    wait_until(lambda: cluster.client(0).get("/health/ready").status == 503)
+    wait_until(lambda: sql("SELECT status FROM instances") == [("draining",)])
     assert cluster.client(0).post("/api/v1/locks/x", {}).status == 201
     cluster.masters[0].wait(20)
     assert 3 < time.monotonic() - started < 10
@@ -130,7 +130,7 @@ def test_idle_connections_do_not_delay_a_shutdown(start_cluster: Callable[..., C
         started = time.monotonic()
         cluster.masters[0].send(signal.SIGTERM)
         cluster.masters[0].wait(30)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
 
 
 def test_a_client_that_never_finishes_its_request_does_not_keep_the_instance_registered(
@@ -192,7 +192,7 @@ def test_a_client_that_leaves_its_connection_open_blocks_no_other_request(
         time.sleep(0.1)
         started = time.monotonic()
         assert client.get("/health/live").status == 200
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 1.5  # the close of the others takes 2 s
 
 
 def test_a_client_that_stalls_within_its_request_occupies_no_thread(start_cluster: Callable[..., Cluster]) -> None:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
 import pytest
@@ -20,10 +20,22 @@ MIB = 1024 * 1024
 LOCKS = "/api/v1/locks/"
 
 
+@pytest.fixture(scope="module")
+def shared(postgres: Postgres) -> Iterator[tuple[Cluster, str]]:
+    """Two instances behind nginx, for tests that only send requests, and the name of their database."""
+    name = postgres.database()
+    with contextlib.closing(Cluster(postgres.dsn(name), 2, nginx=True)) as cluster:
+        yield cluster, name
+    postgres.drop(name)
+
+
 @pytest.fixture
-def nginx(start_cluster: Callable[..., Cluster]) -> Client:
-    """A connection to nginx in front of two instances."""
-    return start_cluster(2, nginx=True).nginx_client()
+def nginx(shared: tuple[Cluster, str], postgres: Postgres) -> Iterator[Client]:
+    """A connection to nginx in front of two instances, without any lock."""
+    cluster, name = shared
+    postgres.query("DELETE FROM distributed_locks", database=name)
+    with contextlib.closing(Client(cluster.nginx_url)) as client:
+        yield client
 
 
 class DyingServer:

@@ -78,7 +78,7 @@ def test_a_stream_is_not_held_back(connection: Connection) -> None:
     connection.conn.request("GET", "/stream")
     answer = connection.conn.getresponse()
     assert answer.read1(4) == b"one,"
-    assert time.monotonic() - started < 0.9  # the rest is made a second later
+    assert time.monotonic() - started < 1.9  # the rest is made two seconds later
     assert answer.read() == b"two"
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,21 +22,11 @@ LOOM = "from loom.cli import main; main()"
 UP = "Ctrl-C stops everything."
 
 
-def consecutive_ports() -> int:
-    """Return the first of three free ports."""
-    while True:
-        first = free_port()
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in (first + 1, first + 2):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-
-
 class Run:
     """`loom cluster` in a folder of its own."""
 
     def __init__(self, folder: Path, code: str = LOOM, **options: Any) -> None:
-        self.port, self.nginx_port = consecutive_ports(), free_port()
+        self.port, self.nginx_port = free_port(3), free_port()
         self.log = folder / "log"
         self.mark = f"LOOM_TEST_RUN={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
@@ -84,13 +72,6 @@ class Run:
 def _refused(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="loom-test-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

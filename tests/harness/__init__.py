@@ -6,9 +6,10 @@ from harness.client import Answer, AppClient, Client, Patient
 from harness.cluster import Cluster
 from harness.pgbouncer import PgBouncer
 from harness.postgres import Postgres
-from harness.processes import Process, free_port, program, version, wait_until
+from harness.processes import MARGIN, Process, free_port, program, version, wait_until
 
 __all__ = [
+    "MARGIN",
     "Answer",
     "AppClient",
     "Client",

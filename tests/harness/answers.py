@@ -50,7 +50,7 @@ def stream(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
     start("200 OK", [])
     yield b"one,"
     yield b""
-    time.sleep(1)
+    time.sleep(2)
     yield b"two"
 
 

@@ -51,4 +51,4 @@ class PgBouncer:
         return False
 
     def close(self) -> None:
-        self.process.stop(signal.SIGQUIT)
+        self.process.stop(signal.SIGKILL)

@@ -22,6 +22,8 @@ from loom import db, embedded
 
 SUPERUSER = "loom"
 TEMPLATE = "loom_template"
+MEMORY = "/dev/shm"
+MEMORY_BYTES = 2 * 2**30  # a server takes 100 to 400 MB, mostly WAL; a container's /dev/shm often has only 64 MB
 _numbers = itertools.count(1)
 
 
@@ -32,6 +34,16 @@ def binaries() -> Path:
 
 def postgres_version() -> str:
     return version(str(binaries() / "postgres"), "--version")
+
+
+def parent_folder() -> str:
+    """Return the folder for the servers' folders: in memory where there is room, since a database has 370 files.
+
+    In both the path of a socket is short enough.
+    """
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
+        return MEMORY
+    return "/tmp"
 
 
 def query(dsn: str, sql: str, *params: Any) -> list[tuple[Any, ...]]:
@@ -63,7 +75,7 @@ class Postgres:
         folder of another version's postgres and initdb.
         """
         self._programs = programs or binaries()
-        self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir="/tmp"))  # a socket's path must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="loom-test-pg-", dir=parent_folder()))
         self.data, self.log, self.port = self.folder / "data", self.folder / "postgres.log", port or free_port()
         self.process: Process | None = None
         self._identity = embedded.user_prefix(self.folder, self.data)  # PostgreSQL refuses to be root
@@ -81,9 +93,13 @@ class Postgres:
             "max_connections": "150",
             "shared_buffers": "64MB",
             "wal_level": "replica",
+            "max_wal_size": "256MB",
             **(settings or {}),
         }
+        self._has_template = False
         self.start()
+        newer = self.query("SELECT current_setting('server_version_num')::int >= 150000")[0][0]
+        self._strategy = "STRATEGY FILE_COPY" if newer else ""  # the default writes each page to the WAL, too
 
     @property
     def pid(self) -> int:
@@ -153,22 +169,22 @@ class Postgres:
 
     def database(self) -> str:
         """Create a database with Loom's schema, and return its name."""
-        if not self.query("SELECT 1 FROM pg_database WHERE datname = %s", TEMPLATE):
+        if not self._has_template:
             self.query(f"CREATE DATABASE {TEMPLATE}")
             db.migrate(self.dsn(TEMPLATE))
+            self._has_template = True
         return self.empty_database(TEMPLATE)
 
     def empty_database(self, template: str = "template1") -> str:
         name = f"test_{next(_numbers)}"
-        self.query(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.query(f"CREATE DATABASE {name} TEMPLATE {template} {self._strategy}")
         return name
 
     def drop(self, database: str) -> None:
-        """Remove a database, if the server runs."""
-        if self.process is None or not self.process.runs:
-            return
-        self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
-        self.query(f"DROP DATABASE IF EXISTS {database}")
+        """Remove a database and end its sessions, if the server runs."""
+        if self.process is not None and self.process.runs:
+            self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
+            self.query(f"DROP DATABASE IF EXISTS {database}")
 
     def close(self) -> None:
         """Stop it and remove its folder."""

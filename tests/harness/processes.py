@@ -22,7 +22,8 @@ from loom.embedded import parent_bound
 T = TypeVar("T")
 
 PORTS = range(10_000, 32_000)  # below the ports of outgoing connections
-_reserved: dict[int, socket.socket] = {}
+MARGIN = 2.0  # seconds that a busy machine may add to a promised bound
+_reserved: list[socket.socket] = []
 
 
 def wait_until(condition: Callable[[], T], timeout: float = 10.0, period: float = 0.01) -> T:
@@ -37,19 +38,26 @@ def wait_until(condition: Callable[[], T], timeout: float = 10.0, period: float 
         time.sleep(period)
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback that no other test run on this machine gets while this process lives.
+def free_port(count: int = 1) -> int:
+    """Return the first of `count` TCP ports of the loopback that no other test run gets while this process lives.
 
-    It is reserved by its UDP port, which nothing here uses.
+    They are reserved by their UDP ports, which nothing here uses.
     """
     while True:
-        port = random.SystemRandom().choice(PORTS)
-        with socket.socket() as tcp, contextlib.suppress(OSError):
-            udp = socket.socket(type=socket.SOCK_DGRAM)
-            udp.bind(("127.0.0.1", port))
-            tcp.bind(("127.0.0.1", port))
-            _reserved[port] = udp
-            return port
+        first = random.SystemRandom().choice(PORTS)
+        with contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                _reserve(port)
+            return first
+
+
+def _reserve(port: int) -> None:
+    """Raises OSError when the port is taken, also by this process."""
+    with socket.socket() as tcp:
+        udp = socket.socket(type=socket.SOCK_DGRAM)
+        udp.bind(("127.0.0.1", port))
+        tcp.bind(("127.0.0.1", port))
+        _reserved.append(udp)
 
 
 def _find(name: str) -> str | None:

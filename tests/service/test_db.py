@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from harness import AppClient, wait_until
+from harness import MARGIN, AppClient, wait_until
 from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem
 from psycopg2.extensions import make_dsn
 
@@ -96,7 +96,7 @@ def test_a_slow_statement_is_ended_within_the_bound_also_on_the_server(pool: Poo
     started = time.monotonic()
     with pytest.raises(errors.Busy):
         ask(database, "SELECT pg_sleep(60)")
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 1.5 + MARGIN
     wait_until(lambda: sql(BACKENDS + " AND state = 'active'", "slow") == [(0,)])
     assert not away(database)
     assert ask(database) == 1
@@ -109,7 +109,7 @@ def test_the_statements_of_one_request_share_one_bound(pool: Pool) -> None:
     with pytest.raises(errors.Busy):  # noqa: PT012
         for _ in range(10):
             ask(database, "SELECT pg_sleep(0.4)")
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 1.5 + MARGIN
 
 
 def test_a_wait_for_a_row_lock_is_bounded(client: AppClient, session: Callable[[], Any]) -> None:
@@ -118,7 +118,7 @@ def test_a_wait_for_a_row_lock_is_bounded(client: AppClient, session: Callable[[
         cursor.execute("SELECT FROM distributed_locks FOR UPDATE")
         started = time.monotonic()
         answer = client.put(BUILD, {"fencing_token": 1})
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 5 + MARGIN
     assert_problem(answer, 503, "busy")
     assert answer.headers["Retry-After"] == "1"
     assert client.get(BUILD).status == 200
@@ -130,7 +130,7 @@ def test_an_exhausted_pool_is_a_bounded_wait_and_not_an_outage(pool: Pool) -> No
         started = time.monotonic()
         with pytest.raises(errors.Busy):
             ask(database)
-        assert 0.5 < time.monotonic() - started < 1.0
+        assert 0.5 < time.monotonic() - started < 1.0 + MARGIN
         assert not away(database)
         assert database.usage() == {"open": 2, "idle": 0, "waiting": 0, "max": 2}
     assert ask(database) == 1
@@ -148,7 +148,7 @@ def test_threads_that_wait_for_a_connection_get_the_next_returned_one(pool: Pool
     for thread in threads:
         thread.join()
     assert answers == [1] * 5
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4
 
 
 def test_the_pool_never_opens_more_than_its_maximum(pool: Pool, sql: Sql) -> None:
@@ -325,7 +325,7 @@ def test_a_refused_connection_is_an_outage_at_once_and_shows_no_password(
     for _ in range(20):
         with pytest.raises(errors.Unavailable):
             ask(database)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < MARGIN
     assert "s3cret" not in str(database.away) + caplog.text
     with pytest.raises(psycopg2.OperationalError):
         database.connect("one more")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -113,13 +111,6 @@ def dsn_of(process: subprocess.Popen[str]) -> str:
     assert process.stderr
     line = process.stdout.readline().strip()
     return line or pytest.fail(process.stderr.read())
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="loom-test-", dir="/tmp"))  # pytest's are too long for a socket
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from loom.config import Config
 from loom.db.connection import Connection
 from loom.http import answer, idempotency, pollers
 from loom.instances import Instance
+from loom.routes import create_app
 from loom.upkeep import Upkeep
 
 Session = Callable[[], psycopg2.extensions.connection]
@@ -119,6 +120,12 @@ class Things:
 def claim(conn: db.Connection) -> Response:
     row = db.one(conn, "SELECT n FROM things ORDER BY n LIMIT 1")
     return answer.json({"claimed": row["n"]}) if row else answer.nothing()
+
+
+@pytest.fixture
+def app(config: Config, instance: Instance) -> Flask:
+    """One with routes of its own, to which `things` adds."""
+    return create_app(config)
 
 
 @pytest.fixture

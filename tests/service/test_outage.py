@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from harness import AppClient, Postgres, wait_until
+from harness import MARGIN, AppClient, Postgres, wait_until
 from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem, release
 from psycopg2.extensions import parse_dsn
 
@@ -17,7 +17,7 @@ from loom import db, errors, locks
 from loom.db import Database
 from loom.instances import Instance
 
-BOUND = 5.0 + 0.5  # database.timeout, and what a busy machine adds to it
+BOUND = 5.0 + MARGIN  # database.timeout
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def assert_away(client: AppClient, instance: Instance) -> None:
             assert_problem(answer, 503, "unavailable")
             assert answer.headers["Retry-After"] == "1"
     assert client.put(BUILD, {}).status == 400, "a refusal that needs no database is answered as always"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 4, "one of them waited for the database"
 
 
 def test_a_stopped_server_is_reported_and_found_again(
@@ -59,7 +59,7 @@ def test_a_stopped_server_is_reported_and_found_again(
     wait_until(lambda: not healthy(client))
     assert_away(client, instance)
     postgres.start()
-    wait_until(lambda: healthy(client), 5)
+    wait_until(lambda: healthy(client), BOUND)
     renewed = client.put(BUILD, {"fencing_token": held["fencing_token"]})
     assert (renewed.status, renewed.json["owner"]) == (200, "a")
     wait_until(lambda: instance.missed == 0 and instance.fresh)
@@ -78,7 +78,7 @@ def test_a_silent_server_delays_requests_once_and_within_the_bound(
         assert time.monotonic() - started < BOUND
         assert {answer.status for answer in answers} == {503}
         assert_away(client, instance)
-    wait_until(lambda: healthy(client), 5)
+    wait_until(lambda: healthy(client), BOUND)
     assert client.post(BUILD, {"owner": "a"}).status == 200
 
 
@@ -98,7 +98,7 @@ def test_a_hold_is_lost_when_its_ttl_passes_without_an_answer(postgres: Postgres
     def work() -> None:
         with locks.hold("build", ttl=2, on_lost=told.set), postgres.frozen():
             assert told.wait(10)
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 2 + MARGIN
 
     with pytest.raises(errors.LockLost):
         work()
@@ -108,9 +108,7 @@ def test_a_hold_survives_an_outage_that_is_shorter_than_its_ttl(postgres: Postgr
     with locks.hold("build", ttl=6) as lock:
         with postgres.frozen():
             time.sleep(2.5)  # beyond the first renewal
-        asked = time.monotonic()
         wait_until(lambda: lock._trusted_until > time.clock_gettime(time.CLOCK_BOOTTIME) + 4)
-        assert time.monotonic() - asked < 4
         lock.ensure()
 
 
@@ -140,7 +138,7 @@ def test_nothing_acknowledged_is_lost_in_a_power_cut(client: AppClient, postgres
     )
     assert {grant["fencing_token"] for grant in granted} <= set(rows)
     assert {rows[token] for token in released} == {"released"}
-    wait_until(lambda: healthy(client), 5)
+    wait_until(lambda: healthy(client), BOUND)
     assert acquire(client, "next")["fencing_token"] > max(rows)
 
 

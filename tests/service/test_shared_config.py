@@ -592,12 +592,12 @@ def test_an_import_may_have_5_mib_and_any_other_body_1_mib(client: AppClient) ->
 
 
 def test_the_cost_of_an_import_is_bounded_by_its_length(client: AppClient) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert "500000" in assert_invalid(import_yaml(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")["problem"]
     assert_invalid(import_yaml(client, b"a: 1" + b":1" * 400_000), "a")  # a number to the base 60 in YAML 1.1
     lines = [b"a%d: &a%d [%s]" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9) if n else b"lol") for n in range(10)]
     assert_invalid(import_yaml(client, b"\n".join(lines)), "a1")
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 TEXT = "ab \n\r\t\x01\x7f\x85\u2028\ufeffé\U0001f600\U0010ffff:#-'\"\\{}[],&*!|>%@`01.e+?~=<yn"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import program
+from harness import MARGIN, program
 
 from loom import log
 from loom.config import ConfigError, LoggingConfig, SyslogConfig
@@ -183,7 +183,7 @@ def test_an_unreachable_syslog_server_does_not_slow_down_logging(lines, host):
     start = time.monotonic()
     for number in range(2000):
         logger.info("line", extra={"fields": {"number": number}})
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 1.5 + MARGIN
     assert [json.loads(line)["event"] for line in read()].count("line") == 2000
 
 
@@ -249,8 +249,8 @@ print(json.dumps({"asked": len(names.recv(1000)), "took": took, "lines": time.mo
         (tmp_path / "resolv.conf", "/etc/resolv.conf"),
     )
     assert said["asked"] > 0
-    assert log.LOOK_UP_SECONDS <= said["took"] < log.LOOK_UP_SECONDS + 1.5
-    assert said["lines"] < 0.5
+    assert log.LOOK_UP_SECONDS <= said["took"] < log.LOOK_UP_SECONDS + MARGIN
+    assert said["lines"] < MARGIN
 
 
 def test_a_worker_finds_a_syslog_server_whose_name_resolves_only_later(tmp_path):
