@@ -18,6 +18,7 @@ from gunicorn.http.unreader import Unreader
 READ_SECONDS = 15.0  # for a whole request, from its first byte; below a worker's graceful_timeout
 WRITE_SECONDS = 30.0  # for a whole response; of a stream, for each part
 LINGER_SECONDS = 2.0  # that the client has to close its side, so that no reset destroys a response on its way
+STOP_SECONDS = 2.0  # for which a stopping worker keeps idle connections: a request may be on its way
 HEAD_BYTES = 64 * 1024  # of a request line and headers
 BODY_BYTES = 8 * 1024 * 1024  # of a request; the application, which knows the route, refuses less
 BUFFERED_BYTES = 64 * 1024 * 1024  # that the incomplete requests and unread responses of all clients may take together
@@ -222,3 +223,6 @@ class Output:
             poller.register(self._connection.fd, select.POLLOUT)
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError("the client does not read its response")
+
+
+Run = Callable[[Connection, Request], bool]

@@ -27,18 +27,14 @@ from gunicorn.http.message import Request
 
 from loom import errors
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, client_gone
-from loom.server.connection import BUFFERED_BYTES, LINGER_SECONDS, WRITE_SECONDS, Connection, Output
+from loom.server.connection import BUFFERED_BYTES, LINGER_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
 from loom.server.invalid import refusal
 from loom.server.parking import park
 
 log = logging.getLogger("loom.worker")
 
 ALIVE_PATH = "/health/live"
-STOP_SECONDS = 2.0  # for which a stopping worker keeps idle connections: a request may be on its way
-LONG_QUEUED = 1.0  # seconds after which a client may have given up, and nobody would read the response
 ACCEPTED_AT_ONCE = 64
-
-Run = Callable[[Connection, Request], bool]
 
 
 class Loop:
@@ -51,12 +47,13 @@ class Loop:
         self._paused: list[int] = []  # listeners from which nothing is accepted at the moment
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}  # by file descriptor
+        self._accept_lock = threading.Lock()  # of _listeners, _paused and _accepting
+        self._accepting = True
         self._lock = threading.Lock()  # of all below
         self._armed: dict[Connection, int] = {}  # those that belong to no thread, each with the number of its arming
         self._armings = 0
         self._busy = 0
         self._queue: deque[tuple[Connection, Request]] = deque()  # empty unless all threads are busy
-        self._accepting = True
         self._stopping = False
         self.main_sleeps = False
         self.served = 0
@@ -73,7 +70,7 @@ class Loop:
         return self._busy >= self._cfg.threads
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         return not self._connections
 
     # The threads
@@ -106,7 +103,7 @@ class Loop:
         if request.path == ALIVE_PATH and request.method in ("GET", "HEAD"):
             return self._run(connection, request)
         with self._lock:
-            if self._busy >= self._cfg.threads:
+            if self.all_busy:
                 self._queue.append((connection, request))
                 return False
         self.run_soon(connection, request)
@@ -143,14 +140,14 @@ class Loop:
         return [(connection, arming) for connection, arming in armed if which(connection)]
 
     def _guarded(self, step: Callable[..., None], connection: Connection, *args: Any) -> None:
-        """Runs a step of a connection that this thread owns, and closes the connection if it fails."""
+        """Runs a step of a connection that this thread owns; closes it if that fails."""
         try:
             step(connection, *args)
         except (EOFError, OSError):  # the client is gone
             self.close(connection)
         except BaseException:
-            log.exception("connection-failed")
             self.close(connection)
+            log.exception("connection-failed")
 
     def arm(
         self,
@@ -171,20 +168,22 @@ class Loop:
         return arming
 
     def _accept_all(self, fd: int, listener: Any) -> None:
-        paused = False
-        try:
-            for _ in range(ACCEPTED_AT_ONCE):
-                if len(self._connections) >= self._cfg.worker_connections and not self._close_an_idle_one():
-                    paused = True
-                    break
-                if not self.accept(listener):
-                    break
-        except OSError:  # too many open files, for example
-            paused = True
-        with self._lock:
+        with self._accept_lock:
+            if not self._accepting:
+                return
+            paused = False
+            try:
+                for _ in range(ACCEPTED_AT_ONCE):
+                    if len(self._connections) >= self._cfg.worker_connections and not self._close_an_idle_one():
+                        paused = True
+                        break
+                    if not self.accept(listener):
+                        break
+            except OSError:  # too many open files, for example
+                paused = True
             if paused:
                 self._paused.append(fd)
-            elif self._accepting:
+            else:
                 self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
 
     def accept(self, listener: Any) -> bool:
@@ -210,9 +209,9 @@ class Loop:
         if not connection.idle:
             too_slow = partial(self._refuse, exc=errors.Stalled())
             self.arm(connection, select.EPOLLIN, self._read, connection.read_deadline, too_slow)
-            return
-        seconds = STOP_SECONDS if self._stopping else self._cfg.keepalive
-        self.arm(connection, select.EPOLLIN, self._read, time.monotonic() + seconds, self.close)
+        else:
+            deadline = time.monotonic() + (STOP_SECONDS if self._stopping else self._cfg.keepalive)
+            self.arm(connection, select.EPOLLIN, self._read, deadline, self.close)
 
     def _read(self, connection: Connection, run: Run) -> None:
         connection.receive()
@@ -245,8 +244,10 @@ class Loop:
         else:
             response, connection.environ = wsgi.Response(request, output, self._cfg), None
             environ["wsgi.input"].seek(0)
-        environ[RECEIVED] = connection.ready_at
-        if (has_waited or time.monotonic() - connection.ready_at > LONG_QUEUED) and client_gone(environ):
+        if not has_waited:  # many may be woken at once; the time for their answers begins when they are run
+            environ[RECEIVED] = connection.ready_at
+        # After a second in the queue the client may have given up, and nobody would read the response.
+        if (has_waited or time.monotonic() - connection.ready_at > 1) and client_gone(environ):
             self.close(connection)
             return False
         if self._stopping:
@@ -328,13 +329,13 @@ class Loop:
         for connection, arming in self._waiting(lambda c: c.deadline < now):
             if self.own(connection, arming):
                 self._guarded(connection.on_deadline, connection)
-        with self._lock:
+        with self._accept_lock:
             while self._paused and self._accepting and len(self._connections) < self._cfg.worker_connections:
                 self._epoll.modify(self._paused.pop(), select.EPOLLIN | select.EPOLLONESHOT)
 
     def stop_accepting(self) -> list[Any]:
         """Returns the listeners, which the caller closes."""
-        with self._lock:
+        with self._accept_lock:  # no thread accepts any longer
             self._accepting = False
             listeners, self._listeners = list(self._listeners.values()), {}
         for listener in listeners:

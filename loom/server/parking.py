@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from gunicorn.http.message import Request
 
 from loom.http.pollers import PARKED, Wait, client_gone
-from loom.server.connection import Connection
+from loom.server.connection import Connection, Run
 
 if TYPE_CHECKING:
-    from loom.server.loop import Loop, Run
+    from loom.server.loop import Loop
 
 
 def park(loop: Loop, connection: Connection, request: Request, environ: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ from gunicorn.workers import base
 
 from loom import instances
 from loom.server import check
+from loom.server.connection import STOP_SECONDS
 from loom.server.listener import close_empty
-from loom.server.loop import STOP_SECONDS, Loop
+from loom.server.loop import Loop
 
 log = logging.getLogger("loom.worker")
 
@@ -148,7 +149,7 @@ class Worker(base.Worker):
             close_empty(listener, self.ppid, partial(self._loop.accept, listener))
         self._loop.stop(0 if self.quitting else STOP_SECONDS)
         deadline = time.monotonic() + self.cfg.graceful_timeout
-        while not self._loop.empty and time.monotonic() < deadline:
+        while not self._loop.is_empty and time.monotonic() < deadline:
             self._turn(longest=0.05)
 
     def _turn(self, longest: float = TURN_SECONDS) -> None:

@@ -29,14 +29,12 @@ if left:
 """
 # By the way in which the application is broken: its code, and the reason that is logged.
 FAULTS = {
-    # As it happened: an import that a thread of the master had begun was left half done in the worker.
+    # As when a thread of the master had begun an import, which is left half done in the worker.
     "an import that fails for ever": (
-        "import codecs, encodings, sys\n"
-        "sys.modules['encodings.idna'] = None\n"
-        "codecs.unregister(encodings.search_function)\n"
-        "encodings._cache['idna'] = None\n"
-        "codecs.register(encodings.search_function)",
-        "LookupError('unknown encoding: idna')",
+        "import sys\n"
+        "sys.modules['half_done'] = None\n"
+        "def app(environ, start_response): import half_done",
+        "ModuleNotFoundError('import of half_done halted; None in sys.modules')",
     ),
     "an exception": ("def app(environ, start_response): raise RuntimeError('broken')", "RuntimeError('broken')"),
     "an exception while the body is sent": (

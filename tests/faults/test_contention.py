@@ -174,7 +174,9 @@ def test_a_lock_never_has_two_holders_and_each_loser_is_told(
 
     time.sleep(2)  # the longest TTL: by now every lock that was not released has expired
     client = cluster.client(0)
-    last = client.post(LOCK, {"ttl_seconds": 1}).json
+    answer = client.post(LOCK, {"ttl_seconds": 1})
+    assert answer.status == 201, answer
+    last = answer.json
     assert client.delete(f"{LOCK}?fencing_token={last['fencing_token']}").status == 204
 
     past = grants(sql, "contended")
