@@ -74,7 +74,8 @@ def cost(port: int, count: int) -> None:
     token, waiting = hold_and_queue([port], "many", count)
     back_ends = [pid for (pid,) in query("SELECT pid FROM pg_stat_activity WHERE application_name LIKE '%waiters'")]
     began, used, used_there = time.monotonic(), cpu_seconds([worker(port)]), cpu_seconds(back_ends)
-    live, other = [], []
+    live: list[float] = []
+    other: list[float] = []
     while time.monotonic() < began + 10:
         for seconds, method, path in ((live, "GET", "/health/live"), (other, "POST", LOCK + "other")):
             asked = time.perf_counter()
@@ -101,7 +102,8 @@ def throughput(ports: list[int], count: int) -> None:
         poll.register(sock, select.POLLIN)
     queue = [owner for (owner,) in query("SELECT owner FROM lock_waiters WHERE lock_name = 'queue' ORDER BY place")]
     call(ports[0], "DELETE", f"{LOCK}queue?fencing_token={token}")
-    order, began = [], time.monotonic()
+    order: list[str] = []
+    began = time.monotonic()
     while len(order) < count and time.monotonic() < began + 28:
         for fd, _ in poll.poll(1000):
             with connections.pop(fd) as sock:
