@@ -224,8 +224,8 @@ def start(config: Config, dsn: str, instance_id: str, report_identity: Callable[
     settings = config.database
     database = db.Database(
         dsn,
-        pool_min=settings.pool_min,
-        pool_max=settings.pool_max,
+        pool_min=min(settings.pool_min, config.server.threads),
+        pool_max=min(settings.pool_max, config.server.threads),  # a thread uses one
         timeout=settings.timeout,
         application_name=f"loom:{config.server.http_port}",
         before_connect=partial(embedded.revive, Path(settings.folder)) if settings.type == "embedded" else None,
