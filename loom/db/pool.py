@@ -104,6 +104,11 @@ class Database:
         self._thread_state.repeatable = True
 
     @property
+    def request_deadline(self) -> float:
+        """When the time of this thread's request is over, on the monotonic clock."""
+        return self._thread_state.deadline or time.monotonic() + self.timeout - SLACK
+
+    @property
     def repeatable(self) -> bool:
         """Whether this thread's request may be repeated, because none of its statements can have been committed."""
         return self._thread_state.repeatable
@@ -176,7 +181,7 @@ class Database:
         return self._longest_lock_wait * (0.05 if is_stuck else 0.2)
 
     def _take(self) -> Connection:
-        deadline = self._thread_state.deadline or time.monotonic() + self.timeout - SLACK
+        deadline = self.request_deadline
         with self._lock:
             if self._away is not None:
                 raise errors.Unavailable()
