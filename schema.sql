@@ -381,8 +381,8 @@ CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, C
 CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NOT NULL;
 
--- What the clock alone changes: the delayed and the claimed.
-CREATE INDEX IF NOT EXISTS beads_wakes_at ON beads (wakes_at(not_before, lease_expires_at))
+-- What the clock alone changes: the claimed (in_progress) and the delayed (open).
+CREATE INDEX IF NOT EXISTS beads_wakes_at ON beads (status, wakes_at(not_before, lease_expires_at))
     WHERE wakes_at(not_before, lease_expires_at) IS NOT NULL;
 
 -- Lists: each column with the status, of which there are few, and then in the order of pages.
