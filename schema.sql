@@ -372,17 +372,20 @@ BEGIN
 END $$;
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 
--- The best ready bead is the first of these: all, of one project, reserved for one agent. Narrow on purpose: a
--- claim steps over the entries that those before it have left, until a vacuum comes.
-CREATE INDEX IF NOT EXISTS beads_ready ON beads (priority, COALESCE(due_date, 'infinity'), created_at)
-    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
+-- The best ready bead is the first of these: the free ones (without assigned_to) and those reserved for one agent, the
+-- free ones of one project, of one type; beads_ready_tags finds tags that few have. Narrow on purpose: a claim steps over
+-- the entries that those before it have left, until a vacuum comes.
+CREATE INDEX IF NOT EXISTS beads_ready ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
+    WHERE is_ready(status, open_blockers, open_children, not_before);
 CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
-CREATE INDEX IF NOT EXISTS beads_reserved ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
-    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NOT NULL;
+CREATE INDEX IF NOT EXISTS beads_ready_type ON beads (type, priority, COALESCE(due_date, 'infinity'), created_at)
+    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
+CREATE INDEX IF NOT EXISTS beads_ready_tags ON beads USING gin (tags) WITH (fastupdate = off)
+    WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL AND tags <> '{}';
 
--- What the clock alone changes: the delayed and the claimed.
-CREATE INDEX IF NOT EXISTS beads_wakes_at ON beads (wakes_at(not_before, lease_expires_at))
+-- What the clock alone changes: the claimed (in_progress) and the delayed (open).
+CREATE INDEX IF NOT EXISTS beads_wakes_at ON beads (status, wakes_at(not_before, lease_expires_at))
     WHERE wakes_at(not_before, lease_expires_at) IS NOT NULL;
 
 -- Lists: each column with the status, of which there are few, and then in the order of pages.

@@ -21,6 +21,7 @@ import msgspec
 from loom import __version__, db, embedded, errors
 from loom.config import Config
 from loom.db import Time
+from loom.db.connection import SLACK
 from loom.log import set_level
 from loom.state import config as shared_config
 
@@ -94,12 +95,19 @@ class Instance:
             self.beat(SCHEMA_SECONDS)
         threading.Thread(target=self._run_heartbeats, name="heartbeat", daemon=True).start()
 
-    def beat(self, schema_timeout: float = 10.0) -> None:
-        """Sends one heartbeat, as a new instance if ours was removed or is dead. Raises Unavailable, SchemaError."""
+    def beat(self, schema_timeout: float = 10.0, deadline: float | None = None) -> None:
+        """Sends one heartbeat, as a new instance if ours was removed or is dead. Raises Unavailable, SchemaError.
+
+        `deadline`: that of the request for which it is sent, on the monotonic clock.
+        """
+
+        def left(most: float) -> float:
+            return most if deadline is None else max(0.01, min(most, deadline - time.monotonic()))
+
         sent = time.clock_gettime(_CLOCK)
         if not self._registered:
-            db.migrate(self.database.dsn, timeout=schema_timeout)
-        with self._connection.use() as conn:
+            db.migrate(self.database.dsn, timeout=left(2 * schema_timeout) / 2)  # to connect, and again for the rest
+        with self._connection.use(left(self.database.timeout - SLACK)) as conn:
             if self._registered and not self._call(conn, "heartbeat_instance(%(id)s, %(status)s)", status=self.status):
                 log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
                 self.instance_id, self._registered = str(uuid.uuid4()), False
@@ -124,13 +132,14 @@ class Instance:
     def confirm(self) -> None:
         """Finds out whether we are still registered; called before a request if we are not `fresh`.
 
-        Raises Unavailable.
+        It has no more time than the request. Raises Unavailable.
         """
+        deadline = self.database.request_deadline
         if self.database.away is not None or not self._beating.acquire(timeout=1):
             raise errors.Unavailable()
         try:
             if not self.fresh:
-                self.beat(SCHEMA_SECONDS)
+                self.beat(SCHEMA_SECONDS, deadline)
         finally:
             self._beating.release()
 
@@ -188,26 +197,35 @@ def active(conn: db.Connection) -> int:
     )
 
 
-def rows(conn: db.Connection) -> list[InstanceRow]:
-    """The registry, oldest instance first."""
+_COLUMNS = """
+    instance_id, hostname, started_at, last_heartbeat, metadata, instance_status(status, last_heartbeat) AS status,
+    greatest(0, extract(epoch FROM clock_timestamp() - last_heartbeat))::float AS heartbeat_age_seconds"""
+
+
+def some(conn: db.Connection, *, after: tuple[str, str] | None, limit: int) -> list[InstanceRow]:
+    """The registry, oldest instance first; only those after `after`: when it started, and its id."""
+    started_at, instance_id = after or (None, None)
     found = db.rows(
         conn,
-        """
-        SELECT instance_id, hostname, started_at, last_heartbeat, metadata,
-               instance_status(status, last_heartbeat) AS status,
-               greatest(0, extract(epoch FROM clock_timestamp() - last_heartbeat))::float AS heartbeat_age_seconds
-          FROM instances ORDER BY started_at, instance_id
+        f"""
+        SELECT {_COLUMNS} FROM instances
+         WHERE %(started_at)s IS NULL OR (started_at, instance_id) > (%(started_at)s::timestamptz, %(id)s::uuid)
+         ORDER BY started_at, instance_id LIMIT %(limit)s
         """,
+        started_at=started_at,
+        id=instance_id,
+        limit=limit,
     )
     return [InstanceRow(**row) for row in found]
 
 
 def get(conn: db.Connection, instance_id: str) -> InstanceRow:
     """One instance. Raises NotFound."""
-    for row in rows(conn):
-        if row.instance_id == instance_id.lower():
-            return row
-    raise errors.NotFound("There is no such instance.")
+    sql = f"SELECT {_COLUMNS} FROM instances WHERE instance_id::text = %(id)s"
+    found = db.one(conn, sql, id=instance_id.lower())
+    if found is None:
+        raise errors.NotFound("There is no such instance.")
+    return InstanceRow(**found)
 
 
 current: Instance | None = None
@@ -224,8 +242,8 @@ def start(config: Config, dsn: str, instance_id: str, report_identity: Callable[
     settings = config.database
     database = db.Database(
         dsn,
-        pool_min=settings.pool_min,
-        pool_max=settings.pool_max,
+        pool_min=min(settings.pool_min, config.server.threads),
+        pool_max=min(settings.pool_max, config.server.threads),  # a thread uses one
         timeout=settings.timeout,
         application_name=f"loom:{config.server.http_port}",
         before_connect=partial(embedded.revive, Path(settings.folder)) if settings.type == "embedded" else None,

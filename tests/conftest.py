@@ -158,8 +158,11 @@ def session(dsn: str) -> Iterator[Callable[[], psycopg2.extensions.connection]]:
 
 @pytest.fixture
 def database(dsn: str) -> Iterator[db.Database]:
-    """An open pool on the test's database, the default of this process."""
-    pool = db.Database(dsn)
+    """An open pool on the test's database, the default of this process.
+
+    Its requests wait longer for locks than others: tests lock rows on purpose while a request waits.
+    """
+    pool = db.Database(dsn, lock_seconds=4.0)
     pool.open()
     db.configure(pool)
     yield pool

@@ -137,7 +137,9 @@ class Connection:
         self.was_cut = False
         self.last_used = self.seconds_taken = 0.0  # when the last statement ended, and how long it took
         self.cut_at: float | None = None
+        self.began: float | None = None  # the statement that is running now
         self.deadline = time.monotonic() + timeout
+        self.lock_seconds: float | None = None  # for which a statement may wait for a lock; None: for all its time
         _watchdog.add(self)
         try:
             # Times in JSON that PostgreSQL builds are in the session's time zone; pgBouncer keeps it for each client.
@@ -172,10 +174,13 @@ class Connection:
             raise errors.Busy()
         bound = max(1, int(left * STATEMENT_SHARE * 1000))
         prefix, self._prefix = self._prefix, ""
-        self.cut_at = self.deadline
+        bounds = f"SET LOCAL statement_timeout = {bound}; "
+        if self.lock_seconds is not None:
+            bounds += f"SET LOCAL lock_timeout = {int(self.lock_seconds * 1000)}; "
+        self.cut_at, self.began = self.deadline, time.monotonic()
         try:
             with self.raw.cursor() as cursor:
-                cursor.execute(f"{prefix}SET LOCAL statement_timeout = {bound}; {sql}", params or None)
+                cursor.execute(f"{prefix}{bounds}{sql}", params or None)
                 if cursor.description is None:
                     return []
                 names = self._names.pop(sql, None) or [column.name for column in cursor.description]
@@ -185,7 +190,7 @@ class Connection:
                         del self._names[next(iter(self._names))]
                 return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         finally:
-            self.cut_at = None
+            self.cut_at = self.began = None
             self.last_used = time.monotonic()
             self.seconds_taken = self.last_used - (self.deadline - left)
 

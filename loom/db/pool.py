@@ -16,13 +16,27 @@ from types import TracebackType
 
 import psycopg2
 import psycopg2.extensions as pgx
+from psycopg2 import errors as pg
 
 from loom import errors
 from loom.config import mask
 from loom.db.connection import SILENCE, SLACK, WRONG_SERVER, Connection, translate
 
+# Who may not see other roles' sessions finds none.
+OLDEST_TRANSACTION = """
+    SELECT format('It had to wait for a lock. The oldest open transaction is that of session %s (%s), for %s s.',
+                  pid, concat_ws(', ', NULLIF(application_name, ''), state),
+                  round(extract(epoch FROM clock_timestamp() - xact_start)::numeric, 1)) AS text
+      FROM pg_stat_activity
+     WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < clock_timestamp()
+       AND pid IN (SELECT pid FROM pg_locks
+                    WHERE granted AND locktype IN ('relation', 'advisory') AND mode <> 'AccessShareLock')
+     ORDER BY xact_start LIMIT 1
+"""
+
 log = logging.getLogger("loom.db")
 
+STUCK_SECONDS = 0.2  # after which a statement counts as one that may wait for something stuck
 PROBE_PERIOD = 0.25  # seconds between two attempts to reach a database that is away
 REPLACEMENT_SECONDS = 0.3  # seconds for which requests wait for a new connection after one was lost
 
@@ -37,13 +51,22 @@ class Database:
         pool_min: int = 2,
         pool_max: int = 10,
         timeout: float = 5.0,
+        lock_seconds: float = 1.0,
         application_name: str = "loom",
         before_connect: Callable[[], object] | None = None,
     ) -> None:
-        """`timeout`: seconds that a request may take. `before_connect` may start the embedded server."""
+        """`before_connect` may start the embedded server.
+
+        `timeout`: seconds that a request may take. `lock_seconds`: for which it may wait for a lock while at most half
+        of the connections are in use; see `_lock_seconds`.
+        """
         self.dsn, self.timeout, self.application_name = dsn, timeout, application_name
+        self._longest_lock_wait = lock_seconds
         self._min, self._max, self._before_connect = pool_min, pool_max, before_connect
         self._idle: list[Connection] = []
+        self._lent: set[Connection] = set()
+        self._refused_at = self._described_at = float("-inf")  # when a wait for a lock was last given up; described
+        self._blocker: str | None = None
         self._open = 0
         self._connecting_since: float | None = None
         self._lost_at: float | None = None  # a connection was lost then, and no new one has been opened since
@@ -82,6 +105,11 @@ class Database:
         """
         self._thread_state.deadline = (received or time.monotonic()) + self.timeout - SLACK
         self._thread_state.repeatable = True
+
+    @property
+    def request_deadline(self) -> float:
+        """When the time of this thread's request is over, on the monotonic clock."""
+        return self._thread_state.deadline or time.monotonic() + self.timeout - SLACK
 
     @property
     def repeatable(self) -> bool:
@@ -136,7 +164,27 @@ class Database:
 
     def take(self) -> Connection:
         """Takes an idle connection, or waits for the next one, first come, first served. Raises Unavailable, Busy."""
-        deadline = self._thread_state.deadline or time.monotonic() + self.timeout - SLACK
+        conn = self._take()
+        with self._lock:
+            conn.lock_seconds = self._lock_seconds()
+            self._lent.add(conn)
+        return conn
+
+    def _lock_seconds(self) -> float:
+        """How long the request that takes a connection now may wait for a lock.
+
+        Requests for a row or table that somebody keeps locked must not get all connections. So the more connections
+        are in use, the sooner a request is refused that has to wait for a lock; all others are not affected.
+        """
+        if len(self._lent) * 2 < self._max:
+            return self._longest_lock_wait
+        now = time.monotonic()
+        stuck = sum(conn.began is not None and now - conn.began > STUCK_SECONDS for conn in self._lent)
+        is_stuck = stuck * 2 >= self._max or now - self._refused_at < self._longest_lock_wait
+        return self._longest_lock_wait * (0.05 if is_stuck else 0.2)
+
+    def _take(self) -> Connection:
+        deadline = self.request_deadline
         with self._lock:
             if self._away is not None:
                 raise errors.Unavailable()
@@ -170,6 +218,7 @@ class Database:
         """Passes the connection to the longest waiter, or back into the pool; closes it if it is broken."""
         reusable = conn.reusable
         with self._lock:
+            self._lent.discard(conn)
             if reusable and self._away is None and not self._closed:
                 self._pass_on(conn)
             else:
@@ -193,6 +242,16 @@ class Database:
                 while self._idle:
                     self._drop(self._idle.pop())
                 self._connection_needed.notify()
+
+    def describe_blocker(self, conn: Connection) -> str | None:
+        """Which session probably keeps a lock: the one with the oldest transaction. Looked up at most once a second."""
+        self._refused_at = time.monotonic()
+        if self._refused_at - self._described_at > 1:
+            self._described_at = self._refused_at
+            with contextlib.suppress(psycopg2.Error, errors.Busy):
+                found = conn.execute(OLDEST_TRANSACTION)
+                self._blocker = found[0]["text"] if found else None
+        return self._blocker
 
     def _drop(self, conn: Connection) -> None:
         self._open -= 1
@@ -293,12 +352,16 @@ class BorrowedConnection:
         return self._conn
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        refused: BaseException | None = exc
         if isinstance(exc, psycopg2.Error):
             self._database.note_failure(self._conn, exc)
+            refused = translate(exc)
         if self._joined is None:
+            if isinstance(exc.__cause__ if isinstance(exc, errors.Busy) else exc, pg.LockNotAvailable):
+                refused = errors.Busy(self._database.describe_blocker(self._conn))
             self._database.give_back(self._conn)
-        if isinstance(exc, psycopg2.Error):
-            raise translate(exc) from exc
+        if refused is not None and refused is not exc:
+            raise refused from exc
 
 
 class DedicatedConnection:
@@ -309,19 +372,23 @@ class DedicatedConnection:
         self._conn: Connection | None = None
 
     @contextlib.contextmanager
-    def use(self, timeout: float | None = None) -> Iterator[Connection]:
-        """Raises like `Database.connection`; `timeout` in seconds, by default that of the database."""
+    def use(self, timeout: float | None = None, lock_seconds: float | None = None) -> Iterator[Connection]:
+        """Raises like `Database.connection`; `timeout` in seconds, by default that of the database.
+
+        `lock_seconds`: for which a statement may wait for a lock.
+        """
         try:
             if self._conn is None or not self._conn.usable:
                 self.close()
                 self._conn = self._database.connect(self._name)
             self._conn.deadline = time.monotonic() + (timeout or self._database.timeout - SLACK)
+            self._conn.lock_seconds = lock_seconds
             yield self._conn
         except psycopg2.Error as exc:
             # `timeout` may be short; then the end of a statement by the watchdog says nothing about the server.
             if self._conn is not None and (self._conn.seconds_taken > SILENCE or exc.pgcode in WRONG_SERVER):
                 self._database.note_failure(self._conn, exc)
-            if not isinstance(exc, pgx.QueryCanceledError):
+            if not isinstance(exc, pgx.QueryCanceledError | pg.LockNotAvailable):
                 self.close()
             raise translate(exc) from exc
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 from flask import Blueprint, Response
 
 from loom import db, instances
-from loom.http import answer
+from loom.http import answer, parse
 
 bp = Blueprint("instances", __name__, url_prefix="/api/v1/instances")
 
 
 @bp.get("")
-def list_all() -> Response:
+@parse.query(*parse.PAGE)
+def some() -> Response:
+    after = parse.cursor(tuple[str, str])
     with db.connection() as conn:
-        return answer.json(instances.rows(conn))
+        return answer.page(
+            lambda limit: instances.some(conn, after=after, limit=limit),
+            lambda row: (row.started_at.isoformat(), row.instance_id),
+        )
 
 
 @bp.get("/<instance_id>")

@@ -38,33 +38,49 @@ BEGIN
               ORDER BY id FOR NO KEY UPDATE
     LOOP
         IF try_name('bead:' || b.id) THEN
-            -- A lease that is over has lapsed: the agent may have been told so.
-            PERFORM reopen_bead(
-                b, CASE WHEN b.lease_expires_at > clock_timestamp() THEN 'agent-died' ELSE 'lapsed' END);
+            PERFORM reopen_bead(b, how_ended(b));
         ELSE
             UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
         END IF;
     END LOOP;
 END $$;
 
--- Marks an agent dead that has missed its heartbeats; its beads are open again. False when it is alive, or when its
--- name is locked or held from outside.
-CREATE OR REPLACE FUNCTION end_dead_agent(agent text) RETURNS boolean LANGUAGE plpgsql AS $$
+-- How the claim of a dead agent ended: a lease that is over has lapsed, since the agent may have been told so.
+CREATE OR REPLACE FUNCTION how_ended(b beads) RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN b.lease_expires_at > clock_timestamp() THEN 'agent-died' ELSE 'lapsed' END;
+$$;
+
+-- Ends an agent that has missed its heartbeats: reopens its beads, and marks it dead once none is left. Waits for
+-- nothing. Answers 'dead', null when it is alive, or why it is not marked yet.
+CREATE OR REPLACE FUNCTION end_dead_agent(agent text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     a agents;
+    b beads;
+    seen text[] := '{}';
 BEGIN
     IF NOT try_name('agent:' || agent) THEN
-        RETURN false;
+        RETURN 'its lock is held';
     END IF;
-    PERFORM 1 FROM beads WHERE assigned_to = agent AND fencing_token IS NOT NULL AND status = 'in_progress'
-      ORDER BY id FOR NO KEY UPDATE;
-    SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE;
-    IF NOT FOUND OR a.status = 'dead' OR NOT agent_is_dead(a) THEN
-        RETURN false;
+    SELECT * INTO a FROM agents WHERE id = agent FOR NO KEY UPDATE SKIP LOCKED;
+    IF a.id IS NULL AND EXISTS (SELECT 1 FROM agents WHERE id = agent) THEN
+        RETURN 'its row is locked';
+    ELSIF a.id IS NULL OR a.status = 'dead' OR NOT agent_is_dead(a) THEN
+        RETURN NULL;
     END IF;
-    PERFORM reopen_beads_of(agent);
+    FOR b IN SELECT * FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
+              ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        seen := seen || b.id;
+        IF try_to_reopen(b, how_ended(b)) IS NOT NULL THEN
+            UPDATE beads SET lease_expires_at = LEAST(lease_expires_at, clock_timestamp()) WHERE id = b.id;
+        END IF;
+    END LOOP;
+    IF EXISTS (SELECT 1 FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
+                  AND id <> ALL (seen)) THEN
+        RETURN 'the row of a bead is locked';
+    END IF;
     UPDATE agents SET status = 'dead' WHERE id = agent;
-    RETURN true;
+    RETURN 'dead';
 END $$;
 
 -- A heartbeat of an agent, which names the claims (bead -> token) that it still works on: each is extended by its own

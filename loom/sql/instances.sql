@@ -33,12 +33,9 @@ CREATE OR REPLACE FUNCTION instance_status(status text, last_heartbeat timestamp
 $$;
 
 -- Ends the grants that an instance holds for itself.
-CREATE OR REPLACE FUNCTION end_grants_of_instance(id uuid, how text) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM set_config('loom.ended_how', how, true);
-    DELETE FROM distributed_locks WHERE owner = 'instance:' || id AND expires_at > clock_timestamp();
-    PERFORM set_config('loom.ended_how', '', true);
-END $$;
+CREATE OR REPLACE FUNCTION end_grants_of_instance(id uuid, how text) RETURNS void LANGUAGE sql AS $$
+    SELECT end_grants(ARRAY(SELECT l FROM distributed_locks l WHERE l.owner = 'instance:' || id), how);
+$$;
 
 CREATE OR REPLACE FUNCTION on_instance_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

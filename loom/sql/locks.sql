@@ -1,7 +1,7 @@
 -- Locks: acquire, wait, renew, release, fence; the automatic locks of changes.
 
--- Writes the end of a grant into the history. release_lock() and end_grants_of_instance() tell how it ended by settings of
--- their transaction. Without them, as after a deletion by hand, the end is 'expired' or, before expires_at, 'forced'.
+-- Writes the end of a grant into the history. release_lock() and end_grants() tell how it ended by settings of their
+-- transaction. Without them, as after a deletion by hand, the end is 'expired' or, before expires_at, 'forced'.
 CREATE OR REPLACE FUNCTION end_grant(g distributed_locks) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
@@ -31,6 +31,23 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS locks_truncated ON distributed_locks;
 CREATE TRIGGER locks_truncated BEFORE TRUNCATE ON distributed_locks FOR EACH STATEMENT EXECUTE FUNCTION on_locks_truncated();
+
+-- Ends these grants, if they are still held. It does not wait for a transaction that a grant fences: that grant only
+-- expires, and its lock is free once the transaction has ended.
+CREATE OR REPLACE FUNCTION end_grants(wanted distributed_locks[], how text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF wanted = '{}' THEN
+        RETURN;
+    END IF;
+    PERFORM set_config('loom.ended_how', how, true);
+    DELETE FROM distributed_locks WHERE lock_name IN (
+        SELECT l.lock_name FROM unnest(wanted) AS w
+          JOIN distributed_locks l ON (l.lock_name, l.fencing_token) = (w.lock_name, w.fencing_token)
+         WHERE l.expires_at > clock_timestamp() ORDER BY 1 FOR UPDATE OF l SKIP LOCKED);
+    PERFORM set_config('loom.ended_how', '', true);
+    UPDATE distributed_locks l SET expires_at = clock_timestamp() FROM unnest(wanted) AS w
+     WHERE (l.lock_name, l.fencing_token) = (w.lock_name, w.fencing_token) AND l.expires_at > clock_timestamp();
+END $$;
 
 -- Takes the lock if it is free and no waiter comes before us. The order matters: lock the name, lock the row, read the clock.
 -- outcome: 'new': a new grant; 'same': the grant that this owner already holds, extended; 'held': another owner's grant,
@@ -154,14 +171,20 @@ BEGIN
         RETURNING *;
 END $$;
 
--- Ends a grant that is still held; false if it is not. how: 'released' by its holder, or 'forced' by an operator.
+-- Ends a grant that is still held; false if it is not. how: 'released' by its holder, or 'forced' by an operator. Raises
+-- 55P03 (lock_not_available) while a transaction that the grant fences is running.
 CREATE OR REPLACE FUNCTION release_lock(name text, token bigint, how text, why text) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
     done boolean;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
-    PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR UPDATE;
+    PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        -- Waits for another change of the row, but not for a transaction that the grant fences: others want the name.
+        PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR NO KEY UPDATE;
+        PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR UPDATE NOWAIT;
+    END IF;
     PERFORM set_config('loom.ended_how', how, true), set_config('loom.reason', COALESCE(why, ''), true);
     DELETE FROM distributed_locks
      WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp();

@@ -181,29 +181,20 @@ def heartbeat(
     return msgspec.json.decode(row["beat"], type=Beat)
 
 
-def lapse(conn: db.Connection, writer: Writer, most: int) -> list[dict[str, str]]:
-    """Opens again what nobody has renewed in time. Returns the `bead_id` and `agent_id` of each claim."""
-    row = call(
-        conn,
-        writer,
-        """
-        SELECT COALESCE(jsonb_agg(jsonb_build_object('bead_id', id, 'agent_id', assigned_to)), '[]') AS lapsed
-          FROM lapse_claims(%(most)s)
-        """,
-        most=most,
-    )
-    return row["lapsed"]
+def lapse(conn: db.Connection, writer: Writer, most: int) -> list[dict[str, Any]]:
+    """Reopens beads whose leases have ended: `bead_id`, `agent_id` and, if it could not be reopened, the `problem`."""
+    sql = "SELECT COALESCE(jsonb_agg(c), '[]') AS lapsed FROM lapse_claims(%(most)s) AS c"
+    return call(conn, writer, sql, most=most)["lapsed"]
 
 
-def end_dead_agents(conn: db.Connection, writer: Writer) -> list[str]:
-    """Marks who has missed its heartbeats, each in a transaction of its own; their beads are open again."""
-    silent = call(
-        conn,
-        writer,
-        "SELECT ARRAY(SELECT id FROM agents a WHERE status <> 'dead' AND agent_is_dead(a) ORDER BY id) AS agents",
-    )["agents"]
-    end_one = "SELECT end_dead_agent(%(agent)s) AS ended"
-    return [agent for agent in silent if call(conn, writer, end_one, agent=agent)["ended"]]
+def end_delays(conn: db.Connection, most: int) -> int:
+    """Opens beads whose delay is over, and returns how many."""
+    return db.value(conn, "SELECT end_delays(%(most)s)", most=most)
+
+
+def end_dead_agent(conn: db.Connection, writer: Writer, agent: str) -> str | None:
+    """Reopens the beads of a silent agent and marks it as dead: 'dead', or why it is not; None if it is alive."""
+    return call(conn, writer, "SELECT end_dead_agent(%(agent)s) AS result", agent=agent)["result"]
 
 
 def _claim(row: db.Row) -> Claim:

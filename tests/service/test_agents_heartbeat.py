@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import psycopg2.extensions
 import pytest
 from harness import AppClient
 from harness.locks import Sql, acquire, assert_problem, force
@@ -109,6 +111,40 @@ def test_an_agent_keeps_nobody_elses_claim_alive(work: AppClient, sql: Sql) -> N
     before = get(work, "x")["lease_expires_at"]
     assert beat(work, "b", claims={"x": token}) == {"extended": {}, "lost": {"x": None}}
     assert get(work, "x")["lease_expires_at"] == before
+
+
+@pytest.mark.usefixtures("server_age")
+@pytest.mark.parametrize(
+    ("locked", "problem"),
+    [
+        ("agents WHERE id = 'a'", "its row is locked"),
+        ("beads WHERE id = 'x'", "the row of a bead is locked"),
+    ],
+)
+def test_a_locked_row_keeps_no_other_dead_agent_alive(
+    work: AppClient,
+    sql: Sql,
+    cleaner: Upkeep,
+    session: Callable[[], psycopg2.extensions.connection],
+    caplog: pytest.LogCaptureFixture,
+    locked: str,
+    problem: str,
+) -> None:
+    for agent, key in (("a", "x"), ("b", "y"), ("a", "z")):
+        beat(work, agent)
+        claim(work, key, agent)
+        silent(sql, 200, agent)
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute(f"SELECT FROM {locked} FOR UPDATE")
+        cleaner.clean()
+        assert (status(work), status(work, "b")) == ("idle", "dead")
+        assert (get(work, "x")["status"], get(work, "y")["status"]) == ("in_progress", "open")
+        assert get(work, "z")["status"] == ("open" if "beads" in locked else "in_progress"), "its other bead is free"
+    (skipped,) = (record.fields for record in caplog.records if record.msg == "upkeep-skipped")
+    assert skipped == {"part": "agents", "rows": {"a": problem}}
+    cleaner.clean()
+    assert (status(work), get(work, "x")["status"]) == ("dead", "open")
+    assert_counted(sql)
 
 
 @pytest.mark.usefixtures("server_age")

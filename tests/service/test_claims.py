@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from urllib.parse import quote
 
 import psycopg2.extensions
 import pytest
-from harness import AppClient
+from harness import AppClient, wait_until
 from harness.locks import Sql, acquire, assert_problem, force, instant
 from harness.work import (
     BEADS,
@@ -333,6 +335,75 @@ def test_a_claim_does_not_wait_for_what_others_are_at(
         cursor.execute("SELECT FROM beads WHERE id = 'slow' FOR UPDATE")
         assert [claim_next(work), claim_next(work)] == ["free", None]
     assert [claim_next(work), claim_next(work)] == ["slow", "of b"]
+
+
+def test_a_claim_and_a_lapse_do_not_wait_for_a_write_that_a_file_lock_fences(
+    work: AppClient, sql: Sql, cleaner: Upkeep, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    """The file lock ends with the claim, but nobody else gets the file before that write has ended."""
+    bead(work, "x")
+    claim(work, "x", "b")
+    file = {"file_path": "a.py", "project_id": PROJECT}
+    lock = make(work, "/api/v1/file-locks", **file, agent_id="b", bead_id="x")
+    lapse(sql, "x")
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT loom_fence(%s, %s)", (lock["lock_name"], lock["fencing_token"]))
+        started = time.monotonic()
+        assert claim_next(work) == "x"
+        assert time.monotonic() - started < 1
+        assert work.get("/api/v1/file-locks").json == []
+        assert work.post("/api/v1/file-locks", {**file, "agent_id": "a"}).status == 409
+    assert work.post("/api/v1/file-locks", {**file, "agent_id": "a"}).status == 201
+
+
+def test_a_lapsed_claim_whose_file_lock_is_locked_waits_for_it_and_no_other_does(
+    work: AppClient, sql: Sql, cleaner: Upkeep, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    for key in ("x", "y"):
+        bead(work, key)
+        claim(work, key, "b")
+        make(work, "/api/v1/file-locks", file_path=key, project_id=PROJECT, agent_id="b", bead_id=key)
+        lapse(sql, key)
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT FROM distributed_locks WHERE metadata ->> 'bead_id' = 'x' FOR UPDATE")
+        cleaner.clean()
+        assert (get(work, "x")["status"], get(work, "y")["status"]) == ("in_progress", "open")
+    cleaner.clean()
+    assert get(work, "x")["status"] == "open"
+    assert_counted(sql)
+
+
+def test_a_lapsed_claim_that_cannot_be_ended_is_named_in_the_log_and_stops_no_other(
+    work: AppClient, sql: Sql, cleaner: Upkeep, caplog: pytest.LogCaptureFixture
+) -> None:
+    for key in ("x", "y"):
+        bead(work, key)
+        claim(work, key, "b")
+        lapse(sql, key)
+    sql("UPDATE beads SET lease_expires_at = lease_expires_at - INTERVAL '2 minutes' WHERE id = 'x'")
+    sql("INSERT INTO claims SELECT fencing_token, id, 'b', now(), now(), now(), 'lapsed' FROM beads WHERE id = 'x'")
+    assert claim_next(work) == "y"
+    cleaner.clean()
+    (skipped,) = (record.fields for record in caplog.records if record.msg == "upkeep-skipped")
+    assert skipped["part"] == "claims"
+    assert "claims_pkey" in skipped["rows"]["x"]
+
+
+def test_a_dead_agent_that_claims_and_a_heartbeat_that_names_the_bead_meet_no_deadlock(
+    work: AppClient, sql: Sql, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    """A claim locks the bead before the row of its agent, as a heartbeat does."""
+    bead(work, "x")
+    sql("UPDATE agents SET status = 'dead' WHERE id = 'a'")
+    with session() as heartbeat, heartbeat.cursor() as cursor, ThreadPoolExecutor() as threads:
+        cursor.execute("SELECT FROM beads WHERE id = 'x' FOR NO KEY UPDATE")
+        claiming = threads.submit(claim, work, "x")
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        wait_until(lambda: sql(waits) == [(1,)])
+        cursor.execute("SELECT FROM agents WHERE id = 'a' FOR NO KEY UPDATE NOWAIT")
+        heartbeat.commit()
+        claiming.result()
+    assert work.get("/api/v1/agents/a").json["status"] == "idle"
 
 
 @pytest.mark.parametrize("which", ["x", None])

@@ -177,6 +177,70 @@ def test_too_many_clients_is_not_an_outage(pool: Pool, dsn: str, sql: Sql) -> No
     sql(f"DROP ROLE user_{name}")
 
 
+STUCK = {
+    "row": ("SELECT FROM projects FOR UPDATE", "UPDATE projects SET name = 'x'"),
+    "table": ("LOCK TABLE beads", "SELECT count(*) FROM beads"),
+    "name": (
+        "SELECT pg_advisory_xact_lock(hashtextextended('build', 0))",
+        "SELECT * FROM acquire_lock('build', 'a', NULL, '1 s', NULL, false)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STUCK)
+def test_what_somebody_keeps_locked_holds_up_only_those_who_ask_for_it(
+    pool: Pool, sql: Sql, session: Callable[[], Any], what: str
+) -> None:
+    """Otherwise four times as many requests as there are connections leave none for the others."""
+    database = pool(pool_max=8)
+    lock, request = STUCK[what]
+    sql("INSERT INTO projects (id, name) VALUES ('p', 'p')")
+    told: list[str | None] = []
+    stop = threading.Event()
+
+    def ask_for_what_is_stuck() -> None:
+        while not stop.is_set():
+            try:
+                ask(database, request)
+            except errors.Busy as exc:
+                told.append(exc.detail)
+
+    threads = [threading.Thread(target=ask_for_what_is_stuck) for _ in range(20)]
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute(lock)
+        for thread in threads:
+            thread.start()
+        took: list[float] = []
+        ends = time.monotonic() + 3
+        while time.monotonic() < ends:
+            started = time.monotonic()
+            assert ask(database) == 1
+            took.append(time.monotonic() - started)
+        stop.set()
+        pid = conn.info.backend_pid
+    for thread in threads:
+        thread.join()
+    assert sorted(took)[len(took) * 9 // 10] < 0.5
+    assert max(took) < 1.5
+    assert len(told) > 20
+    assert any(f"session {pid} " in (text or "") for text in told)
+
+
+def test_a_wait_for_a_lock_is_not_cut_short_while_connections_are_left(
+    pool: Pool, session: Callable[[], Any], sql: Sql
+) -> None:
+    database = pool(pool_max=8)
+    sql("INSERT INTO projects (id, name) VALUES ('p', 'p')")
+    answers: list[Any] = []
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT FROM projects FOR UPDATE")
+        thread = threading.Thread(target=lambda: answers.append(ask(database, "SELECT id FROM projects FOR UPDATE")))
+        thread.start()
+        wait_until(lambda: sql(BACKENDS + " AND wait_event_type = 'Lock'", "loom") == [(1,)])
+    thread.join()
+    assert answers == ["p"]
+
+
 # The wrong server
 
 

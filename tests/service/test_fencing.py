@@ -383,7 +383,7 @@ def truncate(conn: db.Connection, number: int) -> None:
 
 
 @pytest.mark.usefixtures("work")
-@pytest.mark.parametrize("end", [force, release, delete, truncate])
+@pytest.mark.parametrize("end", [delete, truncate])
 def test_a_grant_does_not_end_before_the_write_that_it_fences_commits(
     database: db.Database, session: Session, blocked: Run, sql: Sql, end: Callable[..., Any]
 ) -> None:
@@ -396,6 +396,25 @@ def test_a_grant_does_not_end_before_the_write_that_it_fences_commits(
         written: datetime = first(cursor)
     ending.result()
     assert sql("SELECT ended_at FROM grants")[0][0] > written
+
+
+@pytest.mark.parametrize("end", [force, release])
+def test_a_release_is_refused_while_a_transaction_that_the_grant_fences_is_running(
+    database: db.Database, session: Session, sql: Sql, end: Callable[..., Any]
+) -> None:
+    """It does not wait, since it has locked the name of the lock, which others ask for."""
+    with database.connection() as conn:
+        mine = grant(conn)
+    with session() as writer, writer.cursor() as cursor:
+        cursor.execute("SELECT loom_fence('build', %s)", (mine.fencing_token,))
+        started = time.monotonic()
+        with pytest.raises(errors.Busy, match=f"session {writer.info.backend_pid}"), database.connection() as conn:
+            end(conn, mine.fencing_token)
+        assert time.monotonic() - started < 0.5
+        assert sql("SELECT owner FROM distributed_locks") == [(mine.owner,)]
+    with database.connection() as conn:
+        end(conn, mine.fencing_token)
+    assert sql("SELECT count(*) FROM grants") == [(1,)]
 
 
 @pytest.mark.usefixtures("work")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -54,6 +55,40 @@ def test_an_instance_is_listed_with_its_host_and_metadata(client: AppClient, ins
     one = client.get(f"{INSTANCES}/{instance.instance_id}")
     assert one.status == 200
     assert {**one.json, "heartbeat_age_seconds": 0} == {**listed, "heartbeat_age_seconds": 0}
+
+
+def test_the_registry_is_read_page_by_page(client: AppClient, another: Callable[..., str], instance: Instance) -> None:
+    there = [instance.instance_id, *(another() for _ in range(4))]
+    found: list[str] = []
+    page: str | None = f"{INSTANCES}?limit=2"
+    while page:
+        answer = client.get(page)
+        found += [row["instance_id"] for row in answer.json]
+        page = answer.headers["Link"].partition(">")[0][1:] if "Link" in answer.headers else None
+    assert found == there
+    assert_problem(client.get(f"{INSTANCES}?after=WzEsMl0"), 400, "invalid")
+
+
+def test_a_request_of_an_instance_that_must_confirm_itself_has_one_bound(
+    client: AppClient, instance: Instance, session: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one for the wait for another heartbeat, one for its own and one for the request."""
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute("SELECT FROM instances FOR UPDATE")
+        monkeypatch.setattr(instances, "TRUST", -1.0)  # the last heartbeat counts as too old
+        answers: list[tuple[int, float]] = []
+
+        def ask() -> None:
+            started = time.monotonic()
+            answers.append((client.get(INSTANCES).status, time.monotonic() - started))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [status for status, _ in answers] == [503] * 3
+    assert max(seconds for _, seconds in answers) < 5
 
 
 @pytest.mark.parametrize("wrong", ["00000000-0000-0000-0000-000000000000", "not-a-uuid", "%FF", "a%20b"])

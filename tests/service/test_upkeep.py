@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -75,6 +76,116 @@ def test_a_row_that_somebody_is_at_holds_up_nobody(
         cursor.execute("SELECT FROM distributed_locks WHERE lock_name = 'many 3' FOR UPDATE")
         cleaner.clean()
         assert sql("SELECT lock_name FROM distributed_locks") == [("many 3",)]
+
+
+LOCKED = {
+    "distributed_locks": ("locks", "UPDATE distributed_locks SET expires_at = now() - INTERVAL '2 minutes'", "old"),
+    "idempotency_keys": (
+        "idempotency keys",
+        "INSERT INTO idempotency_keys SELECT ('00000000-0000-0000-0000-00000000000' || n)::uuid, 'k', 'POST', '/', '',"
+        " '', 200, '{}', '', now() - INTERVAL '2 days' FROM generate_series(1, 2) AS n",
+        "00000000-0000-0000-0000-000000000001",
+    ),
+    "grants": (
+        "history of grants",
+        "DELETE FROM distributed_locks; UPDATE grants SET ended_at = '2000-01-01',"
+        " fencing_token = fencing_token - (SELECT min(fencing_token) FROM grants) + 1",
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("table", LOCKED)
+def test_a_row_that_stays_locked_is_named_in_the_log_and_no_other_waits_for_it(
+    client: AppClient,
+    sql: Sql,
+    cleaner: Upkeep,
+    session: Callable[[], psycopg2.extensions.connection],
+    caplog: pytest.LogCaptureFixture,
+    table: str,
+) -> None:
+    part, make_old, key = LOCKED[table]
+    for name in ("old", "older"):
+        acquire(client, name)
+    sql(make_old)
+    (ctid,) = sql(f"SELECT min(ctid::text) FROM {table}")[0]
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute(f"SELECT FROM {table} WHERE ctid = %s::tid FOR UPDATE", (ctid,))
+        for _ in range(2):
+            cleaner.clean()
+        assert sql(f"SELECT ctid::text FROM {table}") == [(ctid,)]
+    skipped = [record.fields for record in caplog.records if record.msg == "upkeep-skipped"]
+    assert skipped == [{"part": part, "rows": {key: "its row is locked"}}]
+    cleaner.clean()
+    assert sql(f"SELECT ctid::text FROM {table} WHERE ctid = %s::tid", ctid) == []
+
+
+@pytest.mark.usefixtures("server_age")
+@pytest.mark.parametrize("locked", ["instances", "distributed_locks"])
+def test_a_dead_instance_whose_row_or_grant_is_locked_keeps_no_other_alive(
+    database: db.Database,
+    sql: Sql,
+    cleaner: Upkeep,
+    session: Callable[[], psycopg2.extensions.connection],
+    locked: str,
+) -> None:
+    first, second = (register(sql, timedelta(seconds=61)) for _ in range(2))
+    with database.connection() as conn:
+        for one in (first, second):
+            locks.acquire(conn, one, f"instance:{one}", MINUTE, instance_id=one)
+    with session() as holder, holder.cursor() as cursor:
+        cursor.execute(f"SELECT FROM {locked} WHERE instance_id = %s FOR UPDATE", (first,))
+        cleaner.clean()
+        status = "SELECT status FROM instances WHERE instance_id = %s"
+        assert (sql(status, first), sql(status, second)) == ([("active",)], [("dead",)])
+    cleaner.clean()
+    assert sql(status, first) == [("dead",)]
+    assert sql("SELECT lock_name FROM distributed_locks") == []
+
+
+@pytest.mark.usefixtures("server_age")
+def test_a_dead_instance_does_not_wait_for_a_write_that_its_grant_fences(
+    database: db.Database, sql: Sql, cleaner: Upkeep, session: Callable[[], psycopg2.extensions.connection]
+) -> None:
+    one = register(sql, timedelta(seconds=61))
+    with database.connection() as conn:
+        got = locks.acquire(conn, "mine", f"instance:{one}", MINUTE, instance_id=one).grant
+        assert got is not None
+        with session() as writer, writer.cursor() as cursor:
+            cursor.execute("SELECT loom_fence('mine', %s)", (got.fencing_token,))
+            cleaner.clean()
+            assert sql("SELECT status FROM instances WHERE instance_id = %s", one) == [("dead",)]
+            assert not locks.acquire(conn, "mine", "next", MINUTE).granted
+        assert locks.acquire(conn, "mine", "next", MINUTE).granted
+
+
+def test_a_row_that_fails_is_named_in_the_log_and_the_others_go(
+    client: AppClient, sql: Sql, cleaner: Upkeep, caplog: pytest.LogCaptureFixture
+) -> None:
+    many_expired(sql, 10)
+    sql("UPDATE distributed_locks SET expires_at = expires_at - INTERVAL '2 minutes'")
+    sql("INSERT INTO grants SELECT *, now(), 'expired' FROM distributed_locks WHERE lock_name = 'many 3'")
+    cleaner.clean()
+    assert sql("SELECT lock_name FROM distributed_locks") == [("many 3",)]
+    (skipped,) = (record.fields for record in caplog.records if record.msg == "upkeep-skipped")
+    assert "grants_pkey" in skipped["rows"]["many 3"]
+
+
+@pytest.mark.parametrize("table", ["distributed_locks", "lock_waiters", "instances", "agents", "beads", "events"])
+def test_a_part_whose_table_is_locked_holds_up_no_other(
+    sql: Sql,
+    cleaner: Upkeep,
+    instance: Instance,
+    session: Callable[[], psycopg2.extensions.connection],
+    table: str,
+) -> None:
+    sql("INSERT INTO idempotency_keys VALUES (md5('')::uuid, '', '', '', '', '', 200, '{}', '', '2000-01-01')")
+    with session() as conn, conn.cursor() as cursor:
+        cursor.execute(f"LOCK TABLE {table}")
+        started = time.monotonic()
+        cleaner.clean()
+        assert time.monotonic() - started < 3
+        assert sql("SELECT 1 FROM idempotency_keys") == []
 
 
 def test_places_of_waiters_that_are_gone_disappear(database: db.Database, sql: Sql, cleaner: Upkeep) -> None:
