@@ -23,7 +23,7 @@ from loom import db, embedded
 SUPERUSER = "loom"
 TEMPLATE = "loom_template"
 MEMORY = "/dev/shm"
-MEMORY_BYTES = 2 * 2**30  # a server takes 100 to 400 MB, mostly WAL; a container's /dev/shm often has only 64 MB
+MEMORY_BYTES = 2 * 2**30  # a server takes 80 to 300 MB; a container's /dev/shm often has only 64 MB
 _numbers = itertools.count(1)
 
 
@@ -94,6 +94,7 @@ class Postgres:
             "shared_buffers": "64MB",
             "wal_level": "replica",
             "max_wal_size": "256MB",
+            "dynamic_shared_memory_type": "mmap",  # in the data folder: a killed server leaves nothing in /dev/shm
             **(settings or {}),
         }
         self._has_template = False
