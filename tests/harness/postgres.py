@@ -99,8 +99,10 @@ class Postgres:
         }
         self._has_template = False
         self.start()
-        newer = self.query("SELECT current_setting('server_version_num')::int >= 150000")[0][0]
-        self._strategy = "STRATEGY FILE_COPY" if newer else ""  # the default writes each page to the WAL, too
+        version_number = self.query("SELECT current_setting('server_version_num')::int")[0][0]
+        # Otherwise each page is written to the WAL, too.
+        self._strategy = "STRATEGY FILE_COPY" if version_number >= 150000 else ""
+        self._force = "WITH (FORCE)" if version_number >= 130000 else ""
 
     @property
     def pid(self) -> int:
@@ -184,8 +186,9 @@ class Postgres:
     def drop(self, database: str) -> None:
         """Remove a database and end its sessions, if the server runs."""
         if self.process is not None and self.process.runs:
-            self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
-            self.query(f"DROP DATABASE IF EXISTS {database}")
+            if not self._force:
+                self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
+            self.query(f"DROP DATABASE IF EXISTS {database} {self._force}")
 
     def close(self) -> None:
         """Stop it and remove its folder."""
