@@ -11,7 +11,7 @@ from harness.locks import Sql
 from harness.race import Race
 
 PLANTED = Path(__file__).with_name("planted")
-ROUND = 3  # seconds
+ROUND = 6  # seconds
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_the_race_checker_finds(
     module: str, strikes: tuple[str, ...], seen: str, start_cluster: Callable[..., Cluster], sql: Sql, seed: int
 ) -> None:
     cluster = start_cluster(app=f"{module}:app", env={"PYTHONPATH": str(PLANTED)}, config="server: {threads: 96}")
-    for number in range(40):
+    for number in range(20):
         race = Race(cluster, f"race-{number}", f"{seed}/{number}", strikes)
         race.run(ROUND)
         broken = [text for text in race.violations(sql) if seen in text]

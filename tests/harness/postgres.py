@@ -23,7 +23,7 @@ from loom import db, embedded
 SUPERUSER = "loom"
 TEMPLATE = "loom_template"
 MEMORY = "/dev/shm"
-MEMORY_BYTES = 2 * 2**30  # a server takes 100 to 400 MB, mostly WAL; a container's /dev/shm often has only 64 MB
+MEMORY_BYTES = 2 * 2**30  # a server takes 80 to 300 MB; a container's /dev/shm often has only 64 MB
 _numbers = itertools.count(1)
 
 
@@ -94,12 +94,15 @@ class Postgres:
             "shared_buffers": "64MB",
             "wal_level": "replica",
             "max_wal_size": "256MB",
+            "dynamic_shared_memory_type": "mmap",  # in the data folder: a killed server leaves nothing in /dev/shm
             **(settings or {}),
         }
         self._has_template = False
         self.start()
-        newer = self.query("SELECT current_setting('server_version_num')::int >= 150000")[0][0]
-        self._strategy = "STRATEGY FILE_COPY" if newer else ""  # the default writes each page to the WAL, too
+        version_number = self.query("SELECT current_setting('server_version_num')::int")[0][0]
+        # Otherwise each page is written to the WAL, too.
+        self._strategy = "STRATEGY FILE_COPY" if version_number >= 150000 else ""
+        self._force = "WITH (FORCE)" if version_number >= 130000 else ""
 
     @property
     def pid(self) -> int:
@@ -183,8 +186,9 @@ class Postgres:
     def drop(self, database: str) -> None:
         """Remove a database and end its sessions, if the server runs."""
         if self.process is not None and self.process.runs:
-            self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
-            self.query(f"DROP DATABASE IF EXISTS {database}")
+            if not self._force:
+                self.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", database)
+            self.query(f"DROP DATABASE IF EXISTS {database} {self._force}")
 
     def close(self) -> None:
         """Stop it and remove its folder."""

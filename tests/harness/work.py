@@ -139,5 +139,6 @@ COUNTED = [
 
 def assert_counted(sql: Sql) -> None:
     """Every counter and index equals what a recount gives."""
-    wrong = [row for query in COUNTED for row in sql(query)]
+    each = ", ".join(f"(SELECT json_agg(wrong) FROM ({query}) AS wrong)" for query in COUNTED)
+    wrong = [rows for rows in sql(f"SELECT {each}")[0] if rows is not None]
     assert not wrong, wrong
