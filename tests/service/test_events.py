@@ -432,7 +432,7 @@ def test_who_waits_is_told_soon_after_the_commit(client: AppClient, cursor: int,
         delays.append(time.monotonic() - committed)
         assert ids(found) == [f"bd-{i}"]
     assert max(delays) < 1 + MARGIN
-    assert sorted(delays)[2] < 0.5
+    assert sorted(delays)[5] < 0.75
 
 
 def test_who_waits_in_vain_is_told_after_the_time_it_gave(client: AppClient, cursor: int) -> None:
@@ -515,14 +515,14 @@ def test_readers_that_wait_leave_threads_for_the_others(start_cluster: Callable[
         waited = client.post(f"{LOCKS}l1", {"owner": "another", "wait_seconds": 1, "ttl_seconds": 30})
         assert waited.status == 409
         sql(BEADS, 1, 1)
-        wait_until(lambda: len(told) == 40)
+        wait_until(lambda: len(told) == 40, 5 + MARGIN)
     finally:
         sql(BEADS, 2, 2)
         over.set()
         for reader in readers:
             reader.join()
     assert refused
-    assert worst < 5
+    assert worst < 1 + MARGIN
 
 
 def test_readers_leave_room_for_who_waits_for_a_lock(dsn: str, app: Flask, cursor: int, sql: Sql, wait: Wait) -> None:
