@@ -96,7 +96,7 @@ def test_every_answer_is_described_in_the_contract(
         )
     ]
     try:
-        said = [run.communicate(timeout=1200 if long else 240)[0] for run in runs]
+        said = [run.communicate(timeout=1200 if long else 500)[0] for run in runs]
     finally:
         for run in runs:
             run.kill()

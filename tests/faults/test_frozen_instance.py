@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from harness import Cluster, wait_until
+from harness import MARGIN, Cluster, wait_until
 from harness.client import Answer
 from harness.history import grants
 from harness.locks import BUILD, LOCKS, Sql, acquire, release
@@ -27,8 +27,8 @@ def test_an_instance_removed_while_frozen_comes_back_with_a_new_id(
         assert cluster.health(1)["active_instances"] == 1  # type: ignore[index]
         assert [grant.ended_how for grant in grants(sql, "own")] == ["owner-died"]
         time.sleep(6)  # its next heartbeat is due
-    wait_until(lambda: (after := cluster.health(0)) and after["instance_id"] != before["instance_id"])
-    cluster.wait_healthy()
+    wait_until(lambda: (after := cluster.health(0)) and after["instance_id"] != before["instance_id"], 2 + MARGIN)
+    cluster.wait_healthy(timeout=2 + MARGIN)
     assert sql("SELECT 1 FROM instances WHERE instance_id = %s", before["instance_id"]) == []
     cluster.kill(0)
     wait_until(lambda: sql("SELECT count(*) FROM instances WHERE status = 'dead'") == [(1,)])
@@ -75,12 +75,12 @@ def test_a_waiter_at_a_frozen_instance_is_skipped(cluster: Cluster, sql: Sql) ->
     with cluster.frozen(0):
         time.sleep(2.1)  # a place lasts 2 s after its last request
         release(cluster.client(2), token)
-        wait_until(lambda: "awake" in answers)
+        wait_until(lambda: "awake" in answers, 1 + MARGIN)
     assert answers["awake"].status == 201
     time.sleep(0.5)
     assert "frozen" not in answers
     release(cluster.client(2), answers["awake"].json["fencing_token"])
-    wait_until(lambda: "frozen" in answers)
+    wait_until(lambda: "frozen" in answers, 2 + MARGIN)
     assert answers["frozen"].status == 201
     assert answers["frozen"].json["fencing_token"] > answers["awake"].json["fencing_token"]
     for thread in threads:

@@ -61,7 +61,7 @@ def test_no_read_fails_when_a_master_or_a_whole_host_is_killed(start_cluster: Ca
     with Load([cluster.nginx_url], READS + WRITES, pause=0.01) as load:
         time.sleep(0.3)
         cluster.masters[0].send(signal.SIGKILL)
-        wait_until(lambda: sql("SELECT 1 FROM instances WHERE instance_id = %s", ids[0]) == [])
+        wait_until(lambda: sql("SELECT 1 FROM instances WHERE instance_id = %s", ids[0]) == [], 5 + MARGIN)
         assert cluster.health(2)["active_instances"] == 2  # type: ignore[index]
         os.kill(cluster.pid(1), signal.SIGSTOP)  # so that it cannot see its master go
         cluster.masters[1].send(signal.SIGKILL)

@@ -113,7 +113,7 @@ class Cluster:
         self.masters[i] = self._start(i)
         self.wait_serving(i)
 
-    def wait_serving(self, i: int, timeout: float = 20.0) -> None:
+    def wait_serving(self, i: int, timeout: float = 60.0) -> None:
         """Wait until instance i answers anything, even 503."""
 
         def serves() -> bool:
@@ -129,7 +129,7 @@ class Cluster:
             return client.get("/health").json
         return None
 
-    def wait_healthy(self, count: int | None = None, timeout: float = 20.0) -> None:
+    def wait_healthy(self, count: int | None = None, timeout: float = 60.0) -> None:
         """Wait until each instance is healthy and counts `count` (all, by default) active ones."""
         wanted = len(self.ports) if count is None else count
 

@@ -432,7 +432,7 @@ def test_who_waits_is_told_soon_after_the_commit(client: AppClient, cursor: int,
         delays.append(time.monotonic() - committed)
         assert ids(found) == [f"bd-{i}"]
     assert max(delays) < 1 + MARGIN
-    assert sorted(delays)[2] < 0.5
+    assert sorted(delays)[5] < 0.75
 
 
 def test_who_waits_in_vain_is_told_after_the_time_it_gave(client: AppClient, cursor: int) -> None:
@@ -501,7 +501,7 @@ def test_readers_that_wait_take_no_thread(start_cluster: Callable[..., Cluster],
         sql(BEADS, 1, 1)
         answers = [reader.result(10) for reader in readers]
     assert all(len(answer.json["events"]) == 1 and "Retry-After" not in answer.headers for answer in answers)
-    assert worst < 5
+    assert worst < 1 + MARGIN
 
 
 def test_readers_leave_room_for_who_waits_for_a_lock(dsn: str, app: Flask, cursor: int, sql: Sql, wait: Wait) -> None:
