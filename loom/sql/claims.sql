@@ -100,13 +100,6 @@ BEGIN
     END LOOP;
 END $$;
 
--- Whether a lease or a delay is over. Inlined by the planner. Not EXISTS, for which it may choose to read all beads.
-CREATE OR REPLACE FUNCTION any_bead_due(t timestamptz) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT (SELECT status FROM beads
-             WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
-             ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL;
-$$;
-
 -- Opens beads whose delay is over, at most `batch`; returns how many.
 CREATE OR REPLACE FUNCTION end_delays(batch integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -123,8 +116,12 @@ END $$;
 
 -- Opens what the clock has opened, before a claim: beads whose lease or delay is over.
 CREATE OR REPLACE FUNCTION wake_beads(agent text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
 BEGIN
-    IF any_bead_due(clock_timestamp()) THEN
+    -- The first one, which the index answers: for EXISTS the planner may choose to read all beads.
+    IF (SELECT status FROM beads WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
+         ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL THEN
         PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE; -- first our own agent's: the others are only tried
         PERFORM lapse_claims(50);
         PERFORM end_delays(20);
@@ -169,7 +166,9 @@ BEGIN
            AND NOT EXISTS (SELECT 1 FROM distributed_locks
                             WHERE lock_name IN ('bead:' || bead, 'agent:' || agent) AND expires_at > t)
            AND (SELECT fencing_identity FROM cluster) = fencing_identity_now()
-           AND NOT any_bead_due(t)
+           AND (SELECT status FROM beads
+                 WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
+                 ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NULL
            AND NOT EXISTS (SELECT 1 FROM beads
                             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent)));
     IF NOT FOUND THEN
