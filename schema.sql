@@ -450,6 +450,7 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 \ir loom/sql/config.sql
 \ir loom/sql/agents.sql
 \ir loom/sql/beads.sql
+\ir loom/sql/lapses.sql
 \ir loom/sql/claims.sql
 \ir loom/sql/file_locks.sql
 \ir loom/sql/idempotency.sql

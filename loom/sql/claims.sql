@@ -1,8 +1,8 @@
 -- Claims: which agent works on which bead, until when.
 --
--- The order of locking, also in agents.sql: names, the graph of the beads, beads by id, agents by id. A function that
--- needs more beads, names or agents while it has an agent's row only tries to lock them, and skips those that are
--- locked.
+-- The order of locking, also in agents.sql and lapses.sql: names, the graph of the beads, beads by id, agents by id. A
+-- function that needs more beads, names or agents while it has an agent's row only tries to lock them, and skips those
+-- that are locked.
 
 -- The file locks that end with the claim of a bead.
 CREATE OR REPLACE FUNCTION file_locks_of(bead text) RETURNS SETOF distributed_locks LANGUAGE sql STABLE AS $$
@@ -57,80 +57,6 @@ BEGIN
     RETURN b;
 END $$;
 
--- Reopens a bead whose claim is over, unless it would have to wait: for the bead's name, its agent's row, a file lock.
--- Answers null, or why it is not done. An error of this bead does not affect the others. The caller has locked its row.
-CREATE OR REPLACE FUNCTION try_to_reopen(b beads, how text) RETURNS text LANGUAGE plpgsql AS $$
-BEGIN
-    IF NOT try_name('bead:' || b.id) THEN
-        RETURN 'its lock is held';
-    END IF;
-    PERFORM 1 FROM agents WHERE id = b.assigned_to FOR NO KEY UPDATE SKIP LOCKED;
-    IF NOT FOUND AND EXISTS (SELECT 1 FROM agents WHERE id = b.assigned_to) THEN
-        RETURN 'the row of its agent is locked';
-    ELSIF (SELECT count(*) FROM file_locks_of(b.id)) > (SELECT count(*) FROM (
-            SELECT 1 FROM distributed_locks WHERE lock_name IN (SELECT lock_name FROM file_locks_of(b.id))
-               FOR NO KEY UPDATE SKIP LOCKED) AS locked) THEN
-        RETURN 'the row of a file lock is locked';
-    END IF;
-    PERFORM reopen_bead(b, how);
-    RETURN NULL;
-EXCEPTION WHEN OTHERS THEN
-    RETURN SQLERRM;
-END $$;
-
--- Reopens beads whose leases nobody has renewed in time, at most `batch`. Skips locked rows, and beads whose names are
--- held from outside. problem: why a bead was not reopened.
-CREATE OR REPLACE FUNCTION lapse_claims(batch integer, OUT bead_id text, OUT agent_id text, OUT problem text)
-RETURNS SETOF record LANGUAGE plpgsql AS $$
-DECLARE
-    t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
-    done integer := 0;
-    b beads;
-BEGIN
-    -- Beyond the batch, too: those that cannot be reopened now must not hide the others.
-    FOR b IN SELECT * FROM beads WHERE status = 'in_progress' AND wakes_at(not_before, lease_expires_at) <= t
-              ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 20 * batch FOR NO KEY UPDATE SKIP LOCKED
-    LOOP
-        bead_id := b.id;
-        agent_id := b.assigned_to;
-        problem := try_to_reopen(b, 'lapsed');
-        done := done + (problem IS NULL)::int;
-        RETURN NEXT;
-        EXIT WHEN done = batch;
-    END LOOP;
-END $$;
-
--- Whether a lease or a delay is over. Inlined by the planner. Not EXISTS, for which it may choose to read all beads.
-CREATE OR REPLACE FUNCTION any_bead_due(t timestamptz) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT (SELECT status FROM beads
-             WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
-             ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL;
-$$;
-
--- Opens beads whose delay is over, at most `batch`; returns how many.
-CREATE OR REPLACE FUNCTION end_delays(batch integer) RETURNS integer LANGUAGE plpgsql AS $$
-DECLARE
-    t timestamptz := clock_timestamp();
-    n integer;
-BEGIN
-    -- An array: for a subquery of unknown length the planner may choose to read all beads.
-    UPDATE beads SET not_before = NULL WHERE id = ANY (ARRAY(
-        SELECT id FROM beads WHERE status = 'open' AND wakes_at(not_before, lease_expires_at) <= t
-         ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT batch FOR NO KEY UPDATE SKIP LOCKED));
-    GET DIAGNOSTICS n = ROW_COUNT;
-    RETURN n;
-END $$;
-
--- Opens what the clock has opened, before a claim: beads whose lease or delay is over.
-CREATE OR REPLACE FUNCTION wake_beads(agent text) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    IF any_bead_due(clock_timestamp()) THEN
-        PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE; -- first our own agent's: the others are only tried
-        PERFORM lapse_claims(50);
-        PERFORM end_delays(20);
-    END IF;
-END $$;
-
 -- The detail of 'agent-busy', when the agent has as many claims as it may have; else null.
 CREATE OR REPLACE FUNCTION agent_busy(agent text) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT jsonb_build_object('beads', ARRAY(
@@ -169,7 +95,9 @@ BEGIN
            AND NOT EXISTS (SELECT 1 FROM distributed_locks
                             WHERE lock_name IN ('bead:' || bead, 'agent:' || agent) AND expires_at > t)
            AND (SELECT fencing_identity FROM cluster) = fencing_identity_now()
-           AND NOT any_bead_due(t)
+           AND (SELECT status FROM beads
+                 WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
+                 ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NULL
            AND NOT EXISTS (SELECT 1 FROM beads
                             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent)));
     IF NOT FOUND THEN
@@ -191,10 +119,10 @@ RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT id <> ALL (passed) AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted);
 $$;
 
--- Locks the best ready bead that is reserved for nobody, and not worse than `other`; skips locked rows. With a filter by
--- types or tags it looks at the first 200 beads, and if none fits, for the best of each type or for all with the tags:
--- to read on in order took 300 ms for a type that few of 500,000 beads have. One statement for a project and for all
--- cannot use the index of a project.
+-- Locks the best ready bead that is reserved for nobody, and not worse than `other`; skips locked rows. With a filter
+-- by types or tags it looks at the first 200 beads, and if none fits, for the best of each type or for all with the
+-- tags: to read on in order took 300 ms for a type that few of 500,000 beads have. One statement for a project and for
+-- all cannot use the index of a project.
 CREATE OR REPLACE FUNCTION pick_free_bead(other beads, project text, passed text[], kinds text[], wanted text[])
 RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
@@ -276,8 +204,8 @@ DECLARE
     bead json;
     passed text[]; -- held from outside, or locked by others
 BEGIN
-    -- The usual case: nothing must be done first, and no bead is reserved for the agent; start_claim() checks that. It is
-    -- the same claim as below in fewer statements: the general way takes 1.4 times the instructions.
+    -- The usual case: nothing must be done first, and no bead is reserved for the agent; start_claim() checks that. It
+    -- is the same claim as below in fewer statements: the general way takes 1.4 times the instructions.
     IF fences IS NULL THEN
         PERFORM pg_advisory_xact_lock(hashtextextended('agent:' || agent, 0));
         IF project IS NULL AND kinds IS NULL AND wanted IS NULL THEN

@@ -171,8 +171,8 @@ BEGIN
         RETURNING *;
 END $$;
 
--- Ends a grant that is still held; false if it is not. how: 'released' by its holder, or 'forced' by an operator. Raises
--- 55P03 (lock_not_available) while a transaction that the grant fences is running.
+-- Ends a grant that is still held; false if it is not. how: 'released' by its holder, or 'forced' by an operator.
+-- Raises 55P03 (lock_not_available) while a transaction that the grant fences is running.
 CREATE OR REPLACE FUNCTION release_lock(name text, token bigint, how text, why text) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE

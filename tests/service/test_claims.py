@@ -99,6 +99,64 @@ def test_an_agent_gets_only_what_it_asks_for(work: AppClient) -> None:
     assert_problem(work.post(f"{BEADS}/claim", {"agent_id": "a", "project_id": "none"}), 400, "invalid")
 
 
+@pytest.fixture
+def many(sql: Sql) -> Callable[[str, str], None]:
+    """Adds 20,000 beads that are open, and have these columns besides."""
+
+    def add(columns: str, values: str) -> None:
+        sql(
+            f"SET session_replication_role = replica; INSERT INTO beads (id, title, project_id, {columns})"
+            f" SELECT 'many-' || n, 't', '{PROJECT}', {values} FROM generate_series(1, 20000) AS n"
+        )
+        sql("VACUUM ANALYZE beads")
+
+    return add
+
+
+def pages_read(sql: Sql, statement: str) -> int:
+    """The pages that a statement looks at, including those of the functions that it calls."""
+    sql(statement)  # the first time in a database, catalogs are read, too
+    ((explained,),) = sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}")
+    return explained[0]["Plan"]["Shared Hit Blocks"] + explained[0]["Plan"]["Shared Read Blocks"]
+
+
+FILTERS = {
+    "type": "claim_next('a', 60, NULL, NULL, '{rare}', NULL)",
+    "one of two types": "claim_next('a', 60, NULL, NULL, '{none,rare}', NULL)",
+    "type in a project": f"claim_next('a', 60, NULL, '{PROJECT}', '{{rare}}', NULL)",
+    "tag": "claim_next('a', 60, NULL, NULL, NULL, '{rare}')",
+    "tag in a project": f"claim_next('a', 60, NULL, '{PROJECT}', NULL, '{{rare}}')",
+    "tag and type": "claim_next('a', 60, NULL, NULL, '{rare}', '{rare}')",
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_filter_that_few_of_many_ready_beads_fit_does_not_read_the_others(
+    work: AppClient, sql: Sql, many: Callable[[str, str], None], name: str
+) -> None:
+    many("type, tags", "'task', CASE WHEN n % 2 = 0 THEN '{common}' ELSE '{}' END::text[]")
+    assert pages_read(sql, f"SELECT {FILTERS[name]}") < 2500, "nothing fits"
+    for priority, key in ((3, "later"), (2, "soon")):
+        bead(work, key, type="rare", tags=["common", "rare"], priority=priority)
+    sql("UPDATE beads SET created_at = '2100-01-01' WHERE id = 'soon'")
+    assert sql(f"SELECT {FILTERS[name]} -> 'bead' ->> 'id'") == [("soon",)]
+    assert sql(f"SELECT {FILTERS[name]} -> 'bead' ->> 'id'") == [("later",)]
+
+
+def test_a_claim_takes_a_moment_when_many_delays_are_over(
+    work: AppClient, sql: Sql, many: Callable[[str, str], None], cleaner: Upkeep
+) -> None:
+    """And a lapsed lease behind them is not hidden by them."""
+    bead(work, "lapsed")
+    claim(work, "lapsed", "b")
+    lapse(sql, "lapsed")
+    many("not_before", "clock_timestamp() - INTERVAL '1 hour'")
+    assert pages_read(sql, "SELECT claim_next('a', 60, NULL)") < 5000
+    assert get(work, "lapsed")["attempts"] == 1
+    cleaner.clean()
+    assert sql("SELECT count(*) FROM beads WHERE not_before IS NOT NULL") == [(0,)]
+
+
 def test_a_reserved_bead_is_nobody_elses(work: AppClient) -> None:
     bead(work, "mine", assigned_to="a", priority=2)
     bead(work, "better", priority=1)
