@@ -18,8 +18,8 @@ import psycopg2
 import psycopg2.extensions as pgx
 
 from loom import errors
-from loom.config import mask
 from loom.db.connection import SILENCE, SLACK, WRONG_SERVER, Connection, translate
+from loom.dsn import connect_problem
 
 log = logging.getLogger("loom.db")
 
@@ -234,7 +234,7 @@ class Database:
             try:
                 conn = self.connect(self.application_name)
             except Exception as exc:
-                why = mask(str(exc).strip()) or type(exc).__name__
+                why = connect_problem(str(exc)) or type(exc).__name__
             with self._lock:
                 self._connecting_since = None
                 if conn is None:
@@ -311,6 +311,7 @@ class DedicatedConnection:
     @contextlib.contextmanager
     def use(self, timeout: float | None = None) -> Iterator[Connection]:
         """Raises like `Database.connection`; `timeout` in seconds, by default that of the database."""
+        former = self._conn
         try:
             if self._conn is None or not self._conn.usable:
                 self.close()
@@ -318,9 +319,11 @@ class DedicatedConnection:
             self._conn.deadline = time.monotonic() + (timeout or self._database.timeout - SLACK)
             yield self._conn
         except psycopg2.Error as exc:
+            conn = self._conn or former
             # `timeout` may be short; then the end of a statement by the watchdog says nothing about the server.
-            if self._conn is not None and (self._conn.seconds_taken > SILENCE or exc.pgcode in WRONG_SERVER):
-                self._database.note_failure(self._conn, exc)
+            ended = conn is not None and conn.lost and not conn.was_cut
+            if conn is not None and (ended or conn.seconds_taken > SILENCE or exc.pgcode in WRONG_SERVER):
+                self._database.note_failure(conn, exc)
             if not isinstance(exc, pgx.QueryCanceledError):
                 self.close()
             raise translate(exc) from exc
