@@ -29,8 +29,7 @@ def operation(method: str, path: str) -> tuple[str, dict[str, Any]] | None:
     for pattern, template in _patterns():
         if pattern.fullmatch(path):
             found = document()["paths"][template].get(method.lower())
-            if found is not None:
-                return template, found
+            return (template, found) if found is not None else None
     return None
 
 
