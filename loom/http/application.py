@@ -108,11 +108,11 @@ class Application(Flask):
         """
         db.default().start_request(request.environ.pop(RECEIVED, None))
         before_view()
-        if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):
-            check_query(self.view_functions[request.endpoint])
         methods = self.static_paths.get(request.path)
         if methods is not None and request.method not in methods:
             raise MethodNotAllowed(sorted(methods))
+        if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):
+            check_query(self.view_functions[request.endpoint])
         me = registry.current
         if me is not None and not me.fresh and not request.path.startswith(ALWAYS_SERVED):
             me.confirm()

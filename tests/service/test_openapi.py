@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import jsonschema_rs
 import msgspec
@@ -238,6 +239,19 @@ def test_a_body_is_required_where_it_says_so(client: AppClient) -> None:
             answer = client.request(method.upper(), re.sub("{[^}]*}", "x", path))
             required = operation["requestBody"].get("required", False)
             assert (answer.status == 400) == required, (method, path, answer)
+
+
+def test_a_default_may_be_sent(client: AppClient) -> None:
+    """Generated clients send the defaults of the contract."""
+    sent = 0
+    for method, path, operation in operations():
+        parameters = [contract.resolved(parameter) for parameter in operation["parameters"]]
+        defaults = {p["name"]: p["schema"]["default"] for p in parameters if "default" in p["schema"]}
+        if method == "get" and defaults:
+            answer = client.get(f"{re.sub('{[^}]*}', 'x', path)}?{urlencode(defaults)}")
+            assert answer.status in (200, 404), (path, answer)
+            sent += 1
+    assert sent > 5
 
 
 def test_every_example_is_accepted_as_a_body(client: AppClient) -> None:
