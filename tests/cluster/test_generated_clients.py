@@ -131,44 +131,25 @@ def test_a_client_by_openapi_generator_for_python(folder: Path, port: int, monke
     smoke(clients.of_openapi_generator(port))
 
 
+def run_typescript(script: str, folder: Path, port: int) -> str:
+    """Copy a script beside the generated code, check its types and theirs, run it, and return what it prints."""
+    shutil.copy(SMOKE / f"{script}.ts", folder)
+    options = ["--strict", "--skipLibCheck", "false", "--module", "commonjs", "--outDir", "compiled"]
+    checked([node("tsc"), *options, "--target", "es2022", "--lib", "es2022,dom", f"{script}.ts"], folder)
+    return checked(["node", f"compiled/{script}.js"], folder, LOOM_URL=f"http://127.0.0.1:{port}")
+
+
 @pytest.mark.all
 def test_a_client_by_openapi_generator_for_typescript(folder: Path, port: int) -> None:
-    compiler = node("tsc")
+    node("tsc")
     package = openapi_generator(folder, "typescript-fetch")
-    shutil.copy(SMOKE / "smoke.ts", package)
-    options = [
-        "--strict",
-        "--target",
-        "es2022",
-        "--module",
-        "commonjs",
-        "--lib",
-        "es2022,dom",
-        "--skipLibCheck",
-        "false",
-    ]
-    checked([compiler, *options, "--outDir", "compiled", "smoke.ts"], package)
-    assert "claimed x" in checked(["node", "compiled/smoke.js"], package, LOOM_URL=f"http://127.0.0.1:{port}")
+    assert "claimed x" in run_typescript("smoke", package, port)
 
 
 @pytest.mark.all
 def test_types_by_openapi_typescript(folder: Path, port: int) -> None:
-    compiler = node("tsc")
     generate([node("openapi-typescript"), "openapi.yaml", "-o", "schema.d.ts"], folder)
-    shutil.copy(SMOKE / "types.ts", folder)
-    options = [
-        "--strict",
-        "--target",
-        "es2022",
-        "--module",
-        "commonjs",
-        "--lib",
-        "es2022,dom",
-        "--skipLibCheck",
-        "false",
-    ]
-    checked([compiler, *options, "--outDir", "compiled", "types.ts"], folder)
-    assert "claimed x" in checked(["node", "compiled/types.js"], folder, LOOM_URL=f"http://127.0.0.1:{port}")
+    assert "claimed x" in run_typescript("types", folder, port)
 
 
 @pytest.mark.all
