@@ -1,7 +1,7 @@
 # Needs only Python >= 3.10 and make; writes only to .venv and var.
 
 .DEFAULT_GOAL := help
-.PHONY: run test lint format bench faults psql clean help .venv
+.PHONY: run test test-all lint format bench faults psql clean wipe help .venv
 
 # The first Python that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -19,6 +19,9 @@ run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NG
 
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+test-all: .venv/all .venv/node_modules ## Run every test, also those that need Java, Node.js and Go
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --all $(PYTEST_ARGS)
 
 lint: .venv/test ## Check style, types, and which module imports which
 	$(BIN)/ruff check .
@@ -39,20 +42,35 @@ faults: .venv/test ## Run the long fault tests
 psql: .venv/embedded ## Open psql on the configured database; ARGS="-c 'SELECT 1'"
 	@exec $(BIN)/loom psql $(ARGS)
 
-clean: ## Remove .venv, var and caches; refused while a server runs in var
+clean: ## Remove .venv and caches, not the data; refused while a server runs in var
+	$(NO_SERVER)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+wipe: ## Remove var, with the data of the embedded PostgreSQL; asks first
+	$(NO_SERVER)
+	@printf 'Delete var, with all data of the embedded PostgreSQL? [y/N] '; read answer; \
+	case "$$answer" in y|yes) rm -rf var;; *) echo "Nothing is deleted."; exit 1;; esac
+
+define NO_SERVER
 	@test ! -e var/postgres/launcher || $(PYTHON) -c 'from fcntl import *; \
 	flock(open("var/postgres/launcher", "r+"), LOCK_EX | LOCK_NB)' 2>/dev/null || \
 	{ echo "A server runs in var/postgres: stop Loom first." >&2; exit 1; }
-	rm -rf .venv var build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+endef
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 .venv: .venv/test
 
+.venv/all: .venv/test
+
+.venv/node_modules: .venv/test
+	@command -v npm >/dev/null || { echo "npm is not installed: the tests that need it are skipped"; exit 0; }; \
+	npm install --silent --no-audit --no-fund --prefix .venv openapi-typescript@7.13.0 typescript@5.9.3
+
 # One stamp file for each set of extras; it is touched last, so that a failed installation is repeated.
-.venv/embedded .venv/test .venv/bench: setup.cfg pyproject.toml constraints.txt
+.venv/embedded .venv/test .venv/all .venv/bench: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

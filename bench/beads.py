@@ -117,7 +117,7 @@ def procrastinate_queue() -> Queue:
     """Raises SystemExit if procrastinate is not installed."""
     spec = find_spec("procrastinate")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("procrastinate is not installed: pip install 'loom[bench]'")
+        raise SystemExit("procrastinate is not installed: make bench BENCH=beads installs it")
     sql = Path(spec.submodule_search_locations[0], "sql")
     fetch = sql.joinpath("queries.sql").read_text().partition("-- fetch_job --")[2].partition(";")[0]
     return Queue(

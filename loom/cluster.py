@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import http.client
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loom import db, embedded
-from loom.config import Config, environment, mask, resource
+from loom.config import Config, environment, resource
+from loom.ports import check_free
 
 START_SECONDS = 30  # from the start of an instance to its first successful /health
 STOP_SECONDS = {"nginx": 3, "instance": 25}  # 25: above gunicorn's graceful_timeout
 RESTART_SECONDS = 1  # the least time between two starts of the same process
+ADVICE = "Choose others: make run PORT=18080 NGINX_PORT=18000, or loom cluster --port 18080 --nginx-port 18000."
 SBIN = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin"
 
 
@@ -75,7 +75,8 @@ class Member:
 def run(config: Config, instances: int, port: int, nginx_port: int, say: Callable[[str], None]) -> None:
     """Run the cluster until SIGINT, SIGTERM or SIGHUP; `say` prints a line. Call it from the main thread.
 
-    Raises ClusterError when a port is taken or a process does not start, and the errors of embedded.use and db.migrate.
+    Raises PortError when a port is taken, ClusterError when a process does not start, and the errors of embedded.use
+    and db.migrate.
     """
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -84,12 +85,10 @@ def run(config: Config, instances: int, port: int, nginx_port: int, say: Callabl
     ports = range(port, port + instances)
     nginx = shutil.which("nginx") or shutil.which("nginx", path=SBIN)
     for needed in [*ports, nginx_port] if nginx else ports:
-        _check_free(host, needed)
+        check_free(host, needed, ADVICE)
     with _database(config) as dsn:
         db.migrate(dsn)
-        members = [
-            Member("instance", p, [sys.executable, "-c", "from loom.cli import main; main()", "serve"]) for p in ports
-        ]
+        members = [Member("instance", p, [sys.executable, "-m", "loom", "serve"]) for p in ports]
         if nginx:
             members.append(Member("nginx", nginx_port, [nginx, *_nginx_arguments(nginx, host, ports, nginx_port)]))
         try:
@@ -168,38 +167,6 @@ def _reachable(host: str) -> str:
 
 def _netloc(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _check_free(host: str, port: int) -> None:
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            problem = f"is taken by {_owner(port)}" if taken else f"cannot be used on {host}: {error.strerror}"
-            raise ClusterError(
-                f"Port {port} {problem}. Choose others: make run PORT=18080 NGINX_PORT=18000, "
-                "or loom cluster --port 18080 --nginx-port 18000."
-            ) from None
-
-
-def _owner(port: int) -> str:
-    """Return the process that listens on the port, as far as /proc shows it."""
-    sockets = set()
-    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
-        rows = table.read_text().splitlines()[1:] if table.exists() else []
-        for _, local, _, state, *rest in map(str.split, rows):
-            if state == "0A" and int(local.rpartition(":")[2], 16) == port:
-                sockets.add(f"socket:[{rest[5]}]")
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if os.readlink(link) in sockets:
-                process = link.parents[1]
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                return f"process {process.name} ({mask(command)[:80]})"
-    return "a process of another user"
 
 
 def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> list[str]:

@@ -15,7 +15,8 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from loom.dsn import mask, parse, take_pool
+from loom.dsn import check as check_dsn
+from loom.dsn import mask, take_pool
 
 Text = Annotated[str, Meta(min_length=1, description="text")]
 Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
@@ -321,7 +322,7 @@ def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
     if values.setdefault("database.pool_min", min(DatabaseConfig.pool_min, most)) > most:
         raise ConfigError(f"{source}: database.dsn: pool_min_conns: expected at most {most}, which is pool_max_conns")
     try:
-        parse(dsn)
+        check_dsn(dsn)
     except ValueError as exc:
         raise ConfigError(f"{source}: database.dsn: {exc}") from None
     values["database.dsn"] = dsn

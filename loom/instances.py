@@ -67,6 +67,7 @@ class Instance:
         self.status = "active"
         self.started = time.monotonic()
         self.missed = 0
+        self._logged: set[str] = set()  # why heartbeats failed since the last good one
         self.shared = shared_config.Shared()
         self.database, self._metadata, self._report_identity = database, metadata, report_identity
         self._config = config or Config()
@@ -118,6 +119,9 @@ class Instance:
                 self._registered = True
                 log.info("instance-registered", extra={"fields": {"instance_id": self.instance_id, **self._metadata}})
                 self._warn_of_settings(conn)
+        if self._logged:
+            log.warning("heartbeat-back", extra={"fields": {"missed": self.missed}})
+            self._logged.clear()
         self.missed = 0
         self._last_good = sent
 
@@ -176,7 +180,15 @@ class Instance:
                     os._exit(BOOT_ERROR)
                 except Exception as exc:
                     self.missed += 1
-                    log.warning("heartbeat-failed", extra={"fields": {"missed": self.missed, "reason": str(exc)}})
+                    self._log_failure(exc)
+
+    def _log_failure(self, exc: Exception) -> None:
+        """Logs each reason once until a heartbeat succeeds. An outage of the database is logged by its pool."""
+        if isinstance(exc, errors.Unavailable) and (self.missed == 1 or self.database.away is not None):
+            return
+        if str(exc) not in self._logged:
+            self._logged.add(str(exc))
+            log.warning("heartbeat-failed", extra={"fields": {"missed": self.missed, "reason": str(exc)}})
 
     def _warn_of_settings(self, conn: db.Connection) -> None:
         """Warns of settings without which acknowledged writes can be lost when the database crashes."""

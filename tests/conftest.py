@@ -29,6 +29,7 @@ from loom.routes import create_app
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run the tests that need Java, Node.js or Go")
     parser.addoption("--long", action="store_true", help="run the long versions of the fault tests")
     parser.addoption("--seed", type=int, help="seed of the random tests; printed in the header")
 
@@ -55,6 +56,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.all:
+        items[:] = [item for item in items if item.get_closest_marker("all") is None]
     if hasattr(config, "workerinput"):  # in a process of xdist: a slow file and a fast one in turn, for an even load
         files = [list(tests) for _, tests in groupby(items, lambda item: item.path)]
         slow = [tests for tests in files if tests[0].path.parent.name in ("cluster", "faults")]

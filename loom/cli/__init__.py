@@ -12,6 +12,7 @@ import loom
 from loom.config import ConfigError, mask
 from loom.embedded import ServerError
 from loom.errors import Error, SchemaError
+from loom.ports import PortError
 
 
 class _Commands(click.Group):
@@ -27,11 +28,11 @@ class _Commands(click.Group):
         """Run the command; an error that a user can fix is one line, with exit status 1."""
         try:
             return super().invoke(ctx)
-        except (ConfigError, Error, SchemaError, ServerError) as exc:
+        except (ConfigError, Error, PortError, SchemaError, ServerError) as exc:
             raise click.ClickException(mask(" ".join(str(exc).split()))) from None
 
 
-@click.group(cls=_Commands)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(loom.__version__, prog_name="loom")
 def main() -> None:
     """Locks, instances and shared state for many AI agents, on nothing but PostgreSQL."""

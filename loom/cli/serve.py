@@ -7,12 +7,19 @@ import sys
 
 import click
 
-from loom import config
+from loom import config, ports
+
+# A worker whose master was killed holds the port for another 2.4 s.
+WAIT_SECONDS = 3
 
 
 @click.command()
-def serve() -> None:
-    """Start one instance on the configured port (PORT), until SIGTERM or Ctrl-C."""
+@click.option("--port", type=click.IntRange(1, 65535), help="The port to listen on; overrides PORT and config.yaml.")
+def serve(port: int | None) -> None:
+    """Start one instance on the configured port, until SIGTERM or Ctrl-C."""
+    environment = config.environment(**({} if port is None else {"PORT": str(port)}))
+    server = config.load(environ=environment).server
+    ports.check_free(server.host, server.http_port, "Choose another: loom serve --port 18080.", WAIT_SECONDS)
     # Not app:app: gunicorn looks first in the current folder, which may contain another app.py.
     gunicorn = ["-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), "loom.routes:create_app()"]
-    os.execv(sys.executable, [sys.executable, *gunicorn])
+    os.execve(sys.executable, [sys.executable, *gunicorn], environment)

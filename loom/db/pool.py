@@ -19,8 +19,8 @@ import psycopg2.extensions as pgx
 from psycopg2 import errors as pg
 
 from loom import errors
-from loom.config import mask
 from loom.db.connection import SILENCE, SLACK, WRONG_SERVER, Connection, translate
+from loom.dsn import connect_problem
 
 # Who may not see other roles' sessions finds none.
 OLDEST_TRANSACTION = """
@@ -293,7 +293,7 @@ class Database:
             try:
                 conn = self.connect(self.application_name)
             except Exception as exc:
-                why = mask(str(exc).strip()) or type(exc).__name__
+                why = connect_problem(str(exc)) or type(exc).__name__
             with self._lock:
                 self._connecting_since = None
                 if conn is None:
@@ -377,6 +377,7 @@ class DedicatedConnection:
 
         `lock_seconds`: for which a statement may wait for a lock.
         """
+        former = self._conn
         try:
             if self._conn is None or not self._conn.usable:
                 self.close()
@@ -385,9 +386,11 @@ class DedicatedConnection:
             self._conn.lock_seconds = lock_seconds
             yield self._conn
         except psycopg2.Error as exc:
+            conn = self._conn or former
             # `timeout` may be short; then the end of a statement by the watchdog says nothing about the server.
-            if self._conn is not None and (self._conn.seconds_taken > SILENCE or exc.pgcode in WRONG_SERVER):
-                self._database.note_failure(self._conn, exc)
+            ended = conn is not None and conn.lost and not conn.was_cut
+            if conn is not None and (ended or conn.seconds_taken > SILENCE or exc.pgcode in WRONG_SERVER):
+                self._database.note_failure(conn, exc)
             if not isinstance(exc, pgx.QueryCanceledError | pg.LockNotAvailable):
                 self.close()
             raise translate(exc) from exc

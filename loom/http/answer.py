@@ -14,8 +14,11 @@ from loom.http.parse import MAX_ROWS, encode_cursor, integer
 T = TypeVar("T")
 
 
-def json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, content_type="application/json")
+def json(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None, kind: str = "application/json"
+) -> Response:
+    """A body of one line, which ends with a newline, as a terminal expects."""
+    return Response(msgspec.json.encode(value) + b"\n", status, headers, content_type=kind)
 
 
 def nothing() -> Response:

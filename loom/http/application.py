@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 from flask import Flask, request
 from flask.wrappers import Request, Response
+from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.routing import MapAdapter
 
 from loom import db, errors
@@ -84,13 +86,31 @@ class Application(Flask):
     def do_teardown_appcontext(self, exc: BaseException | None = None) -> None:
         pass
 
+    @functools.cached_property
+    def static_paths(self) -> dict[str, set[str]]:
+        """The paths without parameters, and their methods. Such a path is never the id of an entity."""
+        found: dict[str, set[str]] = {}
+        for rule in self.url_map.iter_rules():
+            if not rule.arguments:
+                found.setdefault(rule.rule, set()).update(rule.methods or ())
+        return found
+
+    def make_default_options_response(self) -> Response:
+        answer = super().make_default_options_response()
+        if request.path in self.static_paths:
+            answer.headers["Allow"] = ", ".join(sorted(self.static_paths[request.path]))
+        return answer
+
     def preprocess_request(self) -> None:
-        """Sets the request's deadline, and refuses unknown query parameters.
+        """Sets the request's deadline, and refuses unknown query parameters and methods.
 
         Refuses the request if this instance may have been declared dead and cannot confirm that it is registered.
         """
         db.default().start_request(request.environ.pop(RECEIVED, None))
         before_view()
+        methods = self.static_paths.get(request.path)
+        if methods is not None and request.method not in methods:
+            raise MethodNotAllowed(sorted(methods))
         if request.query_string and request.endpoint and request.method != "OPTIONS" and request.path.startswith(API):
             check_query(self.view_functions[request.endpoint])
         me = registry.current

@@ -10,8 +10,11 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from loom import errors
+from loom.http.answer import json
 from loom.http.parse import too_large
 from loom.locks import Grant
+
+KIND = "application/problem+json"
 
 log = logging.getLogger("loom.http")
 
@@ -26,7 +29,7 @@ def answer(exc: errors.Error) -> Response:
         body["holder"] = msgspec.structs.asdict(body["holder"])
         del body["holder"]["fencing_token"]
     body.setdefault("error", exc.detail or exc.title)
-    response = Response(msgspec.json.encode(body), exc.status, content_type="application/problem+json")
+    response = json(body, exc.status, kind=KIND)
     if exc.retry_after is not None:
         response.headers["Retry-After"] = str(exc.retry_after)
     return response
@@ -53,7 +56,7 @@ def register(app: Flask) -> None:
             "status": code,
             "error": f"{exc.name}.",
         }
-        response = Response(msgspec.json.encode(body), code, content_type="application/problem+json")
+        response = json(body, code, kind=KIND)
         for name, value in exc.get_headers():
             if name.lower() in ("allow", "retry-after"):
                 response.headers[name] = value

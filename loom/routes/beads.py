@@ -15,6 +15,7 @@ from loom.state import beads, comments
 from loom.state.beads import Bead
 
 CLAIM = ("fencing_token", "claimed_at", "lease_seconds", "lease_expires_at")
+RESERVED = ("bulk", "claim")  # the ends of paths below /api/v1/beads
 ENDS = ("attempts", "failures", "blocked_reason", "closed_at", "not_before")  # written when a claim or the bead ends
 
 BeadBody = entities.body_of(
@@ -40,7 +41,9 @@ class ManyBeads(parse.Body):
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
-    """Turns empty ids into None, and removes duplicates from lists."""
+    """Turns empty ids into None, and removes duplicates from lists. Raises Invalid for an id that is a path of ours."""
+    if key is None and patch.get("id") in RESERVED:
+        raise errors.Invalid.field("id", "is reserved: choose another")
     for field in ("assigned_to", "parent", "milestone_id"):
         if patch.get(field) == "":
             patch[field] = None

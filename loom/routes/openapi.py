@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from loom.routes import agents, beads, projects, providers
 bp = Blueprint("openapi", __name__)
 
 KINDS = (projects.KIND, providers.KIND, agents.KIND, beads.KIND)
+INT32 = 2**31 - 1
+PLACES = ("path", "query", "header")  # the order of parameters, and so of the arguments of generated functions
 
 
 @bp.get("/api/openapi.yaml")
@@ -44,7 +47,7 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 def document() -> dict[str, Any]:
-    """The OpenAPI document."""
+    """The OpenAPI document, written so that the usual generators of clients understand it."""
     given = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     also, template, structs, problems = (given.pop(part) for part in ("also", "kinds", "structs", "problems"))
     parts = given["components"]
@@ -56,9 +59,10 @@ def document() -> dict[str, Any]:
     for path, item in _merged(paths, given["paths"]).items():
         api = path.startswith("/api/v1/")
         tag, group = (path.split("/")[3], ["api"]) if api else ("service", [])
-        for method in [key for key in item if key != "parameters"]:
-            operation = _merged({"tags": [tag], "also": group}, item[method])
-            item[method] = _operation(method, operation, also, parts["responses"])
+        common = item.pop("parameters", [])
+        for method in item:
+            operation = _merged({"tags": [tag], "also": group, "parameters": common}, item[method])
+            item[method] = _operation(method, operation, also, parts)
         paths[path] = item
     kinds = [pkgutil.resolve_name(place) for place in structs.values()]
     references, found = msgspec.json.schema_components(kinds, ref_template="{name}")
@@ -66,9 +70,13 @@ def document() -> dict[str, Any]:
     parts["schemas"] |= {
         names.get(name, name): {**schema, "title": names.get(name, name)} for name, schema in found.items()
     }
-    parts["schemas"] |= {name: _problem(getattr(errors, name), more) for name, more in problems.items()}
+    every = problems.pop("every")
+    parts["schemas"] |= {f"{name}Problem": _problem(getattr(errors, name), every, problems[name]) for name in problems}
+    for item in paths.values():
+        for operation in item.values():
+            _name_bodies(operation, parts["schemas"])
     given["info"]["version"] = __version__
-    return _long({**given, "paths": paths}, names)
+    return _used(_simple(_long({**given, "paths": paths}, names)))
 
 
 def _of_kind(kind: Kind, template: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
@@ -90,34 +98,102 @@ def _of_kind(kind: Kind, template: dict[str, Any], by: dict[str, Any]) -> dict[s
 
 
 def _operation(
-    method: str, operation: dict[str, Any], also: Mapping[str, Any], refusals: dict[str, Any]
+    method: str, operation: dict[str, Any], also: Mapping[str, Any], parts: dict[str, Any]
 ) -> dict[str, Any]:
     """The operation with the parts that `also` adds, and with one response for each status of its problems."""
     for group in ("every", method, *(["body"] if "requestBody" in operation else []), *operation.pop("also", [])):
         operation = _merged(operation, also.get(group, {}))
+    given = [(parts["parameters"][p] if isinstance(p, str) else p, p) for p in operation["parameters"]]
+    operation["parameters"] = [short for place in PLACES for full, short in given if full["in"] == place]
     answers = operation["responses"]
     for answer in answers.values() if method == "post" else ():
         answer["headers"] = [*answer.get("headers", []), "Idempotency-Replayed"]
     kinds = [getattr(errors, name) for name in sorted(set(operation.pop("problems")))]
     for status in sorted({kind.status for kind in kinds}):
         these = [kind for kind in kinds if kind.status == status]
-        name = "Or".join(kind.__name__ for kind in these)
-        schemas = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in these]
+        name = "Or".join(f"{kind.__name__}Problem" for kind in these)
+        if len(these) > 2:
+            name = f"{_class(operation)}{status}"
+        schemas = [{"$ref": f"#/components/schemas/{kind.__name__}Problem"} for kind in these]
         mapping = {f"/problems/{kind.type}": schema["$ref"] for kind, schema in zip(these, schemas, strict=True)}
-        several = {"oneOf": schemas, "discriminator": {"propertyName": "type", "mapping": mapping}}
-        refusals[name] = {
+        if len(these) > 1:
+            parts["schemas"][name] = {
+                "oneOf": schemas,
+                "discriminator": {"propertyName": "type", "mapping": mapping},
+            }
+        parts["responses"][name] = {
             "description": " Or: ".join(kind().title for kind in these),
             "headers": ["Retry-After"] if any(kind.retry_after for kind in these) else [],
-            "content": {"application/problem+json": {"schema": several if len(these) > 1 else schemas[0]}},
+            "content": {"application/problem+json": {"schema": {"$ref": name}}},
         }
         answers[str(status)] = {"$ref": f"#/components/responses/{name}"}
     return operation
 
 
-def _problem(kind: type[errors.Error], more: dict[str, Any]) -> dict[str, Any]:
-    known = {"type": {"const": f"/problems/{kind.type}"}, "status": {"const": kind.status}}
-    schema = {"description": kind().title, "allOf": [{"$ref": "Problem"}], "properties": known, "required": [*known]}
-    return _merged(schema, more)
+def _problem(kind: type[errors.Error], every: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    known = {"type": {"enum": [f"/problems/{kind.type}"]}, "status": {"enum": [kind.status]}}
+    return _merged(_merged({"description": kind().title, **every}, {"properties": known}), more)
+
+
+def _class(operation: Mapping[str, Any]) -> str:
+    return operation["operationId"][0].upper() + operation["operationId"][1:]
+
+
+def _name_bodies(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Makes a component of each body that is described in place or composed by `allOf`.
+
+    Generators understand `allOf` only if nothing else stands beside it. The name is the `title`, or the operation's.
+    """
+    for holder in (operation.get("requestBody", {}), *operation["responses"].values()):
+        body = holder.get("json")
+        if isinstance(body, dict) and body.keys() & {"allOf", "properties"}:
+            name = body.get("title") or _class(operation)
+            every = [schemas[part["$ref"]] if "$ref" in part else part for part in [*body.pop("allOf", []), body]]
+            properties = {key: value for part in every for key, value in part.get("properties", {}).items()}
+            required = [key for part in every for key in part.get("required", [])]
+            for key in body.get("required", ()) if every[0] is not body else ():
+                properties[key] = properties[key].get("anyOf", [properties[key]])[0]  # not null
+            schemas[name] = functools.reduce(operator.or_, every) | {"properties": properties, "required": required}
+            schemas[name]["title"] = name
+            holder["json"] = name
+
+
+def _simple(node: Any) -> Any:
+    """Rewrites what some generators misunderstand, without a change of meaning."""
+    if isinstance(node, list):
+        return [_simple(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _simple(value) for key, value in node.items()}
+    any_of = node.get("anyOf", ())
+    if len(any_of) == 2 and all("enum" in each for each in any_of):
+        node["enum"] = [value for each in node.pop("anyOf") for value in each["enum"]]
+    elif len(any_of) == 2 and any_of[1] == {"type": "null"} and isinstance(any_of[0].get("type"), str):
+        one = node.pop("anyOf")[0]
+        node |= one | {"type": [one["type"], "null"]} | ({"enum": [*one["enum"], None]} if "enum" in one else {})
+    if isinstance(node.get("enum"), list) and "type" not in node:
+        types = {type(value) for value in node["enum"]}
+        names = [name for kind, name in ((str, "string"), (int, "integer"), (type(None), "null")) if kind in types]
+        node["type"] = names if len(names) > 1 else names[0]
+    if "object" in (node.get("type") or ()) and "properties" not in node:
+        node.setdefault("additionalProperties", True)  # without it some generators make a class that has no members
+    if "integer" in (node.get("type") or ()) and "enum" not in node and node.get("maximum", INT32 + 1) > INT32:
+        node["format"] = "int64"  # without it, Go and Java use 32 bits, which a fencing token may exceed
+    if isinstance(node.get("default"), dict) and ("type" in node or "$ref" in node):
+        del node["default"]  # an object, of which some generators make invalid Go
+    if isinstance(node.get("pattern"), str):
+        node["pattern"] = node["pattern"].removesuffix(r"(?!\n)")  # msgspec's, for Python's meaning of $
+    return node
+
+
+def _used(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without components that nothing refers to."""
+    text = json.dumps(document)
+    for kind, components in document["components"].items():
+        document["components"][kind] = {
+            name: part for name, part in components.items() if f'"#/components/{kind}/{name}"' in text
+        }
+    return document
 
 
 def _merged(one: Any, other: Any) -> Any:

@@ -45,6 +45,9 @@ def read_settings() -> MasterSettings:
         config = load()
         handlers = logs.setup(config.logging)
         database = config.database
+        if database.pool_max > config.server.threads and config.sources["database.pool_max"] != "default":
+            more = {"pool_max_conns": database.pool_max, "threads": config.server.threads}
+            log.warning("pool-exceeds-threads", extra={"fields": more})
         # The workers inherit the master's shared lock on the folder.
         dsn = embedded.use(Path(database.folder)) if database.type == "embedded" else database.dsn
     except (ConfigError, embedded.ServerError) as exc:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -16,11 +16,20 @@ SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of th
 TIMES = {"created_at", "closed_at", "due_date", "started_at", "last_heartbeat_at", "last_sync_at"}  # with a version
 
 
+Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql makes, one line for each kind
+    Literal["project.created", "project.updated", "project.deleted"],
+    Literal["provider.registered", "provider.updated", "provider.deleted"],
+    Literal["agent.spawned", "agent.updated", "agent.status_change", "agent.deleted"],
+    Literal["bead.created", "bead.updated", "bead.assigned", "bead.status_change", "bead.completed", "bead.deleted"],
+    Literal["config.updated", "config.deleted"],
+]
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """A change. `id` is its cursor, null until it is numbered; `source` and `data` are for the original's clients."""
 
     id: int | None
-    type: str
+    type: Type
     entity_type: str
     entity_id: str
     project_id: str | None

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psycopg2.extensions
 import pytest
+import yaml
 from harness import Cluster, Postgres, documents, program
 from harness.cluster import ROOT
 from harness.documents import Block
 from harness.postgres import SUPERUSER
 
-from loom import errors
+from loom import config, errors
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -93,6 +94,15 @@ def test_each_link_leads_to_a_file_and_a_heading(document: Path) -> None:
 def test_each_named_file_exists(document: Path) -> None:
     named = re.findall(r"`((?:loom|tests|nginx|systemd|bench)/[\w./@-]+\.\w+)`", document.read_text())
     assert [file for file in named if not (ROOT / file).is_file()] == []
+
+
+def test_each_configuration_of_loom_in_the_documents_is_valid(tmp_path: Path) -> None:
+    shown = [block for document in DOCUMENTS for block in found(document) if block.language == "yaml"]
+    settings = [block.text for block in shown if yaml.safe_load(block.text).keys() <= config.SECTIONS]
+    assert len(settings) >= 2
+    for text in settings:
+        (tmp_path / "config.yaml").write_text(text)
+        config.load(str(tmp_path / "config.yaml"), {"DATABASE_DSN": "host=h"})
 
 
 def test_each_make_command_is_a_target_of_the_makefile(tmp_path: Path) -> None:

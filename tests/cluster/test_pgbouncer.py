@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import Cluster, PgBouncer, Postgres, wait_until
+from harness import Cluster, PgBouncer, Postgres, documents, wait_until
+from harness.cluster import ROOT
 from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost, assert_problem, force, release
 from harness.postgres import query
 
@@ -108,6 +109,31 @@ def test_several_instances_can_apply_the_schema_through_it_at_once(pgbouncer: Pg
         list(threads.map(lambda _: db.migrate(pgbouncer.dsn(name)), range(4)))
     assert query(postgres.dsn(name), "SELECT count(*) FROM distributed_locks") == [(0,)]
     postgres.drop(name)
+
+
+def test_the_configuration_that_the_documents_show_serves_loom(
+    own_postgres: Postgres, start_cluster: Callable[..., Cluster]
+) -> None:
+    """As it is written, but for the addresses."""
+    own_postgres.query("CREATE ROLE loom_user LOGIN PASSWORD 'your_secure_password'")
+    own_postgres.query("CREATE DATABASE loom OWNER loom_user")
+    rules = own_postgres.data / "pg_hba.conf"
+    rules.write_text(f"host all loom_user all scram-sha-256\n{rules.read_text()}")
+    own_postgres.query("SELECT pg_reload_conf()")
+    found = documents.blocks((ROOT / "docs/deployment.md").read_text())
+    (config,) = [block.text for block in found if block.language == "ini"]
+    (users,) = [block.text for block in found if block.text.startswith('"loom_user"')]
+    (own_postgres.folder / "userlist.txt").write_text(users)
+    (own_postgres.folder / "userlist.txt").chmod(0o644)
+    config = config.replace("host=postgres-host port=5432", f"host=127.0.0.1 port={own_postgres.port}")
+    bouncer = PgBouncer(own_postgres, text=config.replace("/etc/pgbouncer", str(own_postgres.folder)))
+    try:
+        dsn = f"postgresql://loom_user:your_secure_password@127.0.0.1:{bouncer.port}/loom"
+        cluster = start_cluster(1, dsn=dsn)
+        assert acquire(cluster.client(0))["owner"]
+        assert not [line for line in bouncer.process.last_lines().splitlines() if "WARNING" in line or "ERROR" in line]
+    finally:
+        bouncer.close()
 
 
 def test_a_percent_encoded_name_reaches_its_lock(cluster: Cluster) -> None:

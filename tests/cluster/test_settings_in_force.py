@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import MARGIN, Client, Cluster, wait_until
+from harness import MARGIN, Client, Cluster, Postgres, wait_until
 from harness.cluster import ROOT
 from harness.locks import Sql, assert_problem
+from harness.postgres import SUPERUSER
 from harness.work import ask, bead, claim, team
 
 CONFIG = "/api/v1/config"
@@ -45,6 +46,16 @@ def test_a_change_is_visible_through_another_instance_at_once(first: Client, sec
         snapshot = second.get(CONFIG).json
         assert snapshot["agents"]["dead_after"] == snapshot["shared"]["agents.dead_after"] == 100 + n
         assert second.get(f"{CONFIG}/export.yaml").body == f"agents.dead_after: {100 + n}\n".encode()
+
+
+@pytest.mark.parametrize(("size", "lines"), [("?pool_max_conns=25", 1), ("?pool_max_conns=4", 0), ("", 0)])
+def test_a_pool_that_is_larger_than_the_threads_can_use_is_logged_once(
+    start_cluster: Callable[..., Cluster], postgres: Postgres, database_name: str, size: str, lines: int
+) -> None:
+    dsn = f"postgresql://{SUPERUSER}@127.0.0.1:{postgres.port}/{database_name}{size}"
+    log = start_cluster(1, dsn=dsn, config="server: {threads: 4}").masters[0].log.read_text()
+    found = [json.loads(line) for line in log.splitlines() if "pool-exceeds-threads" in line]
+    assert [(line["pool_max_conns"], line["threads"]) for line in found] == [(25, 4)] * lines
 
 
 def test_a_limit_is_in_force_in_every_instance_within_a_heartbeat(first: Client, second: Client) -> None:

@@ -29,8 +29,7 @@ def operation(method: str, path: str) -> tuple[str, dict[str, Any]] | None:
     for pattern, template in _patterns():
         if pattern.fullmatch(path):
             found = document()["paths"][template].get(method.lower())
-            if found is not None:
-                return template, found
+            return (template, found) if found is not None else None
     return None
 
 
@@ -54,6 +53,7 @@ def check(method: str, path: str, answer: Answer) -> None:
         return
     assert kind in told["content"], f"{where}: {kind} is not in the contract"
     if kind.endswith("json"):
+        assert answer.body.endswith(b"\n"), f"{where}: no newline at the end"
         schema = json.dumps(told["content"][kind]["schema"])
         faults = [f"{fault.instance_path}: {fault.message}" for fault in _validator(schema).iter_errors(answer.json)]
         assert not faults, f"{where}: {faults}"

@@ -136,7 +136,7 @@ def checkout(folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
     (folder / ".venv").mkdir()
     (folder / ".venv/bin").symlink_to(Path(sys.executable).parent)
-    for stamp in ("embedded", "test", "bench"):  # newer than setup.cfg: make installs nothing
+    for stamp in ("embedded", "test", "all", "bench", "node_modules"):  # newer than setup.cfg: make installs nothing
         (folder / ".venv" / stamp).touch()
 
 

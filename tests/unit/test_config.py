@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from urllib.parse import quote
 
@@ -240,7 +241,7 @@ def test_variables_are_expanded_after_the_yaml_is_parsed():
         (f"database: {{dsn: '{DSN}?pool_max_conn=3'}}", "parameter pool_max_conn, the nearest valid one is pool_max"),
         (f"database: {{dsn: '{DSN}?pool_max_conns=x'}}", "expected a whole number from 1 to 1000, got 'x'"),
         (f"database: {{dsn: '{DSN}?pool_min_conns=11'}}", "pool_min_conns: expected at most 10, which is pool_max"),
-        (f"database: {{dsn: '{DSN}?sslmod=x'}}", "database.dsn: libpq refuses it: invalid URI query parameter"),
+        (f"database: {{dsn: '{DSN}?sslmod=x'}}", "config.yaml:1: database.dsn: unknown parameter sslmod, the nearest"),
         ("server: [", "config.yaml:1: broken YAML: "),
         ("server:\n\thost: x", "config.yaml:2: broken YAML: "),
         ("a: b\n---\nc: d", "config.yaml:2: broken YAML: "),
@@ -251,6 +252,48 @@ def test_variables_are_expanded_after_the_yaml_is_parsed():
 )
 def test_a_fault_in_the_file_is_one_line_that_names_file_key_and_remedy(text, line):
     assert line in fault(text)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "line"),
+    [
+        ("mysql://u:hunter22@h/db", "mysql: expected postgresql://"),
+        ("postgres:/u:hunter22@h/db", "postgres: expected postgresql://"),
+        ("postgresql://u:hunter22@h:54x2/db", "port: expected a whole number"),
+        ("postgresql://u:hunter22@h:99999/db", "port: libpq refuses its value"),
+        ("host=a,b port=1,2,3 password=hunter22", "port: libpq refuses its value"),
+        ("postgresql://u:hunter22@h/db?sslmode=requir", "sslmode: libpq refuses its value"),
+        ("host=a,b target_session_attrs=rw password=hunter22", "target_session_attrs: libpq refuses its value"),
+        ("postgresql://u:hunter22@h/db?connect_timeout=5s", "connect_timeout: expected a whole number"),
+        ("postgresql://u:hunter22@h/db?sslmode", "sslmode: expected sslmode=value"),
+        ("postgresql://u:hunter22@h/db?foo=1", "unknown parameter foo, the nearest valid one is "),
+        ("usr=u password=hunter22", "unknown parameter usr, the nearest valid one is user"),
+        ("host=h dbname", "dbname: expected dbname=value"),
+        ("postgresql://u:hunter22%zz@h/db", "password: a % that stands for itself"),
+        ("postgresql://u%zz:hunter22@h/db", "user: a % that stands for itself"),
+        ("postgresql://u:hunter22@[::1/db", "host: expected an IPv6 address"),
+        ("host=h password=x hunter22", "the password, or what follows it: "),
+        ("host=h password=x hunter22=y", "the password, or what follows it: "),
+        ("postgresql://u:p?hunter22=x@h/db?sslmod=y", "the password, or what follows it: "),
+        ("sslrootcert=system sslmode=prefer password=hunter22", "libpq refuses it: weak sslmode"),
+        ("host=h service=hunter password=hunter22", "service: libpq refuses its value"),
+    ],
+)
+def test_a_fault_in_the_dsn_names_the_part_that_is_wrong_and_no_password(dsn, line):
+    said = fault(DATABASE_DSN=dsn)
+    assert said.startswith(f"environment DATABASE_DSN: database.dsn: {line}")
+    assert "hunter22" not in said
+
+
+def test_a_check_of_the_dsn_connects_to_no_server(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        monkeypatch.setenv("PGHOSTADDR", "127.0.0.1")
+        port = server.getsockname()[1]
+        for dsn in (f"host=127.0.0.1 port={port}", f"hostaddr=127.0.0.1 port={port}", f"postgresql:///db?port={port}"):
+            assert load(environ={"DATABASE_DSN": dsn}).database.dsn == dsn
+        with pytest.raises(TimeoutError):
+            server.accept()
 
 
 def test_a_fault_in_the_environment_names_the_variable():
