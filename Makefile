@@ -21,7 +21,7 @@ test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-all: .venv/all .venv/node_modules ## Run every test, also those that need Java, Node.js and Go
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --all $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal --all $(PYTEST_ARGS)
 
 lint: .venv/test ## Check style, types, and which module imports which
 	$(BIN)/ruff check .

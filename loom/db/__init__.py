@@ -7,7 +7,8 @@ from typing import Any
 
 from loom import errors
 from loom.db.connection import Connection, Row, Time
-from loom.db.pool import Database, DedicatedConnection
+from loom.db.dedicated import DedicatedConnection
+from loom.db.pool import Database
 from loom.db.schema import migrate
 
 

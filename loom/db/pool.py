@@ -15,28 +15,16 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import psycopg2
-import psycopg2.extensions as pgx
 from psycopg2 import errors as pg
 
 from loom import errors
-from loom.db.connection import SILENCE, SLACK, WRONG_SERVER, Connection, translate
+from loom.db.connection import SLACK, WRONG_SERVER, Connection, translate
+from loom.db.dedicated import DedicatedConnection
+from loom.db.lock_waits import LockWaits
 from loom.dsn import connect_problem
-
-# Who may not see other roles' sessions finds none.
-OLDEST_TRANSACTION = """
-    SELECT format('It had to wait for a lock. The oldest open transaction is that of session %s (%s), for %s s.',
-                  pid, concat_ws(', ', NULLIF(application_name, ''), state),
-                  round(extract(epoch FROM clock_timestamp() - xact_start)::numeric, 1)) AS text
-      FROM pg_stat_activity
-     WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < clock_timestamp()
-       AND pid IN (SELECT pid FROM pg_locks
-                    WHERE granted AND locktype IN ('relation', 'advisory') AND mode <> 'AccessShareLock')
-     ORDER BY xact_start LIMIT 1
-"""
 
 log = logging.getLogger("loom.db")
 
-STUCK_SECONDS = 0.2  # after which a statement counts as one that may wait for something stuck
 PROBE_PERIOD = 0.25  # seconds between two attempts to reach a database that is away
 REPLACEMENT_SECONDS = 0.3  # seconds for which requests wait for a new connection after one was lost
 
@@ -58,15 +46,12 @@ class Database:
         """`before_connect` may start the embedded server.
 
         `timeout`: seconds that a request may take. `lock_seconds`: for which it may wait for a lock while at most half
-        of the connections are in use; see `_lock_seconds`.
+        of the connections are in use; see LockWaits.
         """
         self.dsn, self.timeout, self.application_name = dsn, timeout, application_name
-        self._longest_lock_wait = lock_seconds
+        self.lock_waits = LockWaits(pool_max, lock_seconds)
         self._min, self._max, self._before_connect = pool_min, pool_max, before_connect
         self._idle: list[Connection] = []
-        self._lent: set[Connection] = set()
-        self._refused_at = self._described_at = float("-inf")  # when a wait for a lock was last given up; described
-        self._blocker: str | None = None
         self._open = 0
         self._connecting_since: float | None = None
         self._lost_at: float | None = None  # a connection was lost then, and no new one has been opened since
@@ -166,22 +151,8 @@ class Database:
         """Takes an idle connection, or waits for the next one, first come, first served. Raises Unavailable, Busy."""
         conn = self._take()
         with self._lock:
-            conn.lock_seconds = self._lock_seconds()
-            self._lent.add(conn)
+            conn.lock_seconds = self.lock_waits.lend(conn)
         return conn
-
-    def _lock_seconds(self) -> float:
-        """How long the request that takes a connection now may wait for a lock.
-
-        Requests for a row or table that somebody keeps locked must not get all connections. So the more connections
-        are in use, the sooner a request is refused that has to wait for a lock; all others are not affected.
-        """
-        if len(self._lent) * 2 < self._max:
-            return self._longest_lock_wait
-        now = time.monotonic()
-        stuck = sum(conn.began is not None and now - conn.began > STUCK_SECONDS for conn in self._lent)
-        is_stuck = stuck * 2 >= self._max or now - self._refused_at < self._longest_lock_wait
-        return self._longest_lock_wait * (0.05 if is_stuck else 0.2)
 
     def _take(self) -> Connection:
         deadline = self.request_deadline
@@ -218,7 +189,7 @@ class Database:
         """Passes the connection to the longest waiter, or back into the pool; closes it if it is broken."""
         reusable = conn.reusable
         with self._lock:
-            self._lent.discard(conn)
+            self.lock_waits.take_back(conn)
             if reusable and self._away is None and not self._closed:
                 self._pass_on(conn)
             else:
@@ -242,16 +213,6 @@ class Database:
                 while self._idle:
                     self._drop(self._idle.pop())
                 self._connection_needed.notify()
-
-    def describe_blocker(self, conn: Connection) -> str | None:
-        """Which session probably keeps a lock: the one with the oldest transaction. Looked up at most once a second."""
-        self._refused_at = time.monotonic()
-        if self._refused_at - self._described_at > 1:
-            self._described_at = self._refused_at
-            with contextlib.suppress(psycopg2.Error, errors.Busy):
-                found = conn.execute(OLDEST_TRANSACTION)
-                self._blocker = found[0]["text"] if found else None
-        return self._blocker
 
     def _drop(self, conn: Connection) -> None:
         self._open -= 1
@@ -358,44 +319,7 @@ class BorrowedConnection:
             refused = translate(exc)
         if self._joined is None:
             if isinstance(exc.__cause__ if isinstance(exc, errors.Busy) else exc, pg.LockNotAvailable):
-                refused = errors.Busy(self._database.describe_blocker(self._conn))
+                refused = errors.Busy(self._database.lock_waits.describe_blocker(self._conn))
             self._database.give_back(self._conn)
         if refused is not None and refused is not exc:
             raise refused from exc
-
-
-class DedicatedConnection:
-    """One background thread's connection: opened when first needed, and again after a failure."""
-
-    def __init__(self, database: Database, application_name: str) -> None:
-        self._database, self._name = database, application_name
-        self._conn: Connection | None = None
-
-    @contextlib.contextmanager
-    def use(self, timeout: float | None = None, lock_seconds: float | None = None) -> Iterator[Connection]:
-        """Raises like `Database.connection`; `timeout` in seconds, by default that of the database.
-
-        `lock_seconds`: for which a statement may wait for a lock.
-        """
-        former = self._conn
-        try:
-            if self._conn is None or not self._conn.usable:
-                self.close()
-                self._conn = self._database.connect(self._name)
-            self._conn.deadline = time.monotonic() + (timeout or self._database.timeout - SLACK)
-            self._conn.lock_seconds = lock_seconds
-            yield self._conn
-        except psycopg2.Error as exc:
-            conn = self._conn or former
-            # `timeout` may be short; then the end of a statement by the watchdog says nothing about the server.
-            ended = conn is not None and conn.lost and not conn.was_cut
-            if conn is not None and (ended or conn.seconds_taken > SILENCE or exc.pgcode in WRONG_SERVER):
-                self._database.note_failure(conn, exc)
-            if not isinstance(exc, pgx.QueryCanceledError | pg.LockNotAvailable):
-                self.close()
-            raise translate(exc) from exc
-
-    def close(self) -> None:
-        if self._conn is not None:
-            self._conn.close()
-            self._conn = None
