@@ -17,8 +17,12 @@ T = TypeVar("T")
 def json(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None, kind: str = "application/json"
 ) -> Response:
-    """A body of one line, which ends with a newline, as a terminal expects."""
-    return Response(msgspec.json.encode(value) + b"\n", status, headers, content_type=kind)
+    return Response(encoded(value), status, headers, content_type=kind)
+
+
+def encoded(value: Any) -> bytes:
+    """The value as JSON on one line, which ends with a newline, as a terminal expects."""
+    return msgspec.json.encode(value) + b"\n"
 
 
 def nothing() -> Response:

@@ -11,6 +11,7 @@ import msgspec
 from flask import Response, request
 
 from loom import db, errors
+from loom.http.answer import encoded
 from loom.state import idempotency
 from loom.state.idempotency import Answer, Asked
 
@@ -80,5 +81,5 @@ def _answer(response: Response) -> Answer:
 def _replay(conn: db.Connection, first: Answer, refresh: Refresh | None) -> Response:
     body = first.body
     if refresh is not None:
-        body = msgspec.json.encode(refresh(conn, msgspec.json.decode(body)))
+        body = encoded(refresh(conn, msgspec.json.decode(body)))
     return Response(body, first.status, {**first.headers, "Idempotency-Replayed": "true"})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-import msgspec
 from gunicorn.http.errors import ExpectationFailed, LimitRequestHeaders, LimitRequestLine, UnsupportedTransferCoding
 
 from loom import errors
+from loom.http.answer import encoded
 
 STATUS: dict[type[Exception], tuple[int, type[errors.Error]]] = {
     LimitRequestLine: (414, errors.TooLarge),
@@ -27,7 +27,7 @@ def refusal(exc: Exception) -> bytes:
     body = {"type": f"/problems/{problem.type}", "title": problem.title, "status": status}
     if problem.detail:
         body["detail"] = problem.detail
-    content = msgspec.json.encode({**body, "error": problem.detail or problem.title})
+    content = encoded({**body, "error": problem.detail or problem.title})
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
         f"Content-Type: application/problem+json\r\nContent-Length: {len(content)}\r\n\r\n"

@@ -157,6 +157,7 @@ def test_what_is_no_request_is_refused_with_a_problem_document(
     if status != 200:
         assert headers["content-type"] == "application/problem+json"
         assert b'"error":' in body
+        assert body.endswith(b"}\n")
         raw.sock.shutdown(socket.SHUT_WR)
         assert raw.closed()
 
