@@ -31,9 +31,7 @@ if left:
 FAULTS = {
     # As when a thread of the master had begun an import, which is left half done in the worker.
     "an import that fails for ever": (
-        "import sys\n"
-        "sys.modules['half_done'] = None\n"
-        "def app(environ, start_response): import half_done",
+        "import sys\nsys.modules['half_done'] = None\ndef app(environ, start_response): import half_done",
         "ModuleNotFoundError('import of half_done halted; None in sys.modules')",
     ),
     "an exception": ("def app(environ, start_response): raise RuntimeError('broken')", "RuntimeError('broken')"),
