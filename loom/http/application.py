@@ -10,13 +10,12 @@ from flask.wrappers import Response
 
 from loom import db, errors
 from loom import instances as registry
-from loom.config import Config
+from loom.config import Config, bounds
 from loom.db.connection import REPEATS
 from loom.http import problems
 from loom.http.parse import NameConverter, check_query
 from loom.http.pollers import Pollers
 
-MAX_BODY = 1024 * 1024  # bytes
 API = "/api/v1/"
 ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
@@ -29,7 +28,7 @@ class Application(Flask):
 
     def __init__(self, config: Config) -> None:
         super().__init__("loom", static_folder=None)
-        self.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+        self.config["MAX_CONTENT_LENGTH"] = bounds.entity
         self.config["LOOM"] = config
         self.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
         self.url_map.converters["name"] = NameConverter
@@ -43,6 +42,8 @@ class Application(Flask):
             answer = self.dispatch_with_retries()
         except Exception as exc:
             answer = cast(Response, self.handle_user_exception(exc))
+        finally:
+            db.end_of_answer()
         return self.process_response(answer)
 
     def dispatch_with_retries(self) -> Response:
@@ -81,4 +82,6 @@ class Application(Flask):
         request_id = request.environ.get("HTTP_X_REQUEST_ID")
         if request_id:
             response.headers["X-Request-ID"] = request_id
+        if response.is_sequence and not any(cast(list[bytes], response.response)):
+            response.headers.pop("Content-Type", None)  # of nothing
         return response
