@@ -16,16 +16,19 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from gunicorn import glogging
+from gunicorn import glogging, util
 from gunicorn.errors import HaltServer
 from gunicorn.workers import gthread
 
 from loom import instances
 from loom.http.pollers import client_gone
 from loom.server import check
+from loom.server.errors import write_problem
 from loom.server.listener import close_empty
 
 log = logging.getLogger("loom.worker")
+
+util.write_error = write_problem
 
 FAILURES = 3  # in a row: after this number of new workers that could not serve, the master ends
 QUIT_SECONDS = 5  # after Ctrl-C, the process ends within this time
