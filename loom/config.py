@@ -20,7 +20,36 @@ from loom.dsn import mask, take_pool
 
 Text = Annotated[str, Meta(min_length=1, description="text")]
 Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
+Level = Literal["debug", "info", "warning", "error"]
 Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a client can make something grow. What is not a number of things is in bytes.
+
+    bound() in loom/sql/pages.sql has those that the database checks; a test compares them.
+    """
+
+    entity: int = MIB  # as it is stored and answered, after merging; also a body
+    bulk: int = 1000  # beads of one request
+    import_yaml: int = 5 * MIB
+    values: int = 100_000  # in the JSON or YAML of a body: each takes up to 100 bytes of memory
+    depth: int = 100  # levels of nested JSON
+    references: int = 1000  # ids or tags in a list
+    filter: int = 100  # values of one filter
+    page: int = 10_000  # rows
+    page_bytes: int = 8 * MIB
+    events: int = 1000  # of a page
+    lock_metadata: int = 8 * KIB
+    shared_value: int = 64 * KIB
+    shared_values: int = MIB  # together
+    shared_keys: int = 1000
+
+
+bounds = Bounds()
 
 
 @dataclass(frozen=True)
@@ -94,9 +123,7 @@ class SyslogConfig:
 class LoggingConfig:
     """`output` is stdout, stderr or the path of a file."""
 
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning or error")
-    ] = "info"
+    level: Annotated[Level, Meta(description="debug, info, warning or error")] = "info"
     format: Annotated[Literal["json", "text"], Meta(description="json or text")] = "json"
     output: Text = "stdout"
     syslog: SyslogConfig = SyslogConfig()
@@ -141,16 +168,7 @@ SECTIONS = frozenset(key for key, kind in _KEYS.items() if is_dataclass(kind))  
 SETTINGS = _KEYS.keys() - SECTIONS - {"sources"}
 # The settings that instances can share: a shared value overrides the one with which an instance was started.
 SHAREABLE = frozenset(
-    {
-        "agents.max_concurrent",
-        "agents.dead_after",
-        "agents.file_lock_timeout",
-        "beads.max_failures",
-        "beads.max_attempts",
-        "locks.history_days",
-        "events.history_days",
-        "logging.level",
-    }
+    key for key in SETTINGS if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level"))
 )
 _VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
 
@@ -199,7 +217,7 @@ def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
             key = f"{section}.{word}" if section else word
             source = f"{path}:{key_node.start_mark.line + 1}"
             if key not in _IN_FILE:
-                near = _nearest(key, _IN_FILE)
+                near = nearest(key, _IN_FILE)
                 raise ConfigError(f"{source}: {_shown(key)}: unknown key, the nearest valid one is {near}")
             if key in seen:
                 raise ConfigError(f"{source}: {key}: given twice")
@@ -240,14 +258,14 @@ def _expand(text: str, where: str, environ: Mapping[str, str]) -> str:
     return re.sub(r"\$\{([^}]*)\}", value, text)
 
 
-def _nearest(key: str, valid: Iterable[str]) -> str:
-    """Return the valid key that is most similar to `key`, as a whole and in its last word."""
+def nearest(key: str, valid: Iterable[str] = ()) -> str:
+    """The valid key (by default, any setting's) that is most similar to `key`, as a whole and in its last word."""
 
     def likeness(candidate: str) -> float:
         pairs = (key, candidate), (key.rpartition(".")[2], candidate.rpartition(".")[2])
         return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return max(valid, key=likeness)
+    return max(valid or sorted(SETTINGS), key=likeness)
 
 
 def _convert(key: str, setting: _Setting) -> Any:
@@ -270,11 +288,6 @@ def check(key: str, value: Any, *, textual: bool = False) -> Any:
 def allowed(key: str) -> list[str]:
     """The values that a setting may have, if they are listed; otherwise an empty list."""
     return list(get_args(get_args(_KEYS[key])[0]))
-
-
-def nearest(key: str) -> str:
-    """The setting whose key is most similar to this one."""
-    return _nearest(key, sorted(SETTINGS))
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -313,7 +326,7 @@ def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
     dsn, pool = take_pool(values["database.dsn"])
     for name, size in pool.items():
         if name not in _POOL:
-            near = _nearest(name, _POOL)
+            near = nearest(name, _POOL)
             raise ConfigError(f"{source}: database.dsn: unknown parameter {name}, the nearest valid one is {near}")
         key = _POOL[name]
         sources[key] = f"{source}, {name}"

@@ -62,6 +62,12 @@ class TooLarge(Error):
     status = 413
 
 
+class Compressed(Error):
+    """The body is compressed."""
+
+    status = 415
+
+
 class Stalled(Error):
     """The request was not received completely."""
 

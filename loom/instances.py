@@ -214,21 +214,16 @@ _COLUMNS = """
     greatest(0, extract(epoch FROM clock_timestamp() - last_heartbeat))::float AS heartbeat_age_seconds"""
 
 
-def some(conn: db.Connection, *, after: tuple[str, str] | None, limit: int) -> list[InstanceRow]:
+def some(conn: db.Connection, *, after: tuple[str, str] | None, limit: int) -> db.Page[InstanceRow]:
     """The registry, oldest instance first; only those after `after`: when it started, and its id."""
     started_at, instance_id = after or (None, None)
-    found = db.rows(
-        conn,
-        f"""
-        SELECT {_COLUMNS} FROM instances
-         WHERE %(started_at)s IS NULL OR (started_at, instance_id) > (%(started_at)s::timestamptz, %(id)s::uuid)
-         ORDER BY started_at, instance_id LIMIT %(limit)s
-        """,
-        started_at=started_at,
-        id=instance_id,
-        limit=limit,
-    )
-    return [InstanceRow(**row) for row in found]
+    sql = f"""
+        SELECT row_to_json(i)::text FROM (
+            SELECT {_COLUMNS} FROM instances
+             WHERE %(started_at)s IS NULL OR (started_at, instance_id) > (%(started_at)s::timestamptz, %(id)s::uuid)
+             ORDER BY started_at, instance_id LIMIT %(most_rows)s + 1) AS i
+        """
+    return db.Page(conn, InstanceRow, sql, limit, started_at=started_at, id=instance_id)
 
 
 def get(conn: db.Connection, instance_id: str) -> InstanceRow:

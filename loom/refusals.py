@@ -26,6 +26,7 @@ SQLSTATES = {
     "L0002": "cycle",
     "L0003": "lock-held",
     "L0005": "project-closed",
+    "L0006": "too-large",
 }
 ENTITIES = ("projects", "providers", "agents", "beads")  # tables whose ids clients choose
 TIMES = {"acquired_at", "expires_at", "heartbeat_at", "ended_at", "closed_at", "not_before", "lease_expires_at"}
@@ -119,6 +120,9 @@ _TEXTS: dict[str, Callable[[Detail], str | None]] = {
         "Its children are not closed: complete it after them, or fail or release it. The claim is still valid."
     ),
     "project-closed": lambda detail: f"Project {detail['project_id']} accepts no beads until it is reopened.",
+    "too-large": lambda detail: (
+        f"The {detail['kind']} {detail['id']} would have {detail['size']} bytes; it may have up to {detail['most']}."
+    ),
     "taken": lambda detail: f"The id {detail['id']} is already in use.",
 }
 

@@ -39,6 +39,12 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
         raise errors.Unavailable(connect_problem(str(exc))) from exc
     conn.deadline = time.monotonic() + timeout
     try:
+        encoding = conn.raw.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise errors.SchemaError(
+                f"the database {conn.raw.info.dbname} has the encoding {encoding}, Loom needs UTF8: create one with"
+                " CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+            )
         conn.begin()
         conn.execute(f"SELECT pg_advisory_xact_lock({KEY})")
         found = _found(conn)

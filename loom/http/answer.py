@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
 from flask import Response, request
 
-from loom.http.parse import MAX_ROWS, encode_cursor, integer
+from loom import db
+from loom.config import bounds
+from loom.http.parse import encode_cursor, integer
 
 T = TypeVar("T")
 
@@ -30,18 +33,31 @@ def nothing() -> Response:
 
 
 def page(
-    fetch: Callable[[int], Sequence[T]], cursor_of: Callable[[T], Any], shown: Callable[[Sequence[T]], Any] = list
+    fetch: Callable[[int], db.Page[T]], cursor_of: Callable[[T], Any], shown: Callable[[T], Any] = lambda row: row
 ) -> Response:
     """One page of a list, as a JSON array, with a Link to the next page if there is one.
 
-    `fetch` returns up to a number of rows, `cursor_of` the cursor of a row, `shown` what is answered for the rows.
-    Without `limit` in the query, a page has up to 10,000 rows.
+    `fetch` returns up to a number of rows, `cursor_of` the cursor of a row, `shown` what is answered for it.
     """
-    limit = integer("limit", most=MAX_ROWS, default=MAX_ROWS)
-    rows = fetch(limit + 1)
-    found = shown(rows[:limit])
-    if len(rows) <= limit:
-        return json(found)
+    limit = page_limit()
+    found = fetch(limit)
+    body, last = BytesIO(), None
+    for last in found:
+        body.write(b"," if body.tell() else b"[")
+        body.write(msgspec.json.encode(shown(last)))
+    body.write(b"]\n" if body.tell() else b"[]\n")
+    response = Response(body.getvalue(), content_type="application/json")
+    return linked(response, limit, cursor_of(last)) if found.more and last is not None else response
+
+
+def page_limit() -> int:
+    """The number of rows that a page may have; in bytes, it is bounded by `bounds.page_bytes`."""
+    return integer("limit", most=bounds.page, default=bounds.page)
+
+
+def linked(response: Response, limit: int, cursor: Any) -> Response:
+    """The response, with a Link to the page after the cursor."""
     kept = {k: v for k, v in request.args.items() if k != "after"}
-    query = urlencode({**kept, "limit": limit, "after": encode_cursor(cursor_of(rows[limit - 1]))})
-    return json(found, headers={"Link": f'<{quote(request.path)}?{query}>; rel="next"'})
+    query = urlencode({**kept, "limit": limit, "after": encode_cursor(cursor)})
+    response.headers["Link"] = f'<{quote(request.path)}?{query}>; rel="next"'
+    return response

@@ -13,13 +13,12 @@ from werkzeug.routing import MapAdapter
 
 from loom import db, errors
 from loom import instances as registry
-from loom.config import Config
+from loom.config import Config, bounds
 from loom.db.connection import REPEATS
 from loom.http import problems
 from loom.http.parse import NameConverter, check_query
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, WAITER, Pollers, Wait, before_view
 
-MAX_BODY = 1024 * 1024  # bytes
 API = "/api/v1/"
 ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
 
@@ -32,7 +31,7 @@ class Application(Flask):
 
     def __init__(self, config: Config) -> None:
         super().__init__("loom", static_folder=None)
-        self.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+        self.config["MAX_CONTENT_LENGTH"] = bounds.entity
         self.config["LOOM"] = config
         self.url_map.merge_slashes = False  # else /locks//a would lead to the lock "a"
         self.url_map.converters["name"] = NameConverter
@@ -56,6 +55,8 @@ class Application(Flask):
             except Exception as exc:
                 answer = cast(Response, self.handle_user_exception(exc))
                 break
+            finally:
+                db.end_of_answer()
         return self.process_response(answer)
 
     def dispatch_with_retries(self) -> Response:
@@ -121,4 +122,6 @@ class Application(Flask):
         request_id = request.environ.get("HTTP_X_REQUEST_ID")
         if request_id:
             response.headers["X-Request-ID"] = request_id
+        if response.is_sequence and not any(cast(list[bytes], response.response)):
+            response.headers.pop("Content-Type", None)  # of nothing
         return response

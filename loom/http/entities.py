@@ -12,13 +12,11 @@ from flask import Blueprint, Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import db, errors
+from loom.config import bounds
 from loom.http import answer, headers, idempotency, parse
 from loom.http.parse import Count, Key, Keys, Reference, Tags
 from loom.state import entities, events
 from loom.state.entities import Action, Id, Versioned
-
-MOST_VALUES = 100  # of one filter
-
 
 # For types of an entity's fields: the type that a client's value must have.
 WRITTEN: dict[Any, Any] = {
@@ -85,8 +83,8 @@ def some(kind: Kind) -> Response:
         value = parse.text(column, 10_000)
         if value:
             filters[column] = value.split(",")
-            if len(filters[column]) > MOST_VALUES:
-                raise errors.Invalid.field(column, f"must have at most {MOST_VALUES} values")
+            if len(filters[column]) > bounds.filter:
+                raise errors.Invalid.field(column, f"must have at most {bounds.filter} values")
             few = parse.allowed(kind.entity).get(column)
             if few and not set(few).issuperset(filters[column]):
                 raise errors.Invalid.field(column, f"must be among {', '.join(few)}", allowed=few)
@@ -110,9 +108,9 @@ def one(kind: Kind, key: str) -> Response:
 
 def create(kind: Kind) -> Response:
     patch = given(kind, None)
-    for field in kind.required:
-        if not patch.get(field):
-            raise parse.missing(field)
+    absent = [field for field in kind.required if not patch.get(field)]
+    if absent:
+        raise parse.missing(*absent)
     key = patch.pop("id", None)
     writer, conditions = headers.writer(f"{kind.name}:{key or ''}"), headers.conditions()
 
@@ -157,7 +155,7 @@ def history(kind: Kind, key: str) -> Response:
         return answer.page(
             lambda limit: events.history(conn, kind.name, key, before=before, limit=limit),
             lambda entry: entry.place,
-            lambda entries: [entry.event for entry in entries],
+            lambda entry: entry.event,
         )
 
 
@@ -168,6 +166,8 @@ def given(kind: Kind, key: str | None) -> dict[str, Any]:
         known = {*kind.body.__struct_fields__, *kind.entity.__struct_fields__}
     body = parse.body(kind.body, known)
     patch = written(body)
+    if "id" in patch:
+        parse.one_form(patch["id"], "id")
     kind.adapt(patch, key)
     return patch
 
@@ -182,6 +182,14 @@ def written(body: Body) -> dict[str, Any]:
             except OverflowError:
                 raise errors.Invalid.field(name, "is not within the years 1 to 9999 in UTC") from None
     return patch
+
+
+def drop_empty_name(patch: dict[str, Any]) -> None:
+    """An empty name is none in the original's POST and PUT; a PATCH cannot clear a name."""
+    if patch.get("name") == "":
+        if request.method == "PATCH":
+            raise errors.Invalid.field("name", "must not be empty")
+        del patch["name"]
 
 
 def versioned(entity: Versioned, status: int = 200) -> Response:

@@ -7,43 +7,40 @@ import functools
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Collection
-from typing import Annotated, Any, TypeVar
+import unicodedata
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 import msgspec.inspect
 from flask import request
 from msgspec import Meta, UnsetType
+from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
 from loom import errors
+from loom.config import MIB, bounds
+from loom.http.values import Pairs, count, first_flaw, integer_of, is_deeper, object_of, shown
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
 View = TypeVar("View", bound=Callable[..., Any])
 
 MAX_TOKEN = 2**53 - 1
-MIB = 1024 * 1024
 
 Token = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
 _IN_PATH = r"^(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\ufffd]+$(?!\n)"  # in Python, $ also matches before a final \n
 Key = Annotated[str, Meta(min_length=1, max_length=200, pattern=_IN_PATH)]
 Prefix = Annotated[str, Meta(min_length=1, max_length=100, pattern=_IN_PATH)]  # of a Key
 Reference = Annotated[str, Meta(max_length=200)] | UnsetType | None  # to an optional entity; "" means none
-Keys = Annotated[list[Key], Meta(max_length=1000)]
-Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=1000)]
+Keys = Annotated[list[Key], Meta(max_length=bounds.references)]
+Tags = Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=bounds.references)]
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 MAX_NAME = 1000
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 Actor = Annotated[str, Meta(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$(?!\n)")]
 
 PAGE = ("limit", "after")  # the parameters of every list that has pages
-MAX_ROWS = 10_000
-MAX_DEPTH = 100  # levels of nested JSON
-# The greatest number that fits into a double. 64 bits would not do: PostgreSQL returns 1e19 as an integer, and a value
-# that was answered must be accepted again. answerable() in schema.sql has the same bound.
-MAX_NUMBER = 17976931348623158 * 10**292
 MAX_PATH = 2000  # bytes of a file's path; percent-encoded and with a project, it still fits into a request line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PATH = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
@@ -76,52 +73,111 @@ def body(kind: type[S], known: Collection[str] | None = None, required: Collecti
     """The request's body as a `kind`; no body equals {}. Raises Invalid, which names the field, and TooLarge.
 
     known: if given, all other keys are refused. required: the keys that must be there and not empty.
+    Where unknown keys are ignored, as in the original's routes, null is no value for a key that cannot be null.
     """
     text = raw() or b"{}"
+    if count(text, bounds.values) > bounds.values:
+        raise errors.TooLarge(f"A body may have up to {bounds.values} values.")
     try:
-        value = msgspec.json.decode(text, type=kind)
+        lenient = b"null" in text and known is None and not kind.__struct_config__.forbid_unknown_fields
+        value = msgspec.json.decode(_without_nulls(text, kind) if lenient else text, type=kind)
         found = json.loads(text, object_pairs_hook=object_of, parse_int=integer_of)
     except msgspec.ValidationError as exc:
-        raise _invalid(str(exc), kind) from None
+        raise _invalid(str(exc), kind, text) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise errors.Invalid("The body is not valid JSON.", error="Invalid request body") from None
+    except errors.Invalid as exc:
+        pairs = json.loads(text, object_pairs_hook=Pairs, parse_int=integer_of)
+        raise first_flaw(pairs, "") or exc from None
     for key in found:
         if known is not None and key not in known:
             raise errors.Invalid.field(key, "is not a known field", allowed=sorted(known))
-        if key in kind.__struct_fields__ and _is_deeper(found[key], MAX_DEPTH):
-            raise errors.Invalid.field(key, f"is nested deeper than {MAX_DEPTH} levels")
-    for key in required:
-        if not getattr(value, key):
-            raise missing(key)
+        if key in kind.__struct_fields__ and is_deeper(found[key], bounds.depth):
+            raise errors.Invalid.field(key, f"is nested deeper than {bounds.depth} levels")
+    absent = [key for key in required if not getattr(value, key)]
+    if absent:
+        raise missing(*absent)
     return value
 
 
+def _without_nulls(text: bytes, kind: type[msgspec.Struct]) -> bytes:
+    """A JSON object without those fields that are null and cannot be."""
+    fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    strict = {f.encode_name for f in msgspec.structs.fields(kind) if type(None) not in get_args(f.type)}
+    if not any(bytes(fields[name]) == b"null" for name in strict & fields.keys()):
+        return text
+    return msgspec.json.encode({k: v for k, v in fields.items() if k not in strict or bytes(v) != b"null"})
+
+
 def raw() -> bytes:
-    """The request's body. Raises TooLarge."""
-    found = request.get_data()
+    """The request's body. Raises TooLarge, Compressed, Stalled, Invalid."""
+    if request.environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
+        raise errors.Compressed("Send the body without Content-Encoding.")
+    try:
+        found = request.get_data()
+    except HTTPException:
+        raise
+    except BlockingIOError:
+        raise errors.Stalled() from None
+    except Exception:  # of the server's own parser, such as gunicorn's InvalidChunkSize
+        raise errors.Invalid(
+            "The body ends early, or its chunks are malformed.", error="Invalid request body"
+        ) from None
     if request.content_length is None and len(found) >= (request.max_content_length or math.inf):
         raise too_large()  # Werkzeug cuts a chunked body off at the limit
     return found
 
 
-def missing(field: str) -> errors.Invalid:
-    return errors.Invalid.field(field, "is required")
+def missing(*fields: str) -> errors.Invalid:
+    """All of these fields are required, and absent or empty."""
+    text = "; ".join(f"{field}: is required" for field in fields)
+    return errors.Invalid(text, errors=[{"field": field, "problem": "is required"} for field in fields])
 
 
 def too_large() -> errors.TooLarge:
     return errors.TooLarge(f"A body may have up to {(request.max_content_length or 0) // MIB} MiB.")
 
 
-def _invalid(text: str, kind: type) -> errors.Invalid:
+def _invalid(text: str, kind: type, body: bytes) -> errors.Invalid:
     """From msgspec's "Expected `int`, got `str` - at `$.ttl_seconds`"; the text names an unknown field itself."""
     match = _PATH.match(text)
     assert match is not None
     problem, field = match["problem"], match["field"] or ""
-    named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
+    if "required field" in problem:
+        return missing(*_absent(kind, json.loads(body)))
+    named = re.search(r"unknown field `([^`]*)`", problem)
     if named:
         field = f"{field}.{named[1]}" if field else named[1]
+    if "[...]" in field:
+        found = first_flaw(json.loads(body, object_pairs_hook=Pairs, parse_int=integer_of), "")
+        if found is not None:
+            return found
+        field = field.replace("[...]", "." + _wrong_key(kind, field.partition("[")[0], json.loads(body)), 1)
     few = allowed(kind).get(re.sub(r"\[\d+\]", "[]", field))
     return errors.Invalid.field(field or "body", problem[:1].lower() + problem[1:], allowed=few)
+
+
+def _wrong_key(kind: type, field: str, value: dict[str, Any]) -> str:
+    """The first key of the object in this field whose value does not fit."""
+    (hint,) = (f.type for f in msgspec.structs.fields(kind) if f.encode_name == field)
+    for key, inside in value[field].items():
+        try:
+            msgspec.convert({key: inside}, hint)
+        except msgspec.ValidationError:
+            return shown(key)
+    return "..."
+
+
+def _absent(kind: type, value: Any, path: str = "") -> Iterator[str]:
+    """The required fields that a value does not have as a Struct, and in its lists of Structs."""
+    for field in msgspec.inspect.type_info(kind).fields if isinstance(value, dict) else ():  # type: ignore[attr-defined]
+        given = value.get(field.encode_name)
+        if given is None and field.required:
+            yield path + field.encode_name
+        items = getattr(field.type, "item_type", None)
+        if isinstance(items, msgspec.inspect.StructType) and isinstance(given, list):
+            for n, each in enumerate(given):
+                yield from _absent(items.cls, each, f"{path}{field.encode_name}[{n}].")
 
 
 @functools.cache
@@ -136,51 +192,6 @@ def allowed(kind: type) -> dict[str, list[Any]]:
                 for name, values in allowed(hint.item_type.cls).items():
                     found[f"{field.encode_name}[].{name}"] = values
     return found
-
-
-def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. Raises Invalid for a NUL character, a number beyond a double, or a key given twice.
-
-    JSON allows these, but PostgreSQL or a reader of the answer does not.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        times = Counter(key for key, _ in pairs)
-        raise errors.Invalid.field(shown(next(key for key in times if times[key] > 1)), "is given twice")
-    for key, value in pairs:
-        wrong = flaw(key) or flaw(value)
-        if wrong:
-            raise errors.Invalid.field(shown(key), wrong)
-    return found
-
-
-def shown(key: str) -> str:
-    """A client's key, escaped and shortened for a message of one line."""
-    return json.dumps(key, ensure_ascii=False)[1:-1][:200]
-
-
-def flaw(value: Any) -> str | None:
-    """What is wrong with a value that is not an object, or None; see `object_of`."""
-    if isinstance(value, list):
-        return next(filter(None, map(flaw, value)), None)
-    if isinstance(value, str) and "\x00" in value:
-        return "holds a NUL character"
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        return "holds a number beyond 1.797e308"
-    return None
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether a value is nested deeper than that. Merging is recursive, also in PostgreSQL, and must be bounded."""
-    if not isinstance(value, dict | list):
-        return False
-    inside = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inside)
-
-
-def integer_of(text: str) -> int:
-    """Like int(), at a bounded cost: a number of 311 characters is already beyond MAX_NUMBER."""
-    return int(text[:311])
 
 
 def query(*names: str) -> Callable[[View], View]:
@@ -250,11 +261,19 @@ def check_name(name: str, field: str = "lock_name") -> str:
         raise errors.Invalid.field(field, "must not hold control characters")
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise errors.Invalid.field(field, "must not hold an empty part, . or .. between slashes")
+    return one_form(name, field)
+
+
+def one_form(name: str, field: str) -> str:
+    """The name of something new, if it is in Unicode's form NFC: one name must not have two forms. Raises Invalid."""
+    if not unicodedata.is_normalized("NFC", name):
+        raise errors.Invalid.field(field, "must be in Unicode's form NFC")
     return name
 
 
 def file_path(value: str) -> str:
-    """A file's path without empty parts and `.`, since two spellings would be two locks. Raises Invalid."""
+    """A file's path in NFC without empty parts and `.`, since two spellings would be two locks. Raises Invalid."""
+    value = unicodedata.normalize("NFC", value)
     parts = [part for part in value.split("/") if part not in ("", ".")]
     if not parts or len(value.encode()) > MAX_PATH or _CONTROL.search(value):
         raise errors.Invalid.field("file_path", f"must name a file in at most {MAX_PATH} bytes, no control characters")

@@ -11,9 +11,9 @@ import yaml
 from yaml.representer import SafeRepresenter
 
 from loom import errors
-from loom.http.parse import MAX_DEPTH, object_of, shown
+from loom.config import bounds
+from loom.http.values import object_of, shown
 
-MAX_VALUES = 500_000  # takes a second to read; the 1 MiB of JSON that all of config may hold has fewer
 MAX_NUMBER = 400  # characters; the time to read a number such as 1:30:00 grows with their square
 _TAG = "tag:yaml.org,2002:"
 _BREAK = re.compile("[\r\n\x85\u2028\u2029]")
@@ -79,7 +79,7 @@ class _Reader:
     """Builds values from the parser's events; to compose nodes first would take a gigabyte for a document of 5 MiB."""
 
     def __init__(self, loader: Any) -> None:
-        self._loader, self._left = loader, MAX_VALUES
+        self._loader, self._left = loader, bounds.values
 
     def document(self) -> dict[str, Any]:
         event = self._loader.get_event()
@@ -90,32 +90,33 @@ class _Reader:
         return self._mapping("", 0)
 
     def _mapping(self, within: str, depth: int) -> dict[str, Any]:
-        """The keys and values up to the end of the mapping. `within`: the top-level key that contains it, or ""."""
+        """The keys and values up to the end of the mapping. `within`: the path of keys to it, or ""."""
         pairs = []
         while not isinstance(event := self._loader.get_event(), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
                 raise _wrong(within, event, "has a key that is not text")
-            pairs.append((event.value, self._value(within or event.value, depth)))
-        return object_of(pairs)
+            path = f"{within}.{event.value}" if within else event.value
+            pairs.append((event.value, self._value(path, depth)))
+        return object_of(pairs, within)
 
     def _value(self, within: str, depth: int) -> Any:
         event = self._loader.get_event()
         self._left -= 1
         if self._left < 0:
-            raise _wrong(within, event, f"is one value too many: a document may have up to {MAX_VALUES}")
+            raise _wrong(within, event, f"is one value too many: a document may have up to {bounds.values}")
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(within, event)
         if isinstance(event, yaml.AliasEvent):
             raise _wrong(within, event, "has an alias: write out its value")
         if event.tag not in (None, "!", _TAG + "map", _TAG + "seq"):
             raise _wrong(within, event, TAGGED)
-        if depth == MAX_DEPTH:
-            raise _wrong(within, event, f"is nested deeper than {MAX_DEPTH} levels")
+        if depth == bounds.depth:
+            raise _wrong(within, event, f"is nested deeper than {bounds.depth} levels")
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(within, depth + 1)
-        items = []
+        items: list[Any] = []
         while not self._loader.check_event(yaml.SequenceEndEvent):
-            items.append(self._value(within, depth + 1))
+            items.append(self._value(f"{within}[{len(items)}]", depth + 1))
         self._loader.get_event()
         return items
 

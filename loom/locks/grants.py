@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -12,8 +13,10 @@ import psycopg2
 from loom import db, errors, refusals
 from loom.db import Connection, Time
 
-COLUMNS = "lock_name, owner, instance_id, fencing_token, acquired_at, expires_at, heartbeat_at, metadata"
-LAST_CHARACTER = "\U0010ffff"  # sorts last in COLLATE "C": ends the range of names with one prefix
+COLUMNS = (
+    "lock_name, owner, instance_id, fencing_token, acquired_at,"
+    " LEAST(expires_at, '9999-12-31 23:59:59.999999+00') AS expires_at, heartbeat_at, metadata"  # by hand, infinity
+)
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -147,49 +150,48 @@ def waiting(conn: Connection, name: str) -> int:
     )
 
 
-def held(conn: Connection, *, prefix: str = "", owner: str | None = None, after: str = "", limit: int) -> list[Grant]:
+def held(
+    conn: Connection, *, prefix: str = "", owner: str | None = None, after: str = "", limit: int
+) -> db.Page[Grant]:
     """The locks that are held, ordered by name; only names after `after`."""
-    rows = db.rows(
-        conn,
-        f"""
-        SELECT {COLUMNS} FROM distributed_locks
-         WHERE expires_at > clock_timestamp() AND lock_name > %(after)s
-           AND lock_name >= %(prefix)s AND lock_name < %(prefix)s || %(last)s
-           AND (%(owner)s IS NULL OR owner = %(owner)s)
-         ORDER BY lock_name LIMIT %(limit)s
-        """,
-        after=after,
-        prefix=prefix,
-        last=LAST_CHARACTER,
-        owner=owner,
-        limit=limit,
-    )
-    return [Grant(**row) for row in rows]
+    sql = f"""
+        SELECT row_to_json(g)::text FROM (
+            SELECT {COLUMNS} FROM distributed_locks
+             WHERE expires_at > clock_timestamp() AND lock_name > %(after)s
+               AND lock_name >= %(prefix)s AND (%(end)s IS NULL OR lock_name < %(end)s)
+               AND (%(owner)s IS NULL OR owner = %(owner)s)
+             ORDER BY lock_name LIMIT %(most_rows)s + 1) AS g
+        """
+    return db.Page(conn, Grant, sql, limit, after=after, prefix=prefix, end=end_of_prefix(prefix), owner=owner)
+
+
+def end_of_prefix(prefix: str) -> str | None:
+    """The first text, by code points, after all texts that begin with the prefix; None if there is none."""
+    while prefix:
+        last, prefix = ord(prefix[-1]), prefix[:-1]
+        if last < sys.maxunicode:
+            return prefix + chr(0xE000 if last == 0xD7FF else last + 1)  # between those are no characters
+    return None
 
 
 def history(
     conn: Connection, *, name: str | None = None, owner: str | None = None, before: int | None = None, limit: int
-) -> list[PastGrant]:
+) -> db.Page[PastGrant]:
     """Grants, newest first; only tokens smaller than `before`. A grant past its end is shown as expired."""
     filtered = """
         WHERE (%(name)s IS NULL OR lock_name = %(name)s) AND (%(owner)s IS NULL OR owner = %(owner)s)
           AND (%(before)s IS NULL OR fencing_token < %(before)s)
-        ORDER BY fencing_token DESC LIMIT %(limit)s"""
-    rows = db.rows(
-        conn,
-        f"""
-        (SELECT {COLUMNS}, ended_at, ended_how, reason FROM grants {filtered})
-        UNION ALL
-        (SELECT {COLUMNS}, CASE WHEN expires_at <= clock_timestamp() THEN expires_at END,
-                CASE WHEN expires_at <= clock_timestamp() THEN 'expired' END, NULL FROM distributed_locks {filtered})
-         ORDER BY fencing_token DESC LIMIT %(limit)s
-        """,
-        name=name,
-        owner=owner,
-        before=before,
-        limit=limit,
-    )
-    return [PastGrant(**row) for row in rows]
+        ORDER BY fencing_token DESC LIMIT %(most_rows)s + 1"""
+    sql = f"""
+        SELECT row_to_json(g)::text FROM (
+            (SELECT {COLUMNS}, ended_at, ended_how, reason FROM grants {filtered})
+            UNION ALL
+            (SELECT {COLUMNS}, CASE WHEN expires_at <= clock_timestamp() THEN expires_at END,
+                    CASE WHEN expires_at <= clock_timestamp() THEN 'expired' END, NULL
+               FROM distributed_locks {filtered})
+             ORDER BY fencing_token DESC LIMIT %(most_rows)s + 1) AS g
+        """
+    return db.Page(conn, PastGrant, sql, limit, name=name, owner=owner, before=before)
 
 
 def _lock_lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.Error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from loom import errors
 from loom.http import entities
@@ -12,7 +14,7 @@ from loom.state.agents import Agent
 AgentBody = entities.body_of(
     Agent,
     without=("current_bead", "open_claims", "started_at", "last_active", "heartbeat_at"),
-    name=Name,
+    name=Annotated[str, Meta(max_length=MAX_NAME)],
     persona_name=Name,
 )
 
@@ -25,6 +27,7 @@ def _adapt(patch: dict[str, Any], key: str | None) -> None:
         patch["persona_name"] = "default/" + patch["persona_name"]
         if len(patch["persona_name"]) > MAX_NAME:
             raise errors.Invalid.field("persona_name", f"must have at most {MAX_NAME} characters, default/ included")
+    entities.drop_empty_name(patch)
     if key is None and not patch.get("name") and patch.get("persona_name"):
         patch["name"] = patch["persona_name"].rpartition("/")[2] or patch["persona_name"]
 

@@ -9,10 +9,13 @@ from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from loom import db, errors
+from loom.config import bounds
 from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.parse import Key, Name
 from loom.state import beads, comments
 from loom.state.beads import Bead
+from loom.state.comments import Comment
+from loom.state.entities import get
 
 CLAIM = ("fencing_token", "claimed_at", "lease_seconds", "lease_expires_at")
 RESERVED = ("bulk", "claim")  # the ends of paths below /api/v1/beads
@@ -37,7 +40,7 @@ class NewBead(BeadBody, kw_only=True, forbid_unknown_fields=True):  # type: igno
 
 
 class ManyBeads(parse.Body):
-    beads: Annotated[list[NewBead], Meta(min_length=1, max_length=1000)]
+    beads: Annotated[list[NewBead], Meta(min_length=1, max_length=bounds.bulk)]
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
@@ -72,7 +75,8 @@ def create_many() -> Response:
     for name, times in names.items():
         if times > 1:
             raise errors.Invalid.field("beads", f"{times} beads have the id or ref {name}")
-    for bead in given:
+    for n, bead in enumerate(given):
+        parse.one_form(bead.get("id", ""), f"beads[{n}].id")
         _adapt(bead, None)
     return idempotency.once(lambda conn: answer.json(beads.create_many(conn, writer, given), 201), in_transaction=True)
 
@@ -84,9 +88,15 @@ class BeadRemark(entities.Body):
 
 
 @bp.get("/<key>/comments")
+@parse.query(*parse.PAGE)
 def remarks(key: str) -> Response:
+    key, after, limit = parse.key(key), parse.cursor(comments.Place), answer.page_limit()
     with db.connection() as conn:
-        return answer.json({"bead_id": key, "comments": comments.of_bead(conn, parse.key(key))})
+        get(conn, Bead, key)
+        page = comments.some(conn, Comment, key, after=after, limit=limit)
+        found = list(page)
+        response = answer.json({"bead_id": key, "comments": comments.threads(found)})
+    return answer.linked(response, limit, comments.place_of(found[-1])) if page.more else response
 
 
 @bp.post("/<key>/comments")

@@ -14,9 +14,10 @@ from msgspec import UNSET, UnsetType
 
 from loom import config as configuration
 from loom import db, errors
-from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
+from loom.config import KIB, SECTIONS, SETTINGS, SHAREABLE, bounds, mask
 from loom.http import answer, entities, headers, idempotency, parse, yaml
 from loom.http.settings import own
+from loom.http.values import shown
 from loom.state import config
 from loom.state.config import Config
 from loom.state.entities import change
@@ -24,8 +25,6 @@ from loom.state.writer import Writer
 
 bp = Blueprint("config", __name__, url_prefix="/api/v1/config")
 
-MAX_YAML = 5 * parse.MIB
-MAX_VALUE = 64 * 1024  # bytes of JSON
 PER_INSTANCE = "server.http_port"  # differs between instances, so a snapshot's value is never meant to be shared
 # Keys of a snapshot, from Loom or from the original, that are not settings of Loom.
 IGNORED = frozenset(
@@ -94,7 +93,7 @@ def change_settings() -> Response:
 def import_yaml() -> Response:
     """Shares the values of a YAML document: keys, or sections of settings."""
     headers.no_conditions()
-    request.max_content_length = MAX_YAML
+    request.max_content_length = bounds.import_yaml
     given = yaml.read(parse.raw())
     sections = {key: given.pop(key) for key in Snapshot.__struct_fields__ if isinstance(given.get(key), dict)}
     values = {key: _checked(key, value) for key, value in given.items() if key not in IGNORED}
@@ -151,8 +150,9 @@ def _checked(key: str, value: Any) -> Any:
         msgspec.convert(key, parse.Key)
     except msgspec.ValidationError:
         raise errors.Invalid.field(
-            parse.shown(key), "must have 1 to 200 characters, without control characters and /"
+            shown(key), "must have 1 to 200 characters, without control characters and /"
         ) from None
+    parse.one_form(key, shown(key))
     if key in SHAREABLE:
         try:
             return configuration.check(key, value)
@@ -166,6 +166,6 @@ def _checked(key: str, value: Any) -> Any:
         raise errors.Invalid.field(key, f"is not a setting, the nearest one is {near}", allowed=sorted(SHAREABLE))
     if word in IGNORED or key in ("export.yaml", "import.yaml"):
         raise errors.Invalid.field(key, "is reserved: choose another name")
-    if len(msgspec.json.encode(value)) > MAX_VALUE:
-        raise errors.Invalid.field(key, f"must have at most {MAX_VALUE // 1024} KiB")
+    if len(msgspec.json.encode(value)) > bounds.shared_value:
+        raise errors.Invalid.field(key, f"must have at most {bounds.shared_value // KIB} KiB")
     return value

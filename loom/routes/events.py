@@ -9,6 +9,7 @@ from typing import cast
 from flask import Blueprint, Response, request
 
 from loom import db
+from loom.config import bounds
 from loom.http import answer, parse
 from loom.http.pollers import pollers, wait, waited
 from loom.state import events
@@ -23,7 +24,7 @@ LONGEST_WAIT = 25  # seconds; below the 30 s after which many proxies give up
 @parse.query("after", "limit", "wait_seconds", "type", "entity_id", "project_id")
 def feed() -> Response:
     after = parse.integer("after", least=0, most=parse.MAX_TOKEN) if "after" in request.args else None
-    limit = parse.integer("limit", most=1000, default=100)
+    limit = parse.integer("limit", most=bounds.events, default=100)
     wait_seconds = parse.integer("wait_seconds", least=0, most=LONGEST_WAIT, default=0)
     filters = {name: parse.text(name) or None for name in ("type", "entity_id", "project_id")}
     before = cast(EventWaiter | None, waited())

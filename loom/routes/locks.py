@@ -12,13 +12,13 @@ from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db, errors, instances, locks
+from loom.config import bounds
 from loom.http import answer, idempotency, parse, problems
 from loom.http.pollers import pollers, wait, waited
 from loom.locks.queue import LockWaiter
 
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
 
-METADATA_BYTES = 8192
 RESERVED_OWNER = "instance:"  # the owner of locks that an instance holds for itself
 
 Ttl = Annotated[int, Meta(ge=1, le=86400)]
@@ -47,8 +47,8 @@ def acquire(_: str) -> Response:
     """
     name, body = parse.lock_name(), parse.body(AcquireLock)
     owner, ttl = _owner(body.owner), timedelta(seconds=body.ttl_seconds)
-    if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > METADATA_BYTES:
-        raise errors.Invalid.field("metadata", f"must have at most {METADATA_BYTES} bytes")
+    if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > bounds.lock_metadata:
+        raise errors.Invalid.field("metadata", f"must have at most {bounds.lock_metadata} bytes")
 
     def ask(conn: db.Connection) -> Response:
         attempt = locks.acquire(

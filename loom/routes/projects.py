@@ -13,13 +13,14 @@ from loom.http.entities import versioned
 from loom.http.parse import Prefix
 from loom.state import comments, projects
 from loom.state.agents import Agent
+from loom.state.comments import ProjectComment
 from loom.state.entities import Conditions, change, get
 from loom.state.projects import GitAuth, GitStrategy, Project, Status
 from loom.state.writer import Writer
 
 ProjectBody = entities.body_of(
     Project,
-    without=("comments", "agents", "closed_at"),
+    without=("agents", "closed_at"),
     bead_prefix=Prefix,
     status=Status | Literal[""],
     git_strategy=GitStrategy | Literal[""],
@@ -107,7 +108,6 @@ def _move(key: str, move: Callable[[db.Connection, Writer, str], Project]) -> Re
         project = move(conn, writer, key)
         if body.comment:
             comments.on_project(conn, writer, key, body.author_id, body.comment)
-            project = get(conn, Project, key)
         return versioned(project)
 
     return idempotency.once(work, in_transaction=True)
@@ -120,9 +120,16 @@ def state(key: str) -> Response:
 
 
 @bp.get("/<key>/comments")
+@parse.query(*parse.PAGE)
 def remarks(key: str) -> Response:
+    key, after = parse.key(key), parse.cursor(comments.Place)
+
+    def page(limit: int) -> db.Page[ProjectComment]:
+        get(conn, Project, key)
+        return comments.some(conn, ProjectComment, key, after=after, limit=limit)
+
     with db.connection() as conn:
-        return answer.json(get(conn, Project, parse.key(key)).comments)
+        return answer.page(page, comments.place_of)
 
 
 @bp.post("/<key>/comments")

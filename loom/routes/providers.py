@@ -9,20 +9,21 @@ from msgspec import Meta
 
 from loom import db
 from loom.http import answer, entities, parse
-from loom.http.parse import Name
+from loom.http.parse import MAX_NAME
 from loom.state.entities import get
 from loom.state.providers import Provider
 
 ProviderBody = entities.body_of(
     Provider,
     "`api_key` is not stored: it only sets `requires_key` and `key_id`.",
-    name=Name,
+    name=Annotated[str, Meta(max_length=MAX_NAME)],
     cost_per_mtoken=Annotated[float, Meta(ge=0)],
     api_key=str | None,
 )
 
 
 def _adapt(patch: dict[str, Any], key: str | None) -> None:
+    entities.drop_empty_name(patch)
     if key is None and not (patch.get("name") or patch.get("id")):
         raise parse.missing("name")
     if patch.pop("api_key", None):
@@ -49,4 +50,4 @@ def models(key: str) -> Response:
     with db.connection() as conn:
         provider = get(conn, Provider, parse.key(key))
     names = dict.fromkeys((provider.selected_model, provider.configured_model, provider.model))
-    return answer.json({"models": [name for name in names if name]})
+    return answer.json({"models": [{"id": name} for name in names if name]})

@@ -14,15 +14,13 @@ bp = Blueprint("work_graph", __name__, url_prefix="/api/v1/work-graph")
 
 @bp.get("")
 @parse.query(*parse.PAGE, "project_id")
-def graph() -> Response:
+def some() -> Response:
     """A page holds up to 10,000 beads with their edges; the pages together are the whole graph."""
-    project, after = parse.text("project_id"), parse.cursor(str)
+    project, after, limit = parse.text("project_id"), parse.cursor(str), answer.page_limit()
+    filters = {"project_id": [project]} if project else {}
     with db.connection() as conn:
         now = work_graph.now(conn)
-        return answer.page(
-            lambda limit: entities.some(
-                conn, Bead, filters={"project_id": [project]} if project else {}, after=after, limit=limit
-            ),
-            entities.key_of,
-            lambda beads: work_graph.graph(beads, now),
-        )
+        db.begin_large_page(conn)  # its edges may be larger than its beads
+        graph, last = work_graph.graph(entities.some(conn, Bead, filters=filters, after=after, limit=limit), now)
+        response = answer.json(graph)
+    return response if last is None else answer.linked(response, limit, last)

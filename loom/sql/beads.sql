@@ -195,6 +195,10 @@ BEGIN
         PERFORM lock_bead_graph(true);
         NEW.blocked_by := ARRAY(
             SELECT b FROM unnest(NEW.blocked_by) WITH ORDINALITY AS u (b, n) GROUP BY b ORDER BY min(n));
+        IF cardinality(NEW.blocked_by) > GREATEST(bound('references'), cardinality(OLD.blocked_by)) THEN
+            RAISE EXCEPTION 'of bead % would have more than % beads', NEW.id, bound('references')
+                USING ERRCODE = '23514', COLUMN = 'blocked_by';
+        END IF;
         SELECT count(*) FILTER (WHERE locked.status <> 'closed') INTO NEW.open_blockers
           FROM (SELECT status FROM beads WHERE id = ANY (NEW.blocked_by) AND id <> NEW.id
                  ORDER BY id FOR SHARE) AS locked;

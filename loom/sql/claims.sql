@@ -362,6 +362,7 @@ CREATE OR REPLACE FUNCTION end_claim(
 DECLARE
     b beads;
     t timestamptz;
+    was jsonb;
 BEGIN
     -- First, since the fences that a repetition presents may have ended with its first time.
     IF EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how) THEN
@@ -399,6 +400,7 @@ BEGIN
         bead := as_json(reopen_bead(b, how, why, make_interval(secs => delay)));
         RETURN;
     END IF;
+    was := CASE WHEN more IS NOT NULL THEN to_jsonb(b) END;
     PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(why, ''), true);
     UPDATE beads SET status = 'closed', fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL,
                      lease_expires_at = NULL, closed_at = t, close_reason = why,
@@ -406,8 +408,12 @@ BEGIN
                      version = version + 1, updated_at = t
      WHERE id = wanted RETURNING * INTO b;
     PERFORM set_config('loom.claim_ended', '', true), set_config('loom.claim_reason', '', true);
+    IF more IS NOT NULL THEN
+        PERFORM refuse_too_large('bead', wanted, was, to_jsonb(b));
+    END IF;
     PERFORM write_event('bead.completed', wanted, b.version, b.project_id, t, jsonb_build_object(
         'status', 'closed', 'fencing_token', NULL, 'closed_at', b.closed_at, 'close_reason', b.close_reason)
-        || CASE WHEN more IS NULL THEN '{}' ELSE jsonb_build_object('context', b.context) END);
+        || CASE WHEN more IS NULL THEN '{}'
+                ELSE jsonb_build_object('context', difference(was -> 'context', b.context)) END);
     bead := as_json(b);
 END $$;

@@ -6,7 +6,7 @@ BEGIN
     IF NOT answerable(NEW.value) THEN
         RAISE EXCEPTION 'holds a number beyond 1.797e308, or is nested deeper than 100 levels'
             USING ERRCODE = '23514', COLUMN = NEW.key;
-    ELSIF octet_length(NEW.value::text) > 65536 THEN -- as it is answered: 1e300 has 301 digits there
+    ELSIF octet_length(NEW.value::text) > bound('shared_value') THEN -- as it is answered: 1e300 has 301 digits there
         RAISE EXCEPTION 'must have at most 64 KiB' USING ERRCODE = '23514', COLUMN = NEW.key;
     END IF;
     NEW.updated_by := COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user);
@@ -18,7 +18,10 @@ CREATE TRIGGER a_config_written BEFORE INSERT OR UPDATE OF value ON config FOR E
 
 CREATE OR REPLACE FUNCTION on_config_grown() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF (SELECT count(*) > 1000 OR sum(octet_length(value::text)) > 1048576 FROM config) THEN
+    -- One at a time, until each has committed: else two would count without each other.
+    PERFORM pg_advisory_xact_lock(hashtextextended('loom:config', 0));
+    IF (SELECT count(*) > bound('shared_keys') OR sum(octet_length(value::text)) > bound('shared_values')
+          FROM config) THEN
         RAISE EXCEPTION 'no room: all keys together are at most 1000, and their values 1 MiB'
             USING ERRCODE = '23514', COLUMN = 'value';
     END IF;

@@ -58,16 +58,14 @@ END $$;
 
 -- An entity as it is answered.
 CREATE OR REPLACE FUNCTION as_json(t comments) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT to_jsonb(t) || CASE t.entity_type
-        WHEN 'bead' THEN jsonb_build_object('bead_id', t.entity_id, 'edited', t.version > 1)
-        ELSE jsonb_build_object('comment', t.content, 'timestamp', t.created_at) END;
+    SELECT CASE t.entity_type
+        WHEN 'bead' THEN to_jsonb(t) || jsonb_build_object('bead_id', t.entity_id, 'edited', t.version > 1)
+        ELSE to_jsonb(t) - 'content' || jsonb_build_object('comment', t.content, 'timestamp', t.created_at) END;
 $$;
 
 CREATE OR REPLACE FUNCTION as_json(t projects) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT to_jsonb(t) || jsonb_build_object(
-        'agents', ARRAY(SELECT id FROM agents WHERE project_id = t.id ORDER BY id),
-        'comments', (SELECT COALESCE(jsonb_agg(as_json(c) ORDER BY c.created_at, c.id), '[]') FROM comments c
-                      WHERE c.entity_type = 'project' AND c.entity_id = t.id));
+    SELECT to_jsonb(t)
+           || jsonb_build_object('agents', ARRAY(SELECT id FROM agents WHERE project_id = t.id ORDER BY id));
 $$;
 
 CREATE OR REPLACE FUNCTION as_json(t providers) RETURNS jsonb LANGUAGE sql STABLE AS 'SELECT to_jsonb(t)';

@@ -1,9 +1,9 @@
 -- Events: one per version of an entity, in the order in which readers see them.
 
--- Numbers committed events in the order of insertion, at most `most` at a time; returns how many. Each reader calls it first,
--- in a transaction that has not written; it does nothing if another session is numbering. The order matters: the lock is
--- taken first, so that each later statement sees what all earlier holders of the lock have committed. A later version of
--- an entity is visible only together with the earlier ones.
+-- Numbers committed events in the order of insertion, at most `most` at a time; returns how many. Each reader calls it
+-- first, in a transaction that has not written; it does nothing if another session is numbering. The order matters: the
+-- lock is taken first, so that each later statement sees what all earlier holders of the lock have committed. A later
+-- version of an entity is visible only together with the earlier ones.
 CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
 DECLARE
     set_back boolean;
@@ -25,17 +25,20 @@ BEGIN
     oldest_running := txid_snapshot_xmin(txid_current_snapshot());
     WITH fresh AS MATERIALIZED (
         SELECT e.place, g.first, g.last FROM event_gaps g
-         CROSS JOIN LATERAL (SELECT place FROM events WHERE place BETWEEN g.first AND g.last ORDER BY place LIMIT most) AS e
+         CROSS JOIN LATERAL (
+             SELECT place FROM events WHERE place BETWEEN g.first AND g.last ORDER BY place LIMIT most) AS e
          ORDER BY e.place LIMIT most),
     numbered AS (
         INSERT INTO event_numbers (id, place) SELECT greatest_id + row_number() OVER (ORDER BY place), place FROM fresh
             ON CONFLICT (place) DO NOTHING), -- rows may have been restored without event_gaps
     filled AS (
-        DELETE FROM event_gaps g USING (SELECT DISTINCT first, last FROM fresh) AS f WHERE (g.first, g.last) = (f.first, f.last)),
+        DELETE FROM event_gaps g USING (SELECT DISTINCT first, last FROM fresh) AS f
+         WHERE (g.first, g.last) = (f.first, f.last)),
     split AS (
         INSERT INTO event_gaps
             SELECT r.first, r.last, CASE WHEN NOT set_back THEN txid_current() END
-              FROM (SELECT COALESCE(lag(place) OVER (PARTITION BY first, last ORDER BY place) + 1, first) AS first, place - 1 AS last
+              FROM (SELECT COALESCE(lag(place) OVER (PARTITION BY first, last ORDER BY place) + 1, first) AS first,
+                           place - 1 AS last
                       FROM fresh
                     UNION ALL SELECT max(place) + 1, last FROM fresh GROUP BY first, last) AS r
              WHERE r.first <= r.last)
@@ -73,9 +76,9 @@ DROP TRIGGER IF EXISTS events_truncated ON events;
 CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXECUTE FUNCTION on_events_truncated();
 
 -- Sets who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request
--- (Loom-Proxy-Request-ID); no client can choose it. A proxy that lost the answer to a write sends the write again with the
--- same id. If that id is found in an event or a grant, the request gets its first answer again. settings: those in force in
--- the instance, for setting().
+-- (Loom-Proxy-Request-ID); no client can choose it. A proxy that lost the answer to a write sends the write again with
+-- the same id. If that id is found in an event or a grant, the request gets its first answer again. settings: those in
+-- force in the instance, for setting().
 CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -106,7 +109,37 @@ BEGIN
     VALUES (type, split_part(type, '.', 1), entity, version, project, t, changes);
 END $$;
 
--- Sets the new version of a changed entity and writes its event. Arguments: the kind, and the columns that are in no event.
+-- The merge patch (RFC 7396) that turns one value into another: an event holds only the keys of an object that changed.
+CREATE OR REPLACE FUNCTION difference(was jsonb, becomes jsonb) RETURNS jsonb LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF jsonb_typeof(was) IS DISTINCT FROM 'object' OR jsonb_typeof(becomes) <> 'object' THEN
+        RETURN becomes;
+    END IF;
+    RETURN COALESCE(
+        (SELECT jsonb_object_agg(COALESCE(b.key, w.key),
+                                 CASE WHEN b.key IS NULL THEN 'null' ELSE difference(w.value, b.value) END)
+           FROM jsonb_each(was) AS w FULL JOIN jsonb_each(becomes) AS b ON b.key = w.key
+          WHERE w.value IS DISTINCT FROM b.value), '{}');
+END $$;
+
+-- Raises L0006 for an entity that has grown beyond the bound. One that is larger already may get smaller. Measured as
+-- it is answered: JSONB can take a thirtieth of that, for numbers such as 1e300.
+CREATE OR REPLACE FUNCTION refuse_too_large(kind text, key text, was jsonb, becomes jsonb) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    size integer;
+BEGIN
+    IF pg_column_size(becomes) > bound('entity') / 30 THEN
+        size := octet_length(becomes::text);
+        IF size > GREATEST(bound('entity'), octet_length(was::text)) THEN
+            RAISE EXCEPTION '% % would have % bytes', kind, key, size USING ERRCODE = 'L0006',
+                DETAIL = jsonb_build_object('kind', kind, 'id', key, 'size', size, 'most', bound('entity'));
+        END IF;
+    END IF;
+END $$;
+
+-- Sets the new version of a changed entity and writes its event. Arguments: the kind, and the columns that are in no
+-- event.
 CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
 DECLARE
     kind text := TG_ARGV[0];
@@ -114,6 +147,8 @@ DECLARE
     was jsonb := '{}';
     becomes jsonb := '{}';
     entity jsonb;
+    key text;
+    changes jsonb;
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         NEW.version := OLD.version + 1;
@@ -126,20 +161,29 @@ BEGIN
         becomes := to_jsonb(NEW);
     END IF;
     entity := was || becomes;
+    key := COALESCE(entity ->> 'id', entity ->> 'key');
+    SELECT COALESCE(jsonb_object_agg(
+               e.key, CASE kind WHEN 'config' THEN e.value ELSE difference(was -> e.key, e.value) END), '{}')
+      INTO changes FROM jsonb_each(becomes) AS e
+     WHERE e.value IS DISTINCT FROM COALESCE(was -> e.key, 'null') AND e.key <> ALL (silent);
+    -- Not for those that Loom sets by itself, so that an entity that is too large already can be closed.
+    IF changes - '{status, assigned_to, parent, provider_id, project_id, closed_at}'::text[] <> '{}' THEN
+        PERFORM refuse_too_large(kind, key, was - silent, becomes - silent);
+    END IF;
     PERFORM write_event(
-        event_type(kind, TG_OP, was, becomes), COALESCE(entity ->> 'id', entity ->> 'key'),
+        event_type(kind, TG_OP, was, becomes), key,
         (entity ->> 'version')::bigint + (TG_OP = 'DELETE')::int,
         CASE kind WHEN 'project' THEN entity ->> 'id' ELSE entity ->> 'project_id' END,
-        CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END,
-        (SELECT COALESCE(jsonb_object_agg(e.key, e.value), '{}') FROM jsonb_each(becomes) AS e
-          WHERE e.value IS DISTINCT FROM COALESCE(was -> e.key, 'null') AND e.key <> ALL (silent)));
+        CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END, changes);
     RETURN NEW;
 END $$;
 
 -- The fields of an entity that have changed since a version, with who changed them; NULL if those events were removed.
-CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, until bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN count(DISTINCT e.version) = until - since THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place)
-           FILTER (WHERE c.field IS NOT NULL), '{}') END
+CREATE OR REPLACE FUNCTION changes_since(kind text, key text, since bigint, until bigint) RETURNS jsonb
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN count(DISTINCT e.version) = until - since
+           THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place) FILTER (WHERE c.field IS NOT NULL), '{}')
+           END
       FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
      WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
        AND e.place > COALESCE( -- its creation: an earlier entity may have had the same id

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from typing import ClassVar
-
-import msgspec
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
 
 from loom import db
 from loom.db import Time
@@ -14,6 +13,13 @@ from loom.state.entities import E, Versioned, change, get
 from loom.state.writer import Writer
 
 MAX_DEPTH = 50  # of replies to replies as they are answered; deeper ones stand side by side
+
+
+class Place(NamedTuple):
+    """Where a comment stands in a list."""
+
+    created_at: str
+    id: str
 
 
 class Comment(Versioned, kw_only=True):
@@ -51,18 +57,25 @@ def on_bead(conn: db.Connection, writer: Writer, bead_id: str, content: str, par
     return _add(conn, writer, Comment, "bead", bead.id, bead.project_id, writer.actor or "", content, parent_id)
 
 
-def of_bead(conn: db.Connection, bead_id: str) -> list[Comment]:
-    """All of a bead, oldest first, replies under what they reply to. Raises NotFound."""
-    get(conn, Bead, bead_id)
-    rows = db.rows(
-        conn,
+def some(conn: db.Connection, kind: type[E], entity_id: str, *, after: Place | None, limit: int) -> db.Page[E]:
+    """Those on one bead or project, oldest first; those behind `after` only."""
+    sql = f"""
+        SELECT as_json(c)::text FROM comments c WHERE entity_type = %(on)s AND entity_id = %(id)s
+            {"AND (created_at, id) > (%(created_at)s::timestamptz, %(after)s)" if after else ""}
+         ORDER BY created_at, id LIMIT %(most_rows)s + 1
         """
-        SELECT as_json(c)::text AS it FROM comments c WHERE entity_type = 'bead' AND entity_id = %(bead)s
-         ORDER BY created_at, id
-        """,
-        bead=bead_id,
-    )
-    found = {c.id: c for c in (msgspec.json.decode(row["it"], type=Comment) for row in rows)}
+    on = "bead" if issubclass(kind, Comment) else "project"
+    where = {"created_at": after.created_at, "after": after.id} if after else {}
+    return db.Page(conn, kind, sql, limit, on=on, id=entity_id, **where)
+
+
+def place_of(comment: Comment | ProjectComment) -> Place:
+    return Place(comment.created_at.isoformat(), comment.id)
+
+
+def threads(comments: Iterable[Comment]) -> list[Comment]:
+    """Comments with those that reply to them inside; one whose parent is not among them stands by itself."""
+    found = {comment.id: comment for comment in comments}
     places: dict[str, list[Comment]] = {}  # of each: itself under all that it replies to, directly or not
     for comment in found.values():
         above = places.get(comment.parent_id or "", [])[:MAX_DEPTH]

@@ -84,7 +84,7 @@ def get(conn: db.Connection, kind: type[E], key: str) -> E:
 
 def some(
     conn: db.Connection, kind: type[E], *, filters: Mapping[str, Sequence[str]], after: str | None, limit: int
-) -> list[E]:
+) -> db.Page[E]:
     """Entities in the order of their ids, those after `after` only; of each filtered column, one of the values.
 
     A page costs the same wherever it is and however few entities are left: the best index is searched once for each of
@@ -111,20 +111,15 @@ def some(
         where = [each for each in where if each.partition(" ")[0] not in index]
         where += [f"({', '.join(index)}) <= ({wanted})", *(f"{column} IS NOT NULL" for column in index)]
     where.append(f"({columns}) > ({', '.join([*([wanted] if wanted else []), '%(after)s'])})")
-    rows = db.rows(
-        conn,
-        f"""
-        SELECT as_json(it)::text AS it FROM (
-            SELECT it, page.{kind.key_column} FROM {searches}
-             CROSS JOIN LATERAL (SELECT t AS it, {kind.key_column} FROM {kind.table} t WHERE {" AND ".join(where)}
-                                  ORDER BY {columns} LIMIT %(limit)s) AS page
-             ORDER BY page.{kind.key_column} LIMIT %(limit)s) AS found ORDER BY {kind.key_column}
-        """,
-        **params,
-        after=after or "",
-        limit=limit,
-    )
-    return [msgspec.json.decode(row["it"], type=kind) for row in rows]
+    # First the keys of the page, and each row only when it comes to it: they may be large, and the page end before.
+    sql = f"""
+        SELECT (SELECT as_json(t)::text FROM {kind.table} t WHERE t.{kind.key_column} = found.key) FROM (
+            SELECT key FROM {searches}
+             CROSS JOIN LATERAL (SELECT {kind.key_column} AS key FROM {kind.table} t WHERE {" AND ".join(where)}
+                                  ORDER BY {columns} LIMIT %(most_rows)s + 1) AS page
+             ORDER BY key LIMIT %(most_rows)s + 1) AS found ORDER BY key
+        """
+    return db.Page(conn, kind, sql, limit, **params, after=after or "")
 
 
 def change(

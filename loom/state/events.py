@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -25,8 +25,8 @@ Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql makes
 ]
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """A change. `id` is its cursor, null until it is numbered; `source` and `data` are for the original's clients."""
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """The columns of an event."""
 
     id: int | None
     type: Type
@@ -38,9 +38,40 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     instance_id: str | None
     timestamp: Time
     request_id: str | None
-    changes: dict[str, Any]
+    changes: dict[str, msgspec.Raw]
+
+
+class Event(Change, frozen=True, kw_only=True):
+    """A change. `id` is its cursor, null until it is numbered.
+
+    `changes`: the fields that changed, with their new values; of an object the keys that changed, as in a merge patch.
+    `source` and `data` are for the original's clients; `data` has the id of the entity, and that of its project.
+    """
+
     source: str
-    data: dict[str, Any]
+    data: dict[str, str]
+
+
+class Row(Change, frozen=True, kw_only=True):
+    """`place` orders events as they were inserted."""
+
+    place: int
+
+
+class Entry(NamedTuple):
+    """An event of an entity's history; `place` orders them."""
+
+    place: int
+    event: Event
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One row of a read: which events there are, and one of them, if any. `first`: where the read begins."""
+
+    first: int | None
+    last: int
+    expired: bool | None
+    event: Row | None
 
 
 class Page(NamedTuple):
@@ -49,13 +80,6 @@ class Page(NamedTuple):
     events: list[Event]
     next: int
     last: int
-
-
-class Entry(NamedTuple):
-    """An event of an entity's history; `place` orders them."""
-
-    place: int
-    event: Event
 
 
 def number(conn: db.Connection) -> bool:
@@ -81,66 +105,68 @@ def read(conn: db.Connection, after: int | None, limit: int, **filters: str | No
     else:
         first = "(SELECT id FROM event_numbers WHERE id > %(after)s ORDER BY id LIMIT 1)"
         until, order = f"first + {SCAN - 1}", "ASC"
-    rows = db.rows(
-        conn,
-        f"""
+    sql = f"""
         WITH here AS MATERIALIZED (
             SELECT {first} AS first, COALESCE((SELECT max(id) FROM event_numbers), 0) AS last,
                    %(after)s < events_forgotten AND %(after)s > 0
                    AND COALESCE((SELECT min(id) FROM event_numbers) > %(after)s + 1, true) AS expired
               FROM cluster LIMIT 1) -- or the planner expects many, and compiles for 100 ms
-        SELECT here.*, e.* FROM here LEFT JOIN LATERAL (
+        SELECT json_build_object('first', first, 'last', last, 'expired', expired,
+                                 'event', CASE WHEN e.id IS NOT NULL THEN row_to_json(e) END)::text
+          FROM here LEFT JOIN LATERAL (
             -- OFFSET 0: a filter looks at these, and does not make the planner look at all the others.
             SELECT * FROM (SELECT * FROM feed WHERE id BETWEEN first AND {until} ORDER BY id {order} OFFSET 0) AS f
-             {where} LIMIT %(limit)s) AS e ON expired IS NOT TRUE
-         ORDER BY e.id
-        """,
-        after=after,
-        limit=limit,
-        **wanted,
-    )
+             {where} LIMIT %(most_rows)s) AS e ON expired IS NOT TRUE
+         ORDER BY e.id {order}
+        """
+    page = db.Page(conn, Found, sql, limit, after=after, **wanted)
+    rows = list(page)
     here = rows[0]
-    if here["expired"]:
+    if here.expired:
         raise errors.CursorExpired("Events after it have been removed. after=0 is the oldest that is kept.")
-    found = [_event(row) for row in rows if row["id"] is not None]
+    found = [_event(row.event) for row in rows if row.event is not None]
     if after is None:
-        return Page(found, here["last"], here["last"])
-    if len(found) == limit:
-        return Page(found, rows[-1]["id"], here["last"])
-    return Page(found, min(here["first"] + SCAN - 1, here["last"]) if here["first"] else after, here["last"])
+        return Page(found[::-1], here.last, here.last)
+    if rows[-1].event is not None and (page.more or len(found) == limit):
+        return Page(found, rows[-1].event.id or 0, here.last)
+    return Page(found, min(here.first + SCAN - 1, here.last) if here.first else after, here.last)
 
 
-def history(conn: db.Connection, kind: str, key: str, *, before: int | None = None, limit: int) -> list[Entry]:
+def history(conn: db.Connection, kind: str, key: str, *, before: int | None = None, limit: int) -> db.Page[Entry]:
     """What happened to one entity, newest first, also before it was deleted; `before`: a place to go on from.
 
     What nobody has read in the feed yet has no id.
     """
-    rows = db.rows(
-        conn,
-        f"""
-        SELECT n.id, e.* FROM events e LEFT JOIN event_numbers n ON n.place = e.place
-         WHERE e.entity_type = %(kind)s AND e.entity_id = %(key)s{" AND e.place < %(before)s" if before else ""}
-         ORDER BY e.place DESC LIMIT %(limit)s
-        """,
-        kind=kind,
-        key=key,
-        before=before,
-        limit=limit,
-    )
-    return [Entry(row["place"], _event(row)) for row in rows]
+    sql = f"""
+        SELECT row_to_json(h)::text FROM (
+            SELECT n.id, e.* FROM events e LEFT JOIN event_numbers n ON n.place = e.place
+             WHERE e.entity_type = %(kind)s AND e.entity_id = %(key)s{" AND e.place < %(before)s" if before else ""}
+             ORDER BY e.place DESC LIMIT %(most_rows)s + 1) AS h
+        """
+    return db.Page(conn, _entry, sql, limit, kind=kind, key=key, before=before)
 
 
-def _event(row: db.Row) -> Event:
-    known = {name: row[name] for name in Event.__struct_fields__ if name in row}
-    known["changes"] = {name: _time(value) if name in TIMES else value for name, value in row["changes"].items()}
-    data = {f"{row['entity_type']}_id": row["entity_id"], **known["changes"]}
-    return Event(**known, source=row["instance_id"] or "loom", data=data)
+def _entry(raw: bytes) -> Entry:
+    row = _row(raw)
+    return Entry(row.place, _event(row))
 
 
-def _time(value: Any) -> Any:
+_row = msgspec.json.Decoder(Row).decode
+
+
+def _event(row: Row) -> Event:
+    known = {name: getattr(row, name) for name in Change.__struct_fields__}
+    known["changes"] = {name: _time(value) if name in TIMES else value for name, value in row.changes.items()}
+    data = {f"{row.entity_type}_id": row.entity_id}
+    if row.project_id is not None:
+        data.setdefault("project_id", row.project_id)
+    return Event(**known, source=row.instance_id or "loom", data=data)
+
+
+def _time(value: msgspec.Raw) -> msgspec.Raw:
     """As the entity itself is answered; PostgreSQL writes times into JSON in another way."""
     try:
-        return msgspec.convert(value, Time)
+        return msgspec.Raw(msgspec.json.encode(msgspec.json.decode(value, type=Time)))
     except msgspec.ValidationError:  # null; or infinity, by hand
         return value
 

@@ -103,19 +103,15 @@ def release(conn: db.Connection, writer: Writer, file: File, agent: str) -> None
         raise errors.NotFound(f"{file.path} is not locked by agent {agent}", lock_name=file.lock_name)
 
 
-def some(conn: db.Connection, *, project: str | None, after: str, limit: int) -> list[FileLock]:
+def some(conn: db.Connection, *, project: str | None, after: str, limit: int) -> db.Page[FileLock]:
     """Those that are held, of all projects or one, in the order of their locks' names, those after `after` only."""
-    rows = db.rows(
-        conn,
-        f"""
-        SELECT {COLUMNS} FROM distributed_locks
-         WHERE lock_name > %(after)s AND lock_name >= 'file:' AND lock_name < 'file;' AND expires_at > clock_timestamp()
-           AND metadata ?& '{{file_path,project_id,agent_id}}'
-           AND (%(project)s IS NULL OR metadata ->> 'project_id' = %(project)s)
-         ORDER BY lock_name LIMIT %(limit)s
-        """,
-        after=after,
-        project=project,
-        limit=limit,
-    )
-    return [of_grant(locks.Grant(**row)) for row in rows]
+    sql = f"""
+        SELECT row_to_json(g)::text FROM (
+            SELECT {COLUMNS} FROM distributed_locks
+             WHERE lock_name > %(after)s AND lock_name >= 'file:' AND lock_name < 'file;'
+               AND expires_at > clock_timestamp() AND metadata ?& '{{file_path,project_id,agent_id}}'
+               AND (%(project)s IS NULL OR metadata ->> 'project_id' = %(project)s)
+             ORDER BY lock_name LIMIT %(most_rows)s + 1) AS g
+        """
+    read = msgspec.json.Decoder(locks.Grant).decode
+    return db.Page(conn, lambda row: of_grant(read(row)), sql, limit, after=after, project=project)

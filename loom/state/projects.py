@@ -9,7 +9,6 @@ import msgspec
 
 from loom import db, errors
 from loom.db import Time
-from loom.state.comments import ProjectComment
 from loom.state.entities import Entity, Id, change, not_found
 from loom.state.writer import Writer, call
 
@@ -19,7 +18,7 @@ GitAuth = Literal["none", "ssh", "token", "basic", "git-helper"]
 
 
 class Project(Entity, kw_only=True):
-    """What agents and beads belong to. `agents` are ids; they and `comments` are derived."""
+    """What agents and beads belong to. `agents` are ids, and derived."""
 
     kind: ClassVar[str] = "project"
     table: ClassVar[str] = "projects"
@@ -36,7 +35,6 @@ class Project(Entity, kw_only=True):
     status: Status
     is_perpetual: bool
     is_sticky: bool
-    comments: list[ProjectComment]
     agents: list[Id]
     closed_at: Time | None = None
     due_date: Time | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 import msgspec
 
 from loom import db
+from loom.config import bounds
 from loom.db import Time
 from loom.state.beads import Bead
 
@@ -33,8 +35,19 @@ def now(conn: db.Connection) -> datetime:
     return db.value(conn, "SELECT clock_timestamp()")
 
 
-def graph(beads: Sequence[Bead], updated_at: datetime) -> WorkGraph:
-    return WorkGraph({bead.id: bead for bead in beads}, [edge for bead in beads for edge in _edges(bead)], updated_at)
+def graph(page: db.Page[Bead], updated_at: datetime) -> tuple[WorkGraph, str | None]:
+    """The graph of a page of beads; and the last of these if more follow, since the edges of a page need room, too."""
+    beads: dict[str, Any] = {}  # as JSON: decoded, they would take many times the memory
+    edges, last, size = bytearray(b"["), None, 0
+    for bead in page:
+        beads[bead.id], last = msgspec.Raw(msgspec.json.encode(bead)), bead.id
+        size += len(beads[bead.id])
+        for edge in _edges(bead):
+            edges += b"," * (len(edges) > 1) + msgspec.json.encode(edge)
+        if size + len(edges) > bounds.page_bytes:
+            break
+    every: Any = msgspec.Raw(edges + b"]")
+    return WorkGraph(beads, every, updated_at), last if page.more else None
 
 
 def _edges(bead: Bead) -> Iterator[Edge]:

@@ -117,7 +117,7 @@ def test_each_make_command_is_a_target_of_the_makefile(tmp_path: Path) -> None:
 
 def test_each_event_in_the_log_is_explained() -> None:
     source = "".join(file.read_text() for file in (ROOT / "loom").rglob("*.py"))
-    logged = set(re.findall(r"\blog\.\w+\(\s*\"([a-z-]+)\"", source))
+    logged = set(re.findall(r"(?:\blog\.\w+\(\s*|log_as=)\"([a-z-]+)\"", source))
     explained = set(re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE))
     assert len(logged) > 10
     assert explained == logged

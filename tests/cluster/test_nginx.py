@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 import re
 import signal
 import socket
@@ -157,6 +159,72 @@ def test_a_request_line_or_header_that_is_too_long_is_refused_as_a_problem(nginx
     ]:
         assert (answer.status, answer.json["status"]) == (status, status)
         assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def raw(port: int, text: bytes) -> bytes:
+    """What the server answers to these bytes, until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), 10) as sock:
+        with contextlib.suppress(OSError):  # it may refuse the rest
+            sock.sendall(text)
+        answer = b""
+        with contextlib.suppress(OSError):
+            while data := sock.recv(65536):
+                answer += data
+        return answer
+
+
+def chunked(path: str, size: int) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    return head + b"10000\r\n%b\r\n" % (b"#" * 65536) * (size // 65536) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("behind", ["nginx", "an instance"])
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % (b"x" * 40_000), 414),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: %s\r\nConnection: close\r\n\r\n" % (b"x" * 40_000), 431),
+        (b"POST /api/v1/beads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: nonsense\r\n\r\n", 501),
+        (b"POST /api/v1/beads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST /api/v1/beads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{}}\r\n", 400),
+        (chunked("/api/v1/config/import.yaml", 5 * MIB + 65536), 413),
+        (chunked("/api/v1/config/import.yaml", 12 * MIB), 413),
+        (chunked("/api/v1/beads", 2 * MIB), 413),
+    ],
+    ids="line,length,uri,header,encoding,chunk,chunk end,import,large import,body".split(","),  # noqa: SIM905
+)
+def test_an_error_before_the_application_is_a_problem_too(
+    start_cluster: Callable[..., Cluster], behind: str, request_bytes: bytes, status: int
+) -> None:
+    cluster = start_cluster(1, nginx=True)
+    port = int(cluster.nginx_url.rpartition(":")[2]) if behind == "nginx" else cluster.ports[0]
+    head, _, body = raw(port, request_bytes).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), head
+    assert b"content-type: application/problem+json" in head.lower(), head
+    problem = json.JSONDecoder().raw_decode(body.decode())[0]
+    assert problem["status"] == status
+    assert {"type", "title", "error"} <= problem.keys()
+
+
+def test_the_pages_of_nginx_itself_are_not_there_for_clients(nginx: Client) -> None:
+    for path in ("/nginx/413", "/nginx/", "/nginx/x"):
+        answer = nginx.get(path)
+        assert (answer.status, answer.json["type"]) == (404, "/problems/not-found")
+
+
+def test_nginx_compresses_what_is_long_for_clients_that_accept_it(nginx: Client) -> None:
+    nginx.put("/api/v1/config/long", {"value": ["the same"] * 2000})
+    for path in ("/api/v1/config/long", "/api/v1/config/export.yaml", "/api/v1/events?after=0"):
+        plain, small = nginx.get(path), nginx.get(path, headers={"Accept-Encoding": "gzip"})
+        assert (plain.headers.get("Content-Encoding"), small.headers["Content-Encoding"]) == (None, "gzip")
+        assert gzip.decompress(small.body) == plain.body
+        assert len(small.body) < len(plain.body) / 10
+    assert "Content-Encoding" not in nginx.get("/health/live", headers={"Accept-Encoding": "gzip"}).headers
+    tag = nginx.get("/api/v1/config/long", headers={"Accept-Encoding": "gzip"}).headers["ETag"]
+    assert nginx.get("/api/v1/config/long", headers={"If-None-Match": tag}).status == 304
+    assert nginx.put("/api/v1/config/long", {"value": 1}, headers={"If-Match": tag}).status == 200
 
 
 def test_requests_succeed_at_once_when_the_database_is_back(

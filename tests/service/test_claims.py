@@ -788,9 +788,7 @@ def test_a_claim_costs_one_round_trip(work: AppClient, monkeypatch: pytest.Monke
     bead(work, "y")
     sent: list[str] = []
     execute = Connection._execute
-    monkeypatch.setattr(
-        Connection, "_execute", lambda self, sql, params: sent.append(sql) or execute(self, sql, params)
-    )
+    monkeypatch.setattr(Connection, "_execute", lambda self, sql, *more: sent.append(sql) or execute(self, sql, *more))
 
     def trips(call: Any) -> int:
         sent.clear()

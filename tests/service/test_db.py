@@ -413,3 +413,17 @@ def test_background_work_goes_on_while_requests_use_up_the_pool(
         for connection in borrowed:
             connection.__exit__(None, None, None)
     assert client.get(BUILD).json["fencing_token"] == held["fencing_token"]
+
+
+@pytest.mark.parametrize("where", ["role", "database", "dsn", "environment"])
+def test_text_is_utf8_whatever_encoding_is_asked_for(
+    pool: Pool, dsn: str, sql: Sql, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (role, name) = sql("SELECT current_user, current_database()")[0]
+    if where in ("role", "database"):
+        sql(f"ALTER {f'ROLE {role} IN' if where == 'role' else ''} DATABASE {name} SET client_encoding = 'LATIN1'")
+    elif where == "environment":
+        monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    database = pool(dsn=make_dsn(dsn, client_encoding="SQL_ASCII") if where == "dsn" else dsn)
+    text = "é€\U0001f680"
+    assert ask(database, "SELECT %(text)s || octet_length(%(text)s)", text=text) == text + "9"

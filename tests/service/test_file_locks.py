@@ -166,6 +166,9 @@ def test_one_file_has_one_lock_however_it_is_spelled(work: AppClient) -> None:
     for path in ("src/a/b.py", "src/./a//b.py", "src/a/b.py/", "././src/a/b.py"):
         assert_problem(ask(work, path, "b"), 409, "lock-held")
     assert ask(work, "/src/a/b.py", "b").status == 201
+    assert lock(work, "cafe\u0301")["file_path"] == "caf\u00e9"
+    assert_problem(ask(work, "caf\u00e9", "b"), 409, "lock-held")
+    assert unlock(work, "cafe\u0301").status == 204
     assert unlock(work, "src//a/b.py").status == 204
     assert unlock(work, "/src/a/b.py", "b").status == 204
 

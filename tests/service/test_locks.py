@@ -415,3 +415,14 @@ def test_no_two_grants_of_a_lock_ever_overlap(database: db.Database, sql: Sql, s
     ends = {token: how for _, token, _, _, how in history}
     assert {(token, ends[token]) for token, _ in told} == set(told), "each holder was told what the history has"
     assert {how for _, how in told} == {"released", "expired", "forced"}
+
+
+@pytest.mark.parametrize("prefix", ["a", "a\uffff", "a\U0010ffff", "a\ud7ff", "\U0010ffff", "\U0010ffff" * 2])
+def test_a_prefix_finds_every_name_that_begins_with_it(client: AppClient, prefix: str) -> None:
+    """Also one that goes on with the last character that there is."""
+    names = {prefix, *(prefix + more for more in ("\U0010ffff", "\U0010ffffx", "\ud7ff", "\ue000", "b", "/c"))}
+    others = {"Z", "b", "a\U0010fffe", "\U0010fffe", "b\U0010ffff"}
+    for name in names | others:
+        client.post(LOCKS + quote(name), {})
+    found = {lock["lock_name"] for lock in client.get(f"/api/v1/locks?prefix={quote(prefix)}").json}
+    assert found == {name for name in names | others if name.startswith(prefix)}

@@ -170,3 +170,15 @@ def test_names_and_ids_do_not_depend_on_the_c_library(sql: Sql) -> None:
         " AND collation_name IS DISTINCT FROM 'C'"
     )
     assert rows == []
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_in_another_encoding_is_refused_in_one_line(postgres: Postgres, dsn: str, encoding: str) -> None:
+    name = f"in_{encoding.lower()}"
+    query(dsn, f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    try:
+        with pytest.raises(errors.SchemaError) as refused:
+            db.migrate(postgres.dsn(name))
+        assert re.fullmatch(f"the database {name} has the encoding {encoding}, Loom needs UTF8: .*", str(refused.value))
+    finally:
+        postgres.drop(name)

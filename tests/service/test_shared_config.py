@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,7 @@ KEYS += [*ORIGINAL, "security.key", "shared"]
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in ("sources", "a\x01b")])
 def test_a_reserved_or_invalid_key_is_refused(client: AppClient, sql: Sql, key: str) -> None:
-    assert put(client, key, 1).status == 400
+    assert put(client, key, 1).status == (405 if key.endswith("port.yaml") else 400)  # those are paths of their own
     assert sql("SELECT * FROM config") == []
 
 
@@ -212,6 +213,24 @@ def test_values_are_limited_to_64_kib_each_and_1_mib_and_1000_keys_in_all(client
     assert import_yaml(client, "\n".join(lines[:1000])).status == 200
     assert_invalid(put(client, "more", 1), "value")
     assert put(client, "k7", 1).status == 200
+
+
+@pytest.mark.parametrize("size", ["keys", "bytes"])
+def test_the_limits_of_all_shared_values_hold_when_many_write_at_once(client: AppClient, sql: Sql, size: str) -> None:
+    if size == "keys":
+        sql("INSERT INTO config (key, value) SELECT 'k' || n, '1' FROM generate_series(1, 997) AS n")
+    else:
+        values = "SELECT 'k' || n, to_jsonb(repeat('x', 64000)) FROM generate_series(1, 15) AS n"
+        sql(f"INSERT INTO config (key, value) {values}")
+    begin = threading.Barrier(8)
+
+    def add(n: int) -> int:
+        begin.wait()
+        return put(client, f"new{n}", "x" * 28_000).status
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sorted(threads.map(add, range(8))) == [200] * 3 + [400] * 5
+    assert put(client, "k1", 1).status == 200, "nothing is stuck"
 
 
 # Loom's own settings
@@ -451,7 +470,6 @@ def test_a_setting_that_cannot_be_shared_is_refused_by_name_and_nothing_is_store
     [
         ([], "body"),
         ({"agents": []}, "agents"),
-        ({"agents": None}, "agents"),
         ({"logging": {"syslog": 1}}, "logging.syslog"),
     ],
 )
@@ -548,11 +566,11 @@ WRONG = [
     (b"a: \xff", "body"),
     (b"a: \x00", "body"),
     ("[" * 100_000, "body"),
-    ("a: 1\nb: " + "[" * 101 + "]" * 101, "b"),
+    ("a: 1\nb: " + "[" * 101 + "]" * 101, ("b" + "[0]" * 100)[:200]),
     ("a: 1\na: 2", "a"),
-    ("a: 1\nb: {c: 1, c: 2}", "c"),
-    ("a: &a [x]\nb: [*a, *a]", "b"),
-    ("a: &a [*a]", "a"),
+    ("a: 1\nb: {c: 1, c: 2}", "b.c"),
+    ("a: &a [x]\nb: [*a, *a]", "b[0]"),
+    ("a: &a [*a]", "a[0]"),
     ("a: 1\nb: !!python/object:os.system {}", "b"),
     ("a: 1\nb: !!binary aGk=", "b"),
     ("a: 1\nb: .nan", "b"),
@@ -593,10 +611,13 @@ def test_an_import_may_have_5_mib_and_any_other_body_1_mib(client: AppClient) ->
 
 def test_the_cost_of_an_import_is_bounded_by_its_length(client: AppClient) -> None:
     started = time.process_time()
-    assert "500000" in assert_invalid(import_yaml(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a")["problem"]
+    assert (
+        "100000"
+        in assert_invalid(import_yaml(client, b"a: [" + b"1," * (5 * MIB // 2 - 10) + b"]"), "a[99999]")["problem"]
+    )
     assert_invalid(import_yaml(client, b"a: 1" + b":1" * 400_000), "a")  # a number to the base 60 in YAML 1.1
     lines = [b"a%d: &a%d [%s]" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9) if n else b"lol") for n in range(10)]
-    assert_invalid(import_yaml(client, b"\n".join(lines)), "a1")
+    assert_invalid(import_yaml(client, b"\n".join(lines)), "a1[0]")
     assert time.process_time() - started < 20
 
 
