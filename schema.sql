@@ -440,6 +440,7 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 \ir loom/sql/tokens.sql
 \ir loom/sql/locks.sql
 \ir loom/sql/instances.sql
+\ir loom/sql/pages.sql
 \ir loom/sql/events.sql
 \ir loom/sql/entities.sql
 \ir loom/sql/projects.sql

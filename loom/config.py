@@ -23,6 +23,21 @@ Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """How far a client can make something grow. What is not a number of things is in bytes.
+
+    bound() in loom/sql/pages.sql has those that the database checks; a test compares them.
+    """
+
+    dependants: int = 10_000  # beads that wait for one bead, and children of one
+    graph: int = 50_000  # beads that a check for cycles visits, in both directions
+    names: int = 200  # automatic locks of one change; each takes a place in a table that all transactions share
+
+
+bounds = Bounds()
+
+
+@dataclass(frozen=True)
 class DatabaseConfig:
     """`dsn` is a DSN for libpq, without `pool_*`, or "" if the database is embedded; `timeout` is in seconds."""
 

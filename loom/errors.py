@@ -90,6 +90,10 @@ class Cycle(Conflict):
     """The beads would wait for each other for ever."""
 
 
+class TooManyBeads(Conflict):
+    """Too many beads depend on each other."""
+
+
 class Stale(Error):
     """A condition of the request is not met."""
 

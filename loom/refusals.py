@@ -26,6 +26,9 @@ SQLSTATES = {
     "L0002": "cycle",
     "L0003": "lock-held",
     "L0005": "project-closed",
+    "L0007": "too-many-beads",
+    "L0008": "too-many-beads",
+    "L0009": "too-many-beads",
 }
 ENTITIES = ("projects", "providers", "agents", "beads")  # tables whose ids clients choose
 TIMES = {"acquired_at", "expires_at", "heartbeat_at", "ended_at", "closed_at", "not_before", "lease_expires_at"}
@@ -103,6 +106,18 @@ def _bead_claimed(detail: Detail) -> str:
     return f"Agent {holder['agent_id']} works on it: claim another, or POST .../redispatch to take it away."
 
 
+def _too_many_beads(detail: Detail) -> str:
+    most = detail["most"]
+    if "beads" in detail:
+        return (
+            f"This request would change {detail['beads']} other beads, and one may change {most}: write blocked_by and"
+            " parent of those beads, or send a shorter list first, and then the whole."
+        )
+    if "bead_id" in detail:
+        return f"At most {most} beads may wait for one bead, or be its children; {detail['bead_id']} has as many."
+    return f"To look for a cycle, more than {most} beads would be visited: write fewer dependencies at a time."
+
+
 _TEXTS: dict[str, Callable[[Detail], str | None]] = {
     "agent-busy": lambda detail: "Complete, fail or release one of its beads first.",
     "bead-blocked": _bead_blocked,
@@ -119,6 +134,7 @@ _TEXTS: dict[str, Callable[[Detail], str | None]] = {
         "Its children are not closed: complete it after them, or fail or release it. The claim is still valid."
     ),
     "project-closed": lambda detail: f"Project {detail['project_id']} accepts no beads until it is reopened.",
+    "too-many-beads": _too_many_beads,
     "taken": lambda detail: f"The id {detail['id']} is already in use.",
 }
 

@@ -358,7 +358,6 @@ BEGIN
     END IF;
     PERFORM enter_names(ARRAY['bead:' || wanted], fences);
     IF how = 'completed' THEN
-        PERFORM lock_bead_graph(false);
         PERFORM lock_beads(wanted, '{}', true);
     END IF;
     SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
