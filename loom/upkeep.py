@@ -69,6 +69,7 @@ class Upkeep:
             self._instances,
             self._agents,
             self._claims,
+            self._deferred,
             self._grants_history,
             self._claims_history,
             self._answers,
@@ -127,6 +128,11 @@ class Upkeep:
                 log.warning("claim-lapsed", extra={"fields": claim})
             if len(lapsed) < BATCH // 10 or self._stopping.is_set():
                 return
+
+    def _deferred(self, conn: db.Connection) -> None:
+        """Opens the deferred beads whose time has come, also when nobody asks for work."""
+        while claims.open_deferred(conn, self._writer, BATCH // 10) and not self._stopping.is_set():
+            continue
 
     @property
     def _config(self) -> Config:

@@ -19,6 +19,7 @@ from harness.postgres import postgres_version, query
 from loom import db, instances
 from loom.config import Config, DatabaseConfig, ServerConfig
 from loom.routes import create_app
+from loom.upkeep import Upkeep
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -150,6 +151,12 @@ def instance(database: db.Database) -> Iterator[instances.Instance]:
     yield me
     me.leave()
     instances.current = None
+
+
+@pytest.fixture
+def cleaner(instance: instances.Instance) -> Upkeep:
+    """The clean-up of the elected instance, round by round."""
+    return Upkeep(Config(), instance)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from loom.state import beads, comments
 from loom.state.beads import Bead
 
 CLAIM = ("fencing_token", "claimed_at", "lease_seconds", "lease_expires_at")
-ENDS = ("attempts", "failures", "blocked_reason", "closed_at", "not_before")  # written when a claim or the bead ends
+ENDS = ("attempts", "failures", "blocked_reason", "closed_at")  # written when a claim or the bead ends
 
 BeadBody = entities.body_of(
     Bead,
@@ -23,7 +23,7 @@ BeadBody = entities.body_of(
     without=(*CLAIM, *ENDS),
     type=Annotated[str, Meta(min_length=1, max_length=64)],
     title=Name,
-    priority=Annotated[int, Meta(ge=0, le=3)],
+    priority=Annotated[int, Meta(ge=0, le=4)],
 )
 
 

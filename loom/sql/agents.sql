@@ -1,11 +1,12 @@
 -- Agents: heartbeats, and what ends with an agent.
 
--- When an agent dies or is deleted, the beads that it had claimed are open again.
+-- When an agent dies or is deleted, the beads that it had claimed are open again. Deleted, it also frees its files.
 CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM reopen_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
-        UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
+        UPDATE beads SET assigned_to = NULL WHERE id IN (SELECT beads_of(OLD.id));
+        PERFORM end_file_locks_of(OLD.id);
     END IF;
     RETURN NULL;
 END $$;
@@ -44,7 +45,7 @@ DECLARE
     b beads;
 BEGIN
     FOR b IN SELECT * FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
-              ORDER BY id FOR NO KEY UPDATE
+              ORDER BY id FOR UPDATE -- waits for the transactions that a claim fences
     LOOP
         IF try_name('bead:' || b.id) THEN
             -- A lease that is over has lapsed: the agent may have been told so.

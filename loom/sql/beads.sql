@@ -162,7 +162,7 @@ END $$;
 -- The beads that wait for this one (up), or those that it waits for: by blocked_by, and a parent for its children.
 CREATE OR REPLACE FUNCTION next_beads(bead text, up boolean) RETURNS SETOF text LANGUAGE sql STABLE AS $$
     SELECT bead_id FROM bead_blockers WHERE up AND blocker_id = bead
-    UNION ALL SELECT parent FROM beads WHERE up AND id = bead AND parent IS NOT NULL
+    UNION ALL SELECT COALESCE(parent, '') FROM beads WHERE up AND id = bead -- with IS NOT NULL, it might read all parents
     UNION ALL SELECT unnest(blocked_by) FROM beads WHERE NOT up AND id = bead
     UNION ALL SELECT id FROM beads WHERE NOT up AND parent = bead;
 $$;
@@ -171,7 +171,7 @@ $$;
 CREATE OR REPLACE FUNCTION reachable_beads(start text, up boolean, most integer) RETURNS text[] LANGUAGE sql STABLE AS $$
     WITH RECURSIVE reached (id) AS (
         SELECT next_beads(start, up) UNION SELECT next.id FROM reached CROSS JOIN next_beads(reached.id, up) AS next (id))
-    SELECT ARRAY(SELECT id FROM reached LIMIT most);
+    SELECT ARRAY(SELECT id FROM reached WHERE id <> '' LIMIT most);
 $$;
 
 -- Raises L0002 when one of the beads waits for itself through others. Each has just been linked, so a new cycle leads
@@ -247,8 +247,13 @@ BEGIN
                       HINT = 'Reopen it: UPDATE projects SET status = ''reopened''.';
         END IF;
     END IF;
+    IF NEW.assigned_to <> COALESCE(OLD.assigned_to, '') THEN
+        PERFORM raise_unknown('assigned_to', NEW.assigned_to) WHERE agent_named(NEW.assigned_to) IS NULL;
+        NEW.assigned_to := agent_named(NEW.assigned_to);
+    END IF;
     IF TG_OP = 'UPDATE' AND OLD.fencing_token IS NOT NULL
        AND (NEW.status, NEW.assigned_to) IS DISTINCT FROM (OLD.status, OLD.assigned_to) THEN
+        PERFORM 1 FROM beads WHERE id = OLD.id FOR UPDATE; -- waits for the transactions that the claim fences
         IF NEW.status = OLD.status THEN
             NEW.status := 'open';
         ELSIF NEW.status <> 'closed' AND NEW.assigned_to = OLD.assigned_to THEN
@@ -264,7 +269,9 @@ BEGIN
     END IF;
     IF TG_OP = 'INSERT' OR NEW.status <> OLD.status THEN
         NEW.closed_at := CASE WHEN NEW.status = 'closed' THEN COALESCE(NEW.closed_at, clock_timestamp()) END;
-        NEW.not_before := NULL;
+        IF TG_OP = 'UPDATE' AND NEW.not_before IS NOT DISTINCT FROM OLD.not_before THEN
+            NEW.not_before := NULL;
+        END IF;
         IF NEW.status <> 'closed' THEN
             NEW.close_reason := NULL;
         END IF;
@@ -273,6 +280,9 @@ BEGIN
             NEW.attempts := 0;
             NEW.failures := 0;
         END IF;
+    END IF;
+    IF NEW.status NOT IN ('open', 'deferred') THEN
+        NEW.not_before := NULL; -- it would keep a lease from ending, see wakes_at()
     END IF;
     IF NEW.assigned_to IS NOT NULL
        AND (TG_OP = 'INSERT' OR NEW.assigned_to IS DISTINCT FROM OLD.assigned_to

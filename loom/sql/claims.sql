@@ -64,7 +64,7 @@ BEGIN
     FOR b IN SELECT * FROM beads WHERE fencing_token IS NOT NULL AND wakes_at(not_before, lease_expires_at) <= t
                 AND NOT EXISTS (SELECT 1 FROM distributed_locks l
                                  WHERE l.lock_name = 'bead:' || beads.id AND l.expires_at > clock_timestamp())
-              ORDER BY wakes_at(not_before, lease_expires_at) LIMIT batch FOR NO KEY UPDATE OF beads SKIP LOCKED
+              ORDER BY wakes_at(not_before, lease_expires_at) LIMIT batch FOR UPDATE OF beads SKIP LOCKED
     LOOP
         PERFORM 1 FROM agents WHERE id = b.assigned_to FOR NO KEY UPDATE SKIP LOCKED;
         IF (FOUND OR NOT EXISTS (SELECT 1 FROM agents WHERE id = b.assigned_to)) AND try_name('bead:' || b.id) THEN
@@ -72,6 +72,19 @@ BEGIN
             PERFORM reopen_bead(b, 'lapsed');
         END IF;
     END LOOP;
+END $$;
+
+-- Opens deferred beads whose time has come, at most `batch`; each gets a version and an event.
+CREATE OR REPLACE FUNCTION open_deferred(batch integer) RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+    n integer;
+BEGIN
+    UPDATE beads SET status = 'open', not_before = NULL
+     WHERE id IN (SELECT id FROM beads WHERE status = 'deferred' AND wakes_at(not_before, lease_expires_at) <= t
+                   ORDER BY wakes_at(not_before, lease_expires_at) LIMIT batch FOR NO KEY UPDATE SKIP LOCKED);
+    GET DIAGNOSTICS n = ROW_COUNT;
+    RETURN n;
 END $$;
 
 -- Opens what the clock has opened, before a claim: beads whose lease or delay is over.
@@ -86,6 +99,7 @@ BEGIN
     END IF;
     PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE; -- first our own agent's row: the others are only tried
     PERFORM lapse_claims(100);
+    PERFORM open_deferred(100);
     UPDATE beads SET not_before = NULL
      WHERE id IN (SELECT id FROM beads
                    WHERE status = 'open' AND not_before IS NOT NULL AND wakes_at(not_before, lease_expires_at) <= t
@@ -272,17 +286,26 @@ BEGIN
         RETURN;
     ELSIF b.fencing_token IS NOT NULL AND (b.lease_expires_at <= clock_timestamp() OR EXISTS (
               SELECT 1 FROM agents a WHERE a.id = b.assigned_to AND agent_is_dead(a))) THEN
+        PERFORM 1 FROM beads WHERE id = wanted FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN -- a transaction that the claim fences is still running: it is still held
+            outcome := 'bead-claimed';
+            detail := jsonb_build_object('holder', holder_of(b));
+            RETURN;
+        END IF;
         PERFORM 1 FROM agents WHERE id IN (agent, b.assigned_to) ORDER BY id FOR NO KEY UPDATE;
         b := reopen_bead(b, CASE WHEN b.lease_expires_at > clock_timestamp() THEN 'agent-died' ELSE 'lapsed' END);
     END IF;
 
+    IF b.status = 'deferred' AND b.not_before <= clock_timestamp() THEN
+        UPDATE beads SET status = 'open', not_before = NULL WHERE id = wanted RETURNING * INTO b;
+    END IF;
     IF b.status = 'closed' THEN
         outcome := 'bead-closed';
         detail := jsonb_build_object('closed_at', b.closed_at);
     ELSIF b.assigned_to <> agent OR (b.status = 'in_progress' AND b.assigned_to IS NULL) THEN
         outcome := 'bead-claimed';
         detail := jsonb_build_object('holder', holder_of(b));
-    ELSIF b.status = 'blocked' OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
+    ELSIF b.status IN ('blocked', 'deferred') OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
             'blocked_by', ARRAY(SELECT x.id FROM beads x
@@ -360,7 +383,7 @@ BEGIN
     IF how = 'completed' THEN
         PERFORM lock_beads(wanted, '{}', true);
     END IF;
-    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
+    SELECT * INTO b FROM beads WHERE id = wanted FOR UPDATE; -- waits for the transactions that the claim fences
     t := clock_timestamp();
     IF NOT FOUND THEN
         outcome := 'not-found';

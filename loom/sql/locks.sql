@@ -32,6 +32,23 @@ END $$;
 DROP TRIGGER IF EXISTS locks_truncated ON distributed_locks;
 CREATE TRIGGER locks_truncated BEFORE TRUNCATE ON distributed_locks FOR EACH STATEMENT EXECUTE FUNCTION on_locks_truncated();
 
+-- Ends these grants, if they are still held. It does not wait for a transaction that a grant fences: that grant only
+-- expires, and its lock is free once the transaction has ended.
+CREATE OR REPLACE FUNCTION end_grants(wanted distributed_locks[], how text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF wanted = '{}' THEN
+        RETURN;
+    END IF;
+    PERFORM set_config('loom.ended_how', how, true);
+    DELETE FROM distributed_locks WHERE lock_name IN (
+        SELECT l.lock_name FROM unnest(wanted) AS w
+          JOIN distributed_locks l ON (l.lock_name, l.fencing_token) = (w.lock_name, w.fencing_token)
+         WHERE l.expires_at > clock_timestamp() ORDER BY 1 FOR UPDATE OF l SKIP LOCKED);
+    PERFORM set_config('loom.ended_how', '', true);
+    UPDATE distributed_locks l SET expires_at = clock_timestamp() FROM unnest(wanted) AS w
+     WHERE (l.lock_name, l.fencing_token) = (w.lock_name, w.fencing_token) AND l.expires_at > clock_timestamp();
+END $$;
+
 -- Takes the lock if it is free and no waiter comes before us. The order matters: lock the name, lock the row, read the clock.
 -- outcome: 'new': a new grant; 'same': the grant that this owner already holds, extended; 'held': another owner's grant,
 -- which is returned; 'promised': the lock is free, but a waiter comes first. A refused call does not write to the row, nor
@@ -171,7 +188,8 @@ BEGIN
 END $$;
 
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
--- keeps its row locked until commit, so that no later grant can be made before this transaction ends.
+-- keeps its row locked until commit, so that no later grant can be made before this transaction ends. For 'bead:ID', the
+-- token of a claim does as well: then the bead's row is locked. Locks and claims draw their tokens from one sequence.
 CREATE OR REPLACE FUNCTION loom_fence(name text, token bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     ends timestamptz;
@@ -179,9 +197,15 @@ BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
         -- A new grant and a deletion of the row wait for this; renewals by the holder do not.
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
+        IF ends IS NULL AND name LIKE 'bead:%' THEN
+            SELECT lease_expires_at INTO ends FROM beads WHERE id = substr(name, 6) AND fencing_token = token FOR KEY SHARE;
+        END IF;
     ELSE
         -- An older snapshot must not hide a changed end: after a renewal this raises 40001, and the caller tries again.
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
+        IF ends IS NULL AND name LIKE 'bead:%' THEN
+            SELECT lease_expires_at INTO ends FROM beads WHERE id = substr(name, 6) AND fencing_token = token FOR SHARE;
+        END IF;
     END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN
         RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001',
@@ -195,7 +219,8 @@ DECLARE
     held distributed_locks;
 BEGIN
     SELECT * INTO held FROM distributed_locks l
-     WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp() AND (fences ? l.lock_name) IS NOT TRUE LIMIT 1;
+     WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp()
+       AND (fences ->> l.lock_name)::bigint IS DISTINCT FROM l.fencing_token LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'lock % is held by %', held.lock_name, held.owner USING ERRCODE = 'L0003',
             DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object( -- without the token, which only the holder may know
@@ -217,11 +242,11 @@ BEGIN
     FOREACH name IN ARRAY names LOOP
         PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
     END LOOP;
-    IF names <> '{}' THEN -- in a new statement: one that began before a name was locked would miss a grant made in between
-        PERFORM refuse_held(names, fences);
-    END IF;
     IF fences IS NOT NULL THEN
         PERFORM loom_fence(f.key, f.value::bigint) FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
+    END IF;
+    IF names <> '{}' THEN -- in a new statement: one that began before a name was locked would miss a grant made in between
+        PERFORM refuse_held(names, fences);
     END IF;
 END $$;
 

@@ -21,7 +21,7 @@ LINKS = (
     "blocks",
     "children",
 )  # the fields that name other beads which it waits for, or they for it
-Status = Literal["open", "in_progress", "blocked", "closed"]
+Status = Literal["open", "in_progress", "blocked", "deferred", "closed"]
 
 
 class Bead(Entity, kw_only=True):
@@ -34,6 +34,7 @@ class Bead(Entity, kw_only=True):
     statuses: ClassVar[tuple[str, ...]] = get_args(Status)
     indexed: ClassVar[tuple[str, ...]] = ("assigned_to", "type", "project_id")
     conditions: ClassVar[Mapping[str, str]] = {"tags": "tags && %(tags)s"}
+    together: ClassVar[Mapping[str, str]] = {"not_before": "status"}  # the end of a delay alone makes no version
 
     type: str
     title: str
@@ -134,8 +135,9 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         conn,
         writer,
         f"""
-        SELECT refuse_many_beads(cardinality(%(names)s::text[]));
-        SELECT enter_names(%(names)s::text[], %(fences)s);
+        SELECT refuse_many_beads(cardinality(%(names)s::text[] || %(agents)s::text[]));
+        SELECT enter_names(%(names)s::text[] || ARRAY(
+            SELECT 'agent:' || agent_named(a) FROM unnest(%(agents)s::text[]) AS a), %(fences)s);
         SELECT refuse_held(%(own_names)s::text[], %(fences)s);
         {"SELECT lock_bead_graph();" if linked else ""}
         SELECT lock_beads(NULL, %(others)s::text[] || ARRAY(
@@ -154,8 +156,8 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         """,
         names=[
             *(f"bead:{other}" for other in {*blocked, *parents}),
-            *{f"agent:{bead['assigned_to']}" for bead in new if bead.get("assigned_to")},
         ],
+        agents=sorted({bead["assigned_to"] for bead in new if bead.get("assigned_to")}),
         own_names=[f"bead:{bead['id']}" for bead in new],
         others=sorted({*blocked, *parents, *waiting, *waited_for}),
         waiting=sorted(waiting),

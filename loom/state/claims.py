@@ -195,6 +195,11 @@ def lapse(conn: db.Connection, writer: Writer, most: int) -> list[dict[str, str]
     return row["lapsed"]
 
 
+def open_deferred(conn: db.Connection, writer: Writer, most: int) -> int:
+    """Opens deferred beads whose time has come, and returns how many."""
+    return call(conn, writer, "SELECT open_deferred(%(most)s) AS opened", most=most)["opened"]
+
+
 def end_dead_agents(conn: db.Connection, writer: Writer) -> list[str]:
     """Marks who has missed its heartbeats, each in a transaction of its own; their beads are open again."""
     silent = call(

@@ -13,7 +13,8 @@ from loom.waiting import Poller, Waiter
 
 SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of them matches
 
-TIMES = {"created_at", "closed_at", "due_date", "started_at", "last_heartbeat_at", "last_sync_at"}  # with a version
+# The times that a version has.
+TIMES = {"created_at", "closed_at", "due_date", "not_before", "started_at", "last_heartbeat_at", "last_sync_at"}
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

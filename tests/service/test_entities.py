@@ -62,7 +62,7 @@ BAD: dict[str, dict[str, list[Any]]] = {  # of each kind, values that a field ca
         "title": [None, "", "x" * 1001, 7],
         "type": [None, "", "x" * 65],
         "status": [None, "", "done"],
-        "priority": [None, -1, 4, 1.0, "1", True, 2**64],
+        "priority": [None, -1, 5, 1.0, "1", True, 2**64],
         "project_id": [None, "", "nobody", "x" * 201],
         "assigned_to": [7, "nobody", "x" * 1_000],
         "parent": ["nobody", 7],
@@ -91,7 +91,7 @@ ALLOWED = {
     ("project", "git_strategy"): {"direct", "branch-pr"},
     ("project", "git_auth_method"): {"none", "ssh", "token", "basic", "git-helper"},
     ("agent", "status"): {"paused", "idle", "working", "deciding", "blocked", "dead"},
-    ("bead", "status"): {"open", "in_progress", "blocked", "closed"},
+    ("bead", "status"): {"open", "in_progress", "blocked", "deferred", "closed"},
 }
 NO_ID = ["", "a/b", ".", "..", "a\nb", "a\n", "a\x7f", "a\u0085", "x" * 201, "\ufffd", 7, None, [], {}]
 STORED = "SELECT count(*), (SELECT count(*) FROM events) FROM projects, providers, agents, beads"
@@ -389,7 +389,7 @@ def test_a_value_that_no_list_could_answer_is_refused_by_hand_too(client: AppCli
         "beads SET parent = 'nobody'",
         "beads SET assigned_to = 'nobody'",
         "beads SET status = 'done'",
-        "beads SET priority = 4",
+        "beads SET priority = 5",
         "projects SET due_date = '-infinity'",
         "projects SET context = '1'",
         "providers SET cost_per_mtoken = 'NaN'",
@@ -524,7 +524,7 @@ def test_a_bad_query_is_named(client: AppClient) -> None:
 
 def test_a_filter_by_what_no_entity_can_have_is_told_what_there_is(client: AppClient) -> None:
     for path, allowed in (
-        (f"{BEADS}?status=open,nonsense", ["open", "in_progress", "blocked", "closed"]),
+        (f"{BEADS}?status=open,nonsense", ["open", "in_progress", "blocked", "deferred", "closed"]),
         (f"{AGENTS}?status=open", ["paused", "idle", "working", "deciding", "blocked", "dead"]),
         (f"{PROJECTS}?status=,open", ["open", "closed", "reopened"]),
         (f"{PROVIDERS}?status=Active", ["pending", "active", "error"]),
