@@ -177,7 +177,8 @@ BEGIN
         ('moment', 'timestamptz CHECK (VALUE BETWEEN ''0001-01-01 00:00+00'' AND ''9999-12-31 23:59:59.999999+00'')'),
         ('counter', 'integer CHECK (VALUE >= 0)'),
         ('bead_priority', 'smallint CHECK (VALUE BETWEEN 0 AND 4)'),
-        ('bead_status', 'text COLLATE "C" CHECK (VALUE IN (''open'', ''in_progress'', ''blocked'', ''deferred'', ''closed''))'),
+        ('bead_status', 'text COLLATE "C"
+                         CHECK (VALUE IN (''open'', ''in_progress'', ''blocked'', ''deferred'', ''closed''))'),
         ('agent_status', 'text CHECK (VALUE IN (''paused'', ''idle'', ''working'', ''deciding'', ''blocked'', ''dead''))')
     LOOP
         IF to_regtype(quote_ident(name)) IS NULL THEN

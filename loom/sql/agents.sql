@@ -6,7 +6,7 @@ BEGIN
     PERFORM reopen_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
         UPDATE beads SET assigned_to = NULL WHERE id IN (SELECT beads_of(OLD.id));
-        PERFORM end_file_locks_of(OLD.id);
+        PERFORM end_grants(ARRAY(SELECT agents_file_locks(OLD.id)), 'released');
     END IF;
     RETURN NULL;
 END $$;

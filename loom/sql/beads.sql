@@ -11,8 +11,8 @@ CREATE OR REPLACE FUNCTION neighbours_of(bead text) RETURNS SETOF text LANGUAGE 
     SELECT bead_id FROM bead_blockers WHERE blocker_id = bead UNION SELECT id FROM beads WHERE parent = bead;
 $$;
 
--- Locks the rows that a change of a bead will touch, in id order: its own, its parent's, `others` and, with `neighbours`,
--- those of the beads that name it. In any other order, the change could deadlock with, for example, a heartbeat.
+-- Locks the rows that a change of a bead will touch, in id order: its own, its parent's, `others`, and with `neighbours`
+-- those of the beads that name it. In any other order, it could deadlock with, for example, a heartbeat.
 CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], neighbours boolean) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     late text[];
@@ -33,7 +33,8 @@ BEGIN
 END $$;
 
 -- Enters a change of a bead: enter_change(), then the graph and the rows of other beads. Each of blocked_by, parent,
--- blocks, children and new_status is what it will write of these, or null. links: whether it writes one of the first four.
+-- blocks, children and new_status is what it will write of these, or null. links: whether it writes one of the first
+-- four.
 CREATE OR REPLACE FUNCTION enter_bead(
     bead text, blocked_by text[], new_parent text, blocks text[], children text[], links boolean, new_status text,
     agent text, deletes boolean, fences jsonb) RETURNS void LANGUAGE plpgsql AS $$
@@ -72,8 +73,8 @@ BEGIN
     END IF;
     IF links OR deletes OR closes_or_reopens THEN
         PERFORM lock_beads(
-            bead, neighbours || blockers || dependants
-                || ARRAY(SELECT parent FROM beads WHERE id = ANY (neighbours) AND id = ANY (children) AND parent <> bead),
+            bead, neighbours || blockers || dependants || ARRAY(
+                SELECT parent FROM beads WHERE id = ANY (neighbours) AND id = ANY (children) AND parent <> bead),
             deletes OR closes_or_reopens);
     END IF;
 END $$;
@@ -118,8 +119,9 @@ BEGIN
     END IF;
 END $$;
 
--- Ends a change that links beads: writes `blocks` and `children` of the entered bead where they stand, in blocked_by and
--- parent of its neighbours, and then checks the whole. Leaves those that became neighbours after their names were locked.
+-- Ends a change that links beads: writes `blocks` and `children` of the entered bead where they are stored, in blocked_by
+-- and parent of its neighbours, and checks the result. Does not change those that became neighbours after their names
+-- were locked.
 CREATE OR REPLACE FUNCTION link_bead(blocked_by text[], new_parent text, blocks text[], children text[]) RETURNS void
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -162,15 +164,17 @@ END $$;
 -- The beads that wait for this one (up), or those that it waits for: by blocked_by, and a parent for its children.
 CREATE OR REPLACE FUNCTION next_beads(bead text, up boolean) RETURNS SETOF text LANGUAGE sql STABLE AS $$
     SELECT bead_id FROM bead_blockers WHERE up AND blocker_id = bead
-    UNION ALL SELECT COALESCE(parent, '') FROM beads WHERE up AND id = bead -- with IS NOT NULL, it might read all parents
+    UNION ALL SELECT COALESCE(parent, '') FROM beads WHERE up AND id = bead -- IS NOT NULL might use beads_parent
     UNION ALL SELECT unnest(blocked_by) FROM beads WHERE NOT up AND id = bead
     UNION ALL SELECT id FROM beads WHERE NOT up AND parent = bead;
 $$;
 
 -- Those that can be reached from a bead, the nearest first, at most so many; the bead itself only if it is in a cycle.
-CREATE OR REPLACE FUNCTION reachable_beads(start text, up boolean, most integer) RETURNS text[] LANGUAGE sql STABLE AS $$
+CREATE OR REPLACE FUNCTION reachable_beads(start text, up boolean, most integer) RETURNS text[]
+LANGUAGE sql STABLE AS $$
     WITH RECURSIVE reached (id) AS (
-        SELECT next_beads(start, up) UNION SELECT next.id FROM reached CROSS JOIN next_beads(reached.id, up) AS next (id))
+        SELECT next_beads(start, up)
+        UNION SELECT next.id FROM reached CROSS JOIN next_beads(reached.id, up) AS next (id))
     SELECT ARRAY(SELECT id FROM reached WHERE id <> '' LIMIT most);
 $$;
 
@@ -328,7 +332,8 @@ BEGIN
      WHERE bead_id = NEW.id AND blocker_id = ANY (CASE WHEN TG_OP = 'UPDATE' THEN OLD.blocked_by END)
        AND blocker_id <> ALL (NEW.blocked_by);
     INSERT INTO bead_blockers (bead_id, blocker_id) SELECT NEW.id, unnest(NEW.blocked_by) ON CONFLICT DO NOTHING;
-    IF EXISTS (SELECT unnest(NEW.blocked_by) EXCEPT SELECT unnest(CASE TG_OP WHEN 'UPDATE' THEN OLD.blocked_by END)) THEN
+    IF EXISTS (SELECT unnest(NEW.blocked_by)
+               EXCEPT SELECT unnest(CASE TG_OP WHEN 'UPDATE' THEN OLD.blocked_by END)) THEN
         PERFORM check_linked_by_hand(NEW.id);
     END IF;
     RETURN NULL;

@@ -4,7 +4,7 @@
 -- changes very many rows does not end in time. So what is too large is refused with 'in-steps' (see change() in
 -- loom/state/entities.py), which then calls clear_step() until nothing is left, and deletes it.
 
--- How many rows of comments one step deletes.
+-- The comments that one step deletes: the newest first, so that replies go before what they reply to.
 CREATE OR REPLACE FUNCTION comments_of(kind text, key text) RETURNS SETOF comments LANGUAGE sql STABLE AS $$
     SELECT * FROM comments WHERE entity_type = kind AND entity_id = key ORDER BY created_at DESC, id DESC LIMIT 1000;
 $$;
@@ -25,19 +25,21 @@ CREATE OR REPLACE FUNCTION outside_neighbours(keys text[]) RETURNS SETOF text LA
     SELECT n.id FROM unnest(keys) AS k (id) CROSS JOIN neighbours_of(k.id) AS n (id) EXCEPT SELECT unnest(keys);
 $$;
 
--- Ends the file locks of an agent. One that fences a transaction now expires, and is free when that has ended.
-CREATE OR REPLACE FUNCTION end_file_locks_of(agent text) RETURNS void LANGUAGE sql AS $$
-    SELECT end_grants(ARRAY(SELECT l FROM distributed_locks l WHERE l.owner = 'agent:' || agent AND l.lock_name LIKE 'file:%'
-                               AND l.expires_at > clock_timestamp() LIMIT 1000), 'released');
+-- The file locks of an agent that one step ends.
+CREATE OR REPLACE FUNCTION agents_file_locks(agent text) RETURNS SETOF distributed_locks LANGUAGE sql STABLE AS $$
+    SELECT * FROM distributed_locks
+     WHERE owner = 'agent:' || agent AND lock_name LIKE 'file:%' AND expires_at > clock_timestamp() LIMIT 1000;
 $$;
 
 -- Whether the deletion of an entity takes steps. A project with a bead or an agent always does.
 CREATE OR REPLACE FUNCTION takes_steps(kind text, key text) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT CASE kind
-        WHEN 'bead' THEN (SELECT count(*) FROM (SELECT neighbours_of(key) LIMIT bound('names')) AS n) >= bound('names')
-        WHEN 'agent' THEN (SELECT count(*) FROM (SELECT beads_of(key) LIMIT bound('names')) AS b) >= bound('names')
+        WHEN 'bead' THEN (SELECT count(*) FROM (SELECT neighbours_of(key) LIMIT bound('names')) AS n) = bound('names')
+        WHEN 'agent' THEN (SELECT count(*) FROM (SELECT beads_of(key) LIMIT bound('names')) AS b) = bound('names')
+            OR (SELECT count(*) FROM agents_file_locks(key)) = 1000
         WHEN 'project' THEN EXISTS (SELECT 1 FROM beads WHERE project_id = key) OR EXISTS (SELECT agents_of(kind, key))
-        WHEN 'provider' THEN (SELECT count(*) FROM (SELECT agents_of(kind, key) LIMIT bound('names')) AS a) >= bound('names')
+        WHEN 'provider' THEN
+            (SELECT count(*) FROM (SELECT agents_of(kind, key) LIMIT bound('names')) AS a) = bound('names')
         ELSE false END
         OR (SELECT count(*) FROM comments_of(kind, key)) = 1000;
 $$;
@@ -50,7 +52,7 @@ CREATE OR REPLACE FUNCTION unlink_beads(from_beads text[], keys text[]) RETURNS 
     UPDATE beads SET parent = NULL WHERE id = ANY (keys) AND parent = ANY (from_beads);
 $$;
 
--- One step of a deletion; returns how many are left: beads, agents or comments. Raises L0010 for a project with a bead
+-- One step of a deletion; returns how many are left: beads, agents, comments, file locks. Raises L0010 for a project with a bead
 -- in progress.
 CREATE OR REPLACE FUNCTION clear_step(kind text, key text, fences jsonb) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -60,7 +62,6 @@ DECLARE
     agents_now text[];
     busy text;
     removed integer;
-    b beads;
 BEGIN
     IF kind = 'project' THEN
         SELECT id INTO busy FROM beads WHERE project_id = key AND status = 'in_progress' ORDER BY id LIMIT 1;
@@ -68,7 +69,8 @@ BEGIN
             RAISE EXCEPTION 'bead % is in progress', busy USING ERRCODE = 'L0010',
                 DETAIL = jsonb_build_object('used_by', 'beads', 'bead_id', busy);
         ELSIF EXISTS (SELECT 1 FROM projects WHERE parent_id = key) THEN
-            RAISE EXCEPTION 'other projects refer to %', key USING ERRCODE = 'L0010', DETAIL = '{"used_by": "projects"}';
+            RAISE EXCEPTION 'other projects refer to %', key
+                USING ERRCODE = 'L0010', DETAIL = '{"used_by": "projects"}';
         END IF;
         beads_now := ARRAY(SELECT id FROM beads WHERE project_id = key ORDER BY status, id LIMIT half);
         others := ARRAY(SELECT outside_neighbours(beads_now) LIMIT half);
@@ -79,8 +81,8 @@ BEGIN
     END IF;
     agents_now := ARRAY(SELECT agents_of(kind, key) ORDER BY 1 LIMIT half);
     PERFORM enter_names(
-        ARRAY(SELECT 'bead:' || n FROM unnest(beads_now || others) AS n) || ARRAY(SELECT 'agent:' || n FROM unnest(agents_now) AS n)
-            || (kind || ':' || key), fences);
+        ARRAY(SELECT 'bead:' || n FROM unnest(beads_now || others) AS n)
+            || ARRAY(SELECT 'agent:' || n FROM unnest(agents_now) AS n) || (kind || ':' || key), fences);
     PERFORM lock_beads(CASE kind WHEN 'bead' THEN key END, beads_now || others || ARRAY(
         SELECT parent FROM beads WHERE id = ANY (beads_now || others) AND parent IS NOT NULL), false);
     DELETE FROM comments WHERE id IN (
@@ -89,15 +91,11 @@ BEGIN
          WHERE kind = 'project' LIMIT 1000);
     GET DIAGNOSTICS removed = ROW_COUNT;
     IF kind = 'agent' THEN
-        FOR b IN SELECT * FROM beads WHERE id = ANY (beads_now) AND assigned_to = key ORDER BY id LOOP
-            IF b.fencing_token IS NOT NULL THEN
-                PERFORM reopen_bead(b, CASE WHEN b.lease_expires_at > clock_timestamp() THEN 'agent-died' ELSE 'lapsed' END);
-            ELSIF b.status <> 'closed' THEN
-                UPDATE beads SET assigned_to = NULL WHERE id = b.id;
-            END IF;
-        END LOOP;
-        PERFORM end_file_locks_of(key);
-        RETURN (SELECT count(*) FROM beads_of(key));
+        PERFORM reopen_bead(x, CASE WHEN x.lease_expires_at > clock_timestamp() THEN 'agent-died' ELSE 'lapsed' END)
+           FROM beads x WHERE id = ANY (beads_now) AND assigned_to = key AND fencing_token IS NOT NULL;
+        UPDATE beads SET assigned_to = NULL WHERE id = ANY (beads_now) AND assigned_to = key AND status <> 'closed';
+        PERFORM end_grants(ARRAY(SELECT agents_file_locks(key)), 'released');
+        RETURN (SELECT count(*) FROM beads_of(key)) + (SELECT count(*) FROM agents_file_locks(key));
     END IF;
     PERFORM unlink_beads(beads_now || key, others);
     IF kind = 'project' AND cardinality(others) < half AND removed < 1000 THEN

@@ -215,6 +215,16 @@ def test_a_bead_that_is_created_while_its_project_is_deleted_is_in_no_project_th
 # Files
 
 
+def test_an_agent_with_very_many_file_locks_is_deleted(work: AppClient, sql: Sql) -> None:
+    sql(
+        "INSERT INTO distributed_locks"
+        " SELECT 'file:p:' || n, NULL, 'agent:b', n, now(), now() + INTERVAL '1 hour', now()"
+        "   FROM generate_series(1, 2500) AS n"
+    )
+    assert deleted(work, f"{AGENTS}/b").status == 204
+    assert sql("SELECT count(*), min(ended_how), max(ended_how) FROM grants") == [(2500, "released", "released")]
+
+
 def test_a_deleted_agents_files_are_free_at_once(work: AppClient, sql: Sql, session: Session) -> None:
     """Also one that fences a transaction: it is free when that has ended."""
     locks = "/api/v1/file-locks"
