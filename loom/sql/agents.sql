@@ -45,7 +45,7 @@ DECLARE
     b beads;
 BEGIN
     FOR b IN SELECT * FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
-              ORDER BY id FOR UPDATE -- waits for the transactions that a claim fences
+              ORDER BY id FOR NO KEY UPDATE
     LOOP
         IF try_name('bead:' || b.id) THEN
             -- A lease that is over has lapsed: the agent may have been told so.
