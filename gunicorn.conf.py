@@ -1,6 +1,7 @@
 """gunicorn's settings. Read by `gunicorn app:app` here, and by `loom serve`. What users set is in config.yaml."""
 
 from loom import instances, log, upkeep
+from loom.bounds import bounds
 from loom.server import hooks
 
 settings, logconfig_dict, dsn = hooks.read_settings()
@@ -12,7 +13,7 @@ worker_class = "loom.server.worker.Worker"
 workers = settings.server.workers
 threads = settings.server.threads
 
-worker_connections = 6000  # more than the 2 x 2,500 requests that may wait
+worker_connections = bounds.connections
 keepalive = 75  # seconds; above nginx's 1, so that nginx closes idle connections first
 # From SIGTERM to SIGKILL; systemd's TimeoutStopSec is above it.
 graceful_timeout = 20 + int(settings.server.drain_seconds)

@@ -176,8 +176,9 @@ BEGIN
         ('texts', 'text[] CHECK (array_position(VALUE, NULL) IS NULL)'),
         ('moment', 'timestamptz CHECK (VALUE BETWEEN ''0001-01-01 00:00+00'' AND ''9999-12-31 23:59:59.999999+00'')'),
         ('counter', 'integer CHECK (VALUE >= 0)'),
-        ('bead_priority', 'smallint CHECK (VALUE BETWEEN 0 AND 3)'),
-        ('bead_status', 'text COLLATE "C" CHECK (VALUE IN (''open'', ''in_progress'', ''blocked'', ''closed''))'),
+        ('bead_priority', 'smallint CHECK (VALUE BETWEEN 0 AND 4)'),
+        ('bead_status', 'text COLLATE "C"
+                         CHECK (VALUE IN (''open'', ''in_progress'', ''blocked'', ''deferred'', ''closed''))'),
         ('agent_status', 'text CHECK (VALUE IN (''paused'', ''idle'', ''working'', ''deciding'', ''blocked'', ''dead''))')
     LOOP
         IF to_regtype(quote_ident(name)) IS NULL THEN
@@ -279,6 +280,7 @@ CREATE TABLE IF NOT EXISTS agents (
     updated_at   timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 50, autovacuum_analyze_threshold = 5000);
 CREATE INDEX IF NOT EXISTS agents_project ON agents (project_id, id);
+CREATE INDEX IF NOT EXISTS agents_role ON agents (role) WHERE role <> '';
 CREATE INDEX IF NOT EXISTS agents_provider ON agents (provider_id) WHERE provider_id IS NOT NULL;
 
 -- What all instances share: settings of Loom's own, which beat the environment and the file of each, and what agents keep
@@ -352,7 +354,7 @@ CREATE TABLE IF NOT EXISTS beads (
     claimed_at       timestamptz,
     lease_seconds    integer,
     lease_expires_at timestamptz,
-    not_before       timestamptz, -- delayed until then, after a failure
+    not_before       timestamptz, -- delayed until then: after a failure, or deferred
     open_blockers    counter     NOT NULL DEFAULT 0,
     open_children    counter     NOT NULL DEFAULT 0,
     version          bigint      NOT NULL DEFAULT 1,
@@ -454,4 +456,5 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 \ir loom/sql/lapses.sql
 \ir loom/sql/claims.sql
 \ir loom/sql/file_locks.sql
+\ir loom/sql/deletions.sql
 \ir loom/sql/idempotency.sql

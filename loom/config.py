@@ -23,34 +23,6 @@ Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to
 Level = Literal["debug", "info", "warning", "error"]
 Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
 
-KIB, MIB = 1024, 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far a client can make something grow. What is not a number of things is in bytes.
-
-    bound() in loom/sql/pages.sql has those that the database checks; a test compares them.
-    """
-
-    entity: int = MIB  # as it is stored and answered, after merging; also a body
-    bulk: int = 1000  # beads of one request
-    import_yaml: int = 5 * MIB
-    values: int = 100_000  # in the JSON or YAML of a body: each takes up to 100 bytes of memory
-    depth: int = 100  # levels of nested JSON
-    references: int = 1000  # ids or tags in a list
-    filter: int = 100  # values of one filter
-    page: int = 10_000  # rows
-    page_bytes: int = 8 * MIB
-    events: int = 1000  # of a page
-    lock_metadata: int = 8 * KIB
-    shared_value: int = 64 * KIB
-    shared_values: int = MIB  # together
-    shared_keys: int = 1000
-
-
-bounds = Bounds()
-
 
 @dataclass(frozen=True)
 class DatabaseConfig:

@@ -96,6 +96,10 @@ class Cycle(Conflict):
     """The beads would wait for each other for ever."""
 
 
+class TooManyBeads(Conflict):
+    """Too many beads depend on each other."""
+
+
 class Stale(Error):
     """A condition of the request is not met."""
 
@@ -159,8 +163,20 @@ class Busy(Unavailable):
     """The database is too busy to answer in time."""
 
 
+class Exhausted(Busy):
+    """The database has used up a resource, such as its disk or its table of locks."""
+
+    type = Busy.type
+
+
 class Undone(Busy):
     """The transaction was rolled back at each attempt; nothing was changed."""
+
+    type = Busy.type
+
+
+class Unfinished(Busy):
+    """The request is done in part: send it again."""
 
     type = Busy.type
 

@@ -27,6 +27,10 @@ SQLSTATES = {
     "L0003": "lock-held",
     "L0005": "project-closed",
     "L0006": "too-large",
+    "L0007": "too-many-beads",
+    "L0008": "too-many-beads",
+    "L0009": "too-many-beads",
+    "L0010": "in-use",
 }
 ENTITIES = ("projects", "providers", "agents", "beads")  # tables whose ids clients choose
 TIMES = {"acquired_at", "expires_at", "heartbeat_at", "ended_at", "closed_at", "not_before", "lease_expires_at"}
@@ -64,7 +68,10 @@ def from_postgres(exc: psycopg2.Error) -> errors.Error | None:
 
 
 def unknown_reference(field: str, value: str) -> errors.Invalid:
-    return errors.Invalid.field(field, f"{value} does not exist", value=value)
+    problem = "does not exist"
+    if field == "assigned_to":
+        problem = "is neither an agent's id nor the role of exactly one agent"
+    return errors.Invalid.field(field, f"{value} {problem}", value=value)
 
 
 def _lock_lost(detail: Detail) -> str | None:
@@ -91,8 +98,8 @@ def _bead_blocked(detail: Detail) -> str:
     if detail["children"]:
         return "It waits for its children: claim those, or wait."
     if detail["not_before"]:
-        return "It failed; claim it again after not_before."
-    return "Its status was set to blocked. PATCH it to open so that it can be claimed."
+        return "It is delayed: claim it again after not_before."
+    return "Its status was set to blocked or deferred. PATCH it to open so that it can be claimed."
 
 
 def _bead_claimed(detail: Detail) -> str:
@@ -104,6 +111,18 @@ def _bead_claimed(detail: Detail) -> str:
     return f"Agent {holder['agent_id']} works on it: claim another, or POST .../redispatch to take it away."
 
 
+def _too_many_beads(detail: Detail) -> str:
+    most = detail["most"]
+    if "beads" in detail:
+        return (
+            f"This request would change {detail['beads']} other beads, and one may change {most}: write blocked_by and"
+            " parent of those beads, or send a shorter list first, and then the whole."
+        )
+    if "bead_id" in detail:
+        return f"At most {most} beads may wait for one bead, or be its children; {detail['bead_id']} has as many."
+    return f"To look for a cycle, more than {most} beads would be visited: write fewer dependencies at a time."
+
+
 _TEXTS: dict[str, Callable[[Detail], str | None]] = {
     "agent-busy": lambda detail: "Complete, fail or release one of its beads first.",
     "bead-blocked": _bead_blocked,
@@ -111,7 +130,11 @@ _TEXTS: dict[str, Callable[[Detail], str | None]] = {
     "bead-closed": lambda detail: "PATCH its status to open if there is more to do.",
     "claim-lost": _claim_lost,
     "cycle": lambda detail: f"Beads would wait for each other: {' -> '.join(detail['cycle'])}",
-    "in-use": lambda detail: f"Some {detail['used_by']} still refer to it: move or delete them first.",
+    "in-use": lambda detail: (
+        f"Bead {detail['bead_id']} of it is in progress: complete, release or close it first."
+        if "bead_id" in detail
+        else f"Some {detail['used_by']} still refer to it: move or delete them first."
+    ),
     "lock-held": lambda detail: (
         "An automatic lock of this change is held from outside: present its token in Loom-Lock-Token, or wait."
     ),
@@ -123,6 +146,7 @@ _TEXTS: dict[str, Callable[[Detail], str | None]] = {
     "too-large": lambda detail: (
         f"The {detail['kind']} {detail['id']} would have {detail['size']} bytes; it may have up to {detail['most']}."
     ),
+    "too-many-beads": _too_many_beads,
     "taken": lambda detail: f"The id {detail['id']} is already in use.",
 }
 

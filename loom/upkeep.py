@@ -208,6 +208,7 @@ class Upkeep:
                 break
         self._report_late("claims", LATE_CLAIMS, problems)
         self._in_batches("delays", partial(claims.end_delays, most=BATCH))
+        self._in_batches("deferred", partial(claims.open_deferred, writer=self._writer, most=BATCH))
 
     def _events(self) -> None:
         """Numbers events that nobody has read, and removes old ones: only from the start of the feed, without gaps."""

@@ -26,6 +26,7 @@ from loom import db, instances
 from loom.config import Config, DatabaseConfig, ServerConfig
 from loom.http.application import Application
 from loom.routes import create_app
+from loom.upkeep import Upkeep
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -186,6 +187,12 @@ def instance(database: db.Database) -> Iterator[instances.Instance]:
     yield me
     me.leave()
     instances.current = None
+
+
+@pytest.fixture
+def cleaner(instance: instances.Instance) -> Upkeep:
+    """The clean-up of the elected instance, round by round."""
+    return Upkeep(Config(), instance)
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ _CLASSES: dict[str, type[errors.Error]] = {
     "0A000": errors.Unavailable,  # an unlogged table in recovery: a standby
     "08": errors.Unavailable,  # connection exception
     "25006": errors.Unavailable,  # read-only: a demoted server, so the wrong one
-    "53": errors.Unavailable,  # insufficient resources, too many clients
+    "53": errors.Exhausted,  # insufficient resources: a full disk, a full table of locks
+    "53300": errors.Unavailable,  # too many clients
     "57": errors.Unavailable,  # operator intervention: shut down, starting up
     "57014": errors.Busy,  # statement_timeout
     "55P03": errors.Busy,  # lock_not_available

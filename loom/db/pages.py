@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from loom import errors
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.db.connection import Connection
 
 T = TypeVar("T")

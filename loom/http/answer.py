@@ -11,7 +11,7 @@ import msgspec
 from flask import Response, request
 
 from loom import db
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.http.parse import encode_cursor, integer
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ from werkzeug.routing import MapAdapter
 
 from loom import db, errors
 from loom import instances as registry
-from loom.config import Config, bounds
+from loom.bounds import bounds
+from loom.config import Config
 from loom.db.connection import REPEATS
 from loom.http import problems
 from loom.http.parse import NameConverter, check_query

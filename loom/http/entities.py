@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 from msgspec import UNSET, UnsetType
 
 from loom import db, errors
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.http import answer, headers, idempotency, parse
 from loom.http.parse import Count, Key, Keys, Reference, Tags
 from loom.state import entities, events

@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
 from loom import errors
-from loom.config import MIB, bounds
+from loom.bounds import MIB, bounds
 from loom.http.values import Pairs, count, first_flaw, integer_of, is_deeper, object_of, shown
 
 T = TypeVar("T")

@@ -16,11 +16,10 @@ from typing import Any, cast
 from flask import current_app, request
 
 from loom import instances
+from loom.bounds import bounds
 from loom.locks.queue import LockPoller
 from loom.state.events import EventPoller
 from loom.waiting import Poller, Waiter
-
-MOST_PARKED = 2500  # requests that wait without a thread, of each kind; an instance with 2 x 2,000 stays below 256 MiB
 
 CAN_PARK = "loom.can_park"  # in the environ: set by a server that can run a request again later
 PARKED = "loom.parked"  # the Wait for which the server is to keep the request; there is no response yet
@@ -36,8 +35,8 @@ class Pollers:
         self._waiting_threads = max(1, threads - 8, threads // 2)
         self._sleeping = 0
         self._lock = threading.Lock()
-        self.locks = LockPoller(MOST_PARKED, _draining)
-        self.events = EventPoller(MOST_PARKED, _draining)
+        self.locks = LockPoller(bounds.waiting, _draining)
+        self.events = EventPoller(bounds.waiting, _draining)
 
     def full(self, poller: Poller) -> bool:
         """Whether this request may not wait."""

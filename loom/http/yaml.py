@@ -11,7 +11,7 @@ import yaml
 from yaml.representer import SafeRepresenter
 
 from loom import errors
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.http.values import object_of, shown
 
 MAX_NUMBER = 400  # characters; the time to read a number such as 1:30:00 grows with their square

@@ -9,7 +9,7 @@ from flask import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from loom import db, errors
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.parse import Key, Name
 from loom.state import beads, comments
@@ -19,7 +19,7 @@ from loom.state.entities import get
 
 CLAIM = ("fencing_token", "claimed_at", "lease_seconds", "lease_expires_at")
 RESERVED = ("bulk", "claim")  # the ends of paths below /api/v1/beads
-ENDS = ("attempts", "failures", "blocked_reason", "closed_at", "not_before")  # written when a claim or the bead ends
+ENDS = ("attempts", "failures", "blocked_reason", "closed_at")  # written when a claim or the bead ends
 
 BeadBody = entities.body_of(
     Bead,
@@ -27,7 +27,7 @@ BeadBody = entities.body_of(
     without=(*CLAIM, *ENDS),
     type=Annotated[str, Meta(min_length=1, max_length=64)],
     title=Name,
-    priority=Annotated[int, Meta(ge=0, le=3)],
+    priority=Annotated[int, Meta(ge=0, le=4)],
 )
 
 

@@ -14,7 +14,8 @@ from msgspec import UNSET, UnsetType
 
 from loom import config as configuration
 from loom import db, errors
-from loom.config import KIB, SECTIONS, SETTINGS, SHAREABLE, bounds, mask
+from loom.bounds import KIB, bounds
+from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
 from loom.http import answer, entities, headers, idempotency, parse, yaml
 from loom.http.settings import own
 from loom.http.values import shown

@@ -9,7 +9,7 @@ from typing import cast
 from flask import Blueprint, Response, request
 
 from loom import db
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.http import answer, parse
 from loom.http.pollers import pollers, wait, waited
 from loom.state import events

@@ -12,7 +12,7 @@ from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db, errors, instances, locks
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.http import answer, idempotency, parse, problems
 from loom.http.pollers import pollers, wait, waited
 from loom.locks.queue import LockWaiter

@@ -15,13 +15,13 @@ from gunicorn.http.errors import LimitRequestHeaders
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
 
+from loom.bounds import bounds
+
 READ_SECONDS = 15.0  # for a whole request, from its first byte; below a worker's graceful_timeout
 WRITE_SECONDS = 30.0  # for a whole response; of a stream, for each part
 LINGER_SECONDS = 2.0  # that the client has to close its side, so that no reset destroys a response on its way
 STOP_SECONDS = 2.0  # for which a stopping worker keeps idle connections: a request may be on its way
 HEAD_BYTES = 64 * 1024  # of a request line and headers
-BODY_BYTES = 8 * 1024 * 1024  # of a request; the application, which knows the route, refuses less
-BUFFERED_BYTES = 64 * 1024 * 1024  # that the incomplete requests and unread responses of all clients may take together
 JOINED_BYTES = 64 * 1024  # of a body that are copied behind the headers into one send; the rest is not copied
 RECEIVE_BYTES = 64 * 1024  # the least that one read asks for
 
@@ -66,7 +66,7 @@ class Connection:
 
     @property
     def keeps_much(self) -> bool:
-        return self.buffered > BUFFERED_BYTES // 1000
+        return self.buffered > bounds.buffered // 1000
 
     @property
     def buffered(self) -> int:
@@ -132,7 +132,7 @@ class Connection:
         length = self._body_length()
         if length is None:
             return self._take_chunks(request)
-        if length > BODY_BYTES:
+        if length > bounds.request:
             request.force_close()
             return b""
         if len(self._input) < length:
@@ -142,20 +142,20 @@ class Connection:
         return body
 
     def _take_chunks(self, request: Request) -> bytes | None:
-        too_large = len(self._input) > BODY_BYTES
+        too_large = len(self._input) > bounds.request
         if self._input.find(b"\r\n\r\n", max(0, self._searched - 3)) < 0 and not too_large:
             self._searched = len(self._input)
             return None
         source = Arrived(bytes(self._input))
         try:
-            body = ChunkedReader(request, source).read(BODY_BYTES + 1)
+            body = ChunkedReader(request, source).read(bounds.request + 1)
         except Incomplete:
             self._searched = len(self._input)
             if not too_large:
                 return None
             request.force_close()
             return bytes(self._input)
-        if len(body) > BODY_BYTES:
+        if len(body) > bounds.request:
             request.force_close()
         self._input = bytearray(source.take_buffered())
         return body

@@ -18,7 +18,8 @@ import psycopg2
 
 from loom import db, embedded, errors, instances
 from loom import log as logs
-from loom.config import MIB, Config, ConfigError, load
+from loom.bounds import MIB
+from loom.config import Config, ConfigError, load
 from loom.http import settings
 
 log = logging.getLogger("loom.server")

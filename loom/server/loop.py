@@ -26,8 +26,9 @@ from gunicorn.http.errors import ParseException
 from gunicorn.http.message import Request
 
 from loom import errors
+from loom.bounds import bounds
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, client_gone
-from loom.server.connection import BUFFERED_BYTES, LINGER_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
+from loom.server.connection import LINGER_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
 from loom.server.invalid import refusal
 from loom.server.parking import park
 
@@ -309,13 +310,13 @@ class Loop:
             connection.sock.close()
 
     def _bound_memory(self, connection: Connection) -> None:
-        """Closes slow connections, the slowest first, while all together keep more than BUFFERED_BYTES."""
+        """Closes slow connections, the slowest first, while all together keep more than bounds.buffered."""
         if not connection.keeps_much:
             return
         slow = sorted(self._waiting(lambda c: c.keeps_much), key=lambda pair: pair[0].deadline)
         total = sum(c.buffered for c, _ in slow)
         for victim, arming in slow:
-            if total <= BUFFERED_BYTES:
+            if total <= bounds.buffered:
                 break
             total -= victim.buffered
             if self.own(victim, arming):

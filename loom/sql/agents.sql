@@ -1,11 +1,12 @@
 -- Agents: heartbeats, and what ends with an agent.
 
--- When an agent dies or is deleted, the beads that it had claimed are open again.
+-- When an agent dies or is deleted, the beads that it had claimed are open again. Deleted, it also frees its files.
 CREATE OR REPLACE FUNCTION on_agent_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM reopen_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
-        UPDATE beads SET assigned_to = NULL WHERE assigned_to = OLD.id AND status IN ('open', 'in_progress', 'blocked');
+        UPDATE beads SET assigned_to = NULL WHERE id IN (SELECT beads_of(OLD.id));
+        PERFORM end_grants(ARRAY(SELECT agents_file_locks(OLD.id)), 'released');
     END IF;
     RETURN NULL;
 END $$;
@@ -14,6 +15,15 @@ CREATE TRIGGER agent_deleted AFTER DELETE ON agents FOR EACH ROW EXECUTE FUNCTIO
 DROP TRIGGER IF EXISTS agent_died ON agents;
 CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
     WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
+
+-- The agent that a name stands for, where a bead is assigned: its id, or the role that no other agent has. Null if none.
+CREATE OR REPLACE FUNCTION agent_named(given text) RETURNS text LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF given IS NULL OR EXISTS (SELECT 1 FROM agents WHERE id = given) THEN
+        RETURN given;
+    END IF;
+    RETURN (SELECT min(id) FROM (SELECT id FROM agents WHERE role = given AND role <> '' LIMIT 2) AS a HAVING count(*) = 1);
+END $$;
 
 -- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database
 -- was away meanwhile.
@@ -68,7 +78,7 @@ BEGIN
         RETURN NULL;
     END IF;
     FOR b IN SELECT * FROM beads WHERE assigned_to = agent AND status = 'in_progress' AND fencing_token IS NOT NULL
-              ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+              ORDER BY id FOR UPDATE SKIP LOCKED
     LOOP
         seen := seen || b.id;
         IF try_to_reopen(b, how_ended(b)) IS NOT NULL THEN

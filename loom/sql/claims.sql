@@ -43,6 +43,8 @@ DECLARE
         WHEN n_attempts >= setting('beads.max_attempts') THEN
             format('claimed %s times without success, %s', n_attempts, last_time) END;
 BEGIN
+    -- Waits for the transactions that the claim fences; who must not wait has locked the row so, and skipped locked ones.
+    PERFORM 1 FROM beads WHERE id = b.id FOR UPDATE;
     PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(reason, ''), true);
     UPDATE beads SET status = CASE WHEN stop IS NULL THEN 'open' ELSE 'blocked' END, assigned_to = NULL,
                      fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,
@@ -96,7 +98,7 @@ BEGIN
                             WHERE lock_name IN ('bead:' || bead, 'agent:' || agent) AND expires_at > t)
            AND (SELECT fencing_identity FROM cluster) = fencing_identity_now()
            AND (SELECT status FROM beads
-                 WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
+                 WHERE status IN ('deferred', 'in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
                  ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NULL
            AND NOT EXISTS (SELECT 1 FROM beads
                             WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent)));
@@ -273,6 +275,12 @@ BEGIN
     t := clock_timestamp();
     IF b.fencing_token IS NOT NULL AND (b.lease_expires_at <= t OR (b.assigned_to <> agent AND EXISTS (
            SELECT 1 FROM agents a WHERE a.id = b.assigned_to AND agent_is_dead(a)))) THEN
+        PERFORM 1 FROM beads WHERE id = wanted FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN -- a transaction that the claim fences is still running: the bead is still held
+            outcome := 'bead-claimed';
+            detail := jsonb_build_object('holder', holder_of(b));
+            RETURN;
+        END IF;
         PERFORM 1 FROM agents WHERE id IN (agent, b.assigned_to) ORDER BY id FOR NO KEY UPDATE;
         b := reopen_bead(b, CASE WHEN b.lease_expires_at > t THEN 'agent-died' ELSE 'lapsed' END);
     END IF;
@@ -289,13 +297,16 @@ BEGIN
         RETURN;
     END IF;
 
+    IF b.status = 'deferred' AND b.not_before <= clock_timestamp() THEN
+        UPDATE beads SET status = 'open', not_before = NULL WHERE id = wanted RETURNING * INTO b;
+    END IF;
     IF b.status = 'closed' THEN
         outcome := 'bead-closed';
         detail := jsonb_build_object('closed_at', b.closed_at);
     ELSIF b.assigned_to <> agent OR (b.status = 'in_progress' AND b.assigned_to IS NULL) THEN
         outcome := 'bead-claimed';
         detail := jsonb_build_object('holder', holder_of(b));
-    ELSIF b.status = 'blocked' OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
+    ELSIF b.status IN ('blocked', 'deferred') OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
             'blocked_by', ARRAY(SELECT x.id FROM beads x
@@ -372,10 +383,9 @@ BEGIN
     END IF;
     PERFORM enter_names(ARRAY['bead:' || wanted], fences);
     IF how = 'completed' THEN
-        PERFORM lock_bead_graph(false);
         PERFORM lock_beads(wanted, '{}', true);
     END IF;
-    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
+    SELECT * INTO b FROM beads WHERE id = wanted FOR UPDATE; -- waits for the transactions that the claim fences
     t := clock_timestamp();
     IF NOT FOUND THEN
         outcome := 'not-found';
@@ -414,6 +424,6 @@ BEGIN
     PERFORM write_event('bead.completed', wanted, b.version, b.project_id, t, jsonb_build_object(
         'status', 'closed', 'fencing_token', NULL, 'closed_at', b.closed_at, 'close_reason', b.close_reason)
         || CASE WHEN more IS NULL THEN '{}'
-                ELSE jsonb_build_object('context', difference(was -> 'context', b.context)) END);
+                ELSE jsonb_build_object('context', patch_between(was -> 'context', b.context)) END);
     bead := as_json(b);
 END $$;

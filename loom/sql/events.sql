@@ -110,14 +110,14 @@ BEGIN
 END $$;
 
 -- The merge patch (RFC 7396) that turns one value into another: an event holds only the keys of an object that changed.
-CREATE OR REPLACE FUNCTION difference(was jsonb, becomes jsonb) RETURNS jsonb LANGUAGE plpgsql IMMUTABLE AS $$
+CREATE OR REPLACE FUNCTION patch_between(was jsonb, becomes jsonb) RETURNS jsonb LANGUAGE plpgsql IMMUTABLE AS $$
 BEGIN
     IF jsonb_typeof(was) IS DISTINCT FROM 'object' OR jsonb_typeof(becomes) <> 'object' THEN
         RETURN becomes;
     END IF;
     RETURN COALESCE(
         (SELECT jsonb_object_agg(COALESCE(b.key, w.key),
-                                 CASE WHEN b.key IS NULL THEN 'null' ELSE difference(w.value, b.value) END)
+                                 CASE WHEN b.key IS NULL THEN 'null' ELSE patch_between(w.value, b.value) END)
            FROM jsonb_each(was) AS w FULL JOIN jsonb_each(becomes) AS b ON b.key = w.key
           WHERE w.value IS DISTINCT FROM b.value), '{}');
 END $$;
@@ -163,7 +163,7 @@ BEGIN
     entity := was || becomes;
     key := COALESCE(entity ->> 'id', entity ->> 'key');
     SELECT COALESCE(jsonb_object_agg(
-               e.key, CASE kind WHEN 'config' THEN e.value ELSE difference(was -> e.key, e.value) END), '{}')
+               e.key, CASE kind WHEN 'config' THEN e.value ELSE patch_between(was -> e.key, e.value) END), '{}')
       INTO changes FROM jsonb_each(becomes) AS e
      WHERE e.value IS DISTINCT FROM COALESCE(was -> e.key, 'null') AND e.key <> ALL (silent);
     -- Not for those that Loom sets by itself, so that an entity that is too large already can be closed.

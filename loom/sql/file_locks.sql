@@ -29,6 +29,8 @@ BEGIN
         END IF;
     END IF;
     PERFORM enter_names('{}', fences);
+    PERFORM 1 FROM agents WHERE id = agent FOR KEY SHARE; -- until commit: a deletion ends the locks that the agent has then
+    PERFORM raise_unknown('agent_id', agent) WHERE NOT FOUND;
     -- What it was taken for stays when it is asked for again without a bead.
     about := COALESCE((SELECT metadata FROM distributed_locks
                         WHERE lock_name = name AND owner = 'agent:' || agent AND expires_at > clock_timestamp()), '{}') || about;

@@ -21,8 +21,8 @@ EXCEPTION WHEN OTHERS THEN
     RETURN SQLERRM;
 END $$;
 
--- Reopens beads whose leases nobody has renewed in time, at most `batch`. Skips locked rows, and beads whose names are
--- held from outside. problem: why a bead was not reopened.
+-- Reopens beads whose leases nobody has renewed in time, at most `batch`. Skips locked rows, which includes claims that
+-- fence a running transaction, and beads whose names are held from outside. problem: why a bead was not reopened.
 CREATE OR REPLACE FUNCTION lapse_claims(batch integer, OUT bead_id text, OUT agent_id text, OUT problem text)
 RETURNS SETOF record LANGUAGE plpgsql AS $$
 DECLARE
@@ -32,7 +32,7 @@ DECLARE
 BEGIN
     -- Beyond the batch, too: those that cannot be reopened now must not hide the others.
     FOR b IN SELECT * FROM beads WHERE status = 'in_progress' AND wakes_at(not_before, lease_expires_at) <= t
-              ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 20 * batch FOR NO KEY UPDATE SKIP LOCKED
+              ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 20 * batch FOR UPDATE SKIP LOCKED
     LOOP
         bead_id := b.id;
         agent_id := b.assigned_to;
@@ -57,16 +57,31 @@ BEGIN
     RETURN n;
 END $$;
 
+-- Opens deferred beads whose time has come, at most `batch`; each gets a version and an event.
+CREATE OR REPLACE FUNCTION open_deferred(batch integer) RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    t timestamptz := clock_timestamp();
+    n integer;
+BEGIN
+    UPDATE beads SET status = 'open', not_before = NULL WHERE id = ANY (ARRAY(
+        SELECT id FROM beads WHERE status = 'deferred' AND wakes_at(not_before, lease_expires_at) <= t
+         ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT batch FOR NO KEY UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS n = ROW_COUNT;
+    RETURN n;
+END $$;
+
 -- Opens what the clock has opened, before a claim: beads whose lease or delay is over.
 CREATE OR REPLACE FUNCTION wake_beads(agent text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
 BEGIN
     -- The first one, which the index answers: for EXISTS the planner may choose to read all beads.
-    IF (SELECT status FROM beads WHERE status IN ('in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
+    IF (SELECT status FROM beads
+         WHERE status IN ('deferred', 'in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
          ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL THEN
         PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE; -- first our own agent's: the others are only tried
         PERFORM lapse_claims(50);
         PERFORM end_delays(20);
+        PERFORM open_deferred(20);
     END IF;
 END $$;

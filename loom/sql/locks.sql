@@ -194,7 +194,8 @@ BEGIN
 END $$;
 
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
--- keeps its row locked until commit, so that no later grant can be made before this transaction ends.
+-- keeps its row locked until commit, so that no later grant can be made before this transaction ends. For 'bead:ID', the
+-- token of a claim does as well: then the bead's row is locked. Locks and claims draw their tokens from one sequence.
 CREATE OR REPLACE FUNCTION loom_fence(name text, token bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     ends timestamptz;
@@ -202,9 +203,15 @@ BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
         -- A new grant and a deletion of the row wait for this; renewals by the holder do not.
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
+        IF ends IS NULL AND name LIKE 'bead:%' THEN
+            SELECT lease_expires_at INTO ends FROM beads WHERE id = substr(name, 6) AND fencing_token = token FOR KEY SHARE;
+        END IF;
     ELSE
         -- An older snapshot must not hide a changed end: after a renewal this raises 40001, and the caller tries again.
         SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
+        IF ends IS NULL AND name LIKE 'bead:%' THEN
+            SELECT lease_expires_at INTO ends FROM beads WHERE id = substr(name, 6) AND fencing_token = token FOR SHARE;
+        END IF;
     END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN
         RAISE EXCEPTION 'lock % is not held with fencing token %', name, token USING ERRCODE = 'L0001',
@@ -218,7 +225,8 @@ DECLARE
     held distributed_locks;
 BEGIN
     SELECT * INTO held FROM distributed_locks l
-     WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp() AND (fences ? l.lock_name) IS NOT TRUE LIMIT 1;
+     WHERE l.lock_name = ANY (names) AND l.expires_at > clock_timestamp()
+       AND (fences ->> l.lock_name)::bigint IS DISTINCT FROM l.fencing_token LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'lock % is held by %', held.lock_name, held.owner USING ERRCODE = 'L0003',
             DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object( -- without the token, which only the holder may know
@@ -240,11 +248,11 @@ BEGIN
     FOREACH name IN ARRAY names LOOP
         PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
     END LOOP;
-    IF names <> '{}' THEN -- in a new statement: one that began before a name was locked would miss a grant made in between
-        PERFORM refuse_held(names, fences);
-    END IF;
     IF fences IS NOT NULL THEN
         PERFORM loom_fence(f.key, f.value::bigint) FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
+    END IF;
+    IF names <> '{}' THEN -- in a new statement: one that began before a name was locked would miss a grant made in between
+        PERFORM refuse_held(names, fences);
     END IF;
 END $$;
 

@@ -3,7 +3,8 @@
 -- The same as in loom/config.py.
 CREATE OR REPLACE FUNCTION bound(name text) RETURNS integer LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE name WHEN 'entity' THEN 1048576 WHEN 'references' THEN 1000 WHEN 'shared_keys' THEN 1000
-                     WHEN 'shared_value' THEN 65536 WHEN 'shared_values' THEN 1048576 END;
+                     WHEN 'shared_value' THEN 65536 WHEN 'shared_values' THEN 1048576
+                     WHEN 'dependants' THEN 10000 WHEN 'graph' THEN 50000 WHEN 'names' THEN 200 END;
 $$;
 
 -- The rows of a cursor, of one column of text, until there are `most_rows` or they have `most_bytes`; the first row in

@@ -18,7 +18,7 @@ CREATE TRIGGER a_project_written BEFORE INSERT OR UPDATE OF status ON projects F
 
 -- How many beads of a project are not closed.
 CREATE OR REPLACE FUNCTION open_beads(project text) RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT count(*) FROM beads WHERE project_id = project AND status IN ('open', 'in_progress', 'blocked');
+    SELECT count(*) FROM beads WHERE project_id = project AND status IN ('open', 'in_progress', 'blocked', 'deferred');
 $$;
 
 -- Closes a project that has no open beads and is not perpetual. outcome: 'closed'; 'not-ready' (detail: open_beads,

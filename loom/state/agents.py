@@ -43,7 +43,12 @@ class Agent(Entity, kw_only=True):
         """An agent that ends gives its beads back. They are locked before its row, as in a claim."""
         if action != "delete" and patch.get("status") != "dead":
             return Steps(enter(key))
-        beads = "FROM beads WHERE assigned_to = %(key)s AND status IN ('open', 'in_progress', 'blocked')"
-        names = f"ARRAY(SELECT 'bead:' || id {beads})" if action == "delete" else "'{}'"
-        locked = f"SELECT count(*) FROM (SELECT 1 {beads} AND entered() IS NOT NULL ORDER BY id FOR UPDATE) AS locked"
+        beads = "ARRAY(SELECT 'bead:' || b FROM beads_of(%(key)s) AS b LIMIT bound('names'))"
+        names = beads if action == "delete" else "'{}'"
+        locked = """
+            SELECT count(*) FROM (
+                SELECT 1 FROM beads WHERE assigned_to = %(key)s AND status <> 'closed' AND entered() IS NOT NULL
+                   AND (%(deletes)s OR fencing_token IS NOT NULL)
+                 ORDER BY id LIMIT CASE WHEN %(deletes)s THEN bound('names') END FOR UPDATE) AS locked
+            """
         return Steps(f"{enter(key, names)}; {locked}")

@@ -15,7 +15,13 @@ from loom.db import Time
 from loom.state.entities import Action, Entity, Id, Steps, enter, values
 from loom.state.writer import Writer, call
 
-Status = Literal["open", "in_progress", "blocked", "closed"]
+LINKS = (
+    "blocked_by",
+    "parent",
+    "blocks",
+    "children",
+)  # the fields that name other beads which it waits for, or they for it
+Status = Literal["open", "in_progress", "blocked", "deferred", "closed"]
 
 
 class Bead(Entity, kw_only=True):
@@ -28,6 +34,7 @@ class Bead(Entity, kw_only=True):
     statuses: ClassVar[tuple[str, ...]] = get_args(Status)
     indexed: ClassVar[tuple[str, ...]] = ("assigned_to", "type", "project_id")
     conditions: ClassVar[Mapping[str, str]] = {"tags": "tags && %(tags)s"}
+    together: ClassVar[Mapping[str, str]] = {"not_before": "status"}  # the end of a delay alone makes no version
 
     type: str
     title: str
@@ -60,21 +67,20 @@ class Bead(Entity, kw_only=True):
     @classmethod
     def steps(cls, key: str, action: Action, patch: Mapping[str, Any]) -> Steps:
         """Other beads are locked before this one's row; `blocks` and `children` are written to them afterwards."""
-        blocks, children = ([], []) if action == "delete" else (patch.get("blocks"), patch.get("children"))
-        linked = blocks is not None or children is not None
-        if not linked and patch.keys().isdisjoint(("blocked_by", "parent", "status")):
-            return Steps(enter(key, "ARRAY['agent:' || %(assigned_to)s]" if patch.get("assigned_to") else "'{}'"))
+        links = not patch.keys().isdisjoint(LINKS)
+        if action != "delete" and not links and "status" not in patch:
+            return Steps(
+                enter(key, "ARRAY['agent:' || agent_named(%(assigned_to)s)]" if patch.get("assigned_to") else "'{}'")
+            )
         return Steps(
             f"""
-            SELECT enter_bead({key}, %(blocks)s, %(children)s, %(others)s, %(links)s, %(new_status)s, %(agent)s,
-                              %(deletes)s, %(fences)s)
+            SELECT enter_bead({key}, %(blocked_by)s, %(parent)s, %(blocks)s, %(children)s, %(links)s, %(new_status)s,
+                              %(agent)s, %(deletes)s, %(fences)s)
             """,
-            "SELECT link_neighbours(%(blocks)s, %(children)s)" if linked and action != "delete" else "",
+            "SELECT link_bead(%(blocked_by)s, %(parent)s, %(blocks)s, %(children)s)" if links else "",
             {
-                "blocks": blocks,
-                "children": children,
-                "others": _waits_for(patch),
-                "links": linked or not patch.keys().isdisjoint(("blocked_by", "parent")),
+                **{field: patch.get(field) for field in LINKS},
+                "links": links,
                 "new_status": patch.get("status"),
                 "agent": patch.get("assigned_to"),
             },
@@ -93,7 +99,7 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
     beads = {key: {**bead, "id": key, "place": n} for n, (key, bead) in enumerate(zip(keys, given, strict=True))}
     _turn_around(beads, ids)
     try:
-        order = _in_order({key: bead.get("blocked_by", ()) for key, bead in beads.items()})
+        order = _in_order(_waits_for(beads))
         return _create([beads[key] for key in order], conn, writer)
     except graphlib.CycleError as exc:
         raise _named(refusals.error("cycle", {"cycle": exc.args[1][::-1]}), given, refs) from exc
@@ -109,7 +115,11 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         for other in bead.get("blocks", ()):
             blocked.setdefault(other, []).append(bead["id"])
         parents |= dict.fromkeys(bead.get("children", ()), bead["id"])
-    linked = [bead["id"] for bead in new if bead.get("parent") or bead.get("blocks") or bead.get("children")]
+    ids = {bead["id"] for bead in new}
+    # Existing beads that will wait for new ones, and those that new ones will wait for. A cycle needs both.
+    waiting = {*blocked, *(bead["parent"] for bead in new if bead.get("parent") and bead["parent"] not in ids)}
+    waited_for = {*parents, *(other for bead in new for other in bead.get("blocked_by", ()) if other not in ids)}
+    linked = sorted(waiting) if waited_for else []
     columns = list(dict.fromkeys(name for bead in new for name in bead if name not in {"ref", "place", *Bead.derived}))
     rows: list[str] = []
     params: dict[str, Any] = {}
@@ -125,10 +135,13 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         conn,
         writer,
         f"""
-        SELECT enter_names(%(names)s::text[], %(fences)s);
+        SELECT refuse_many_beads(cardinality(%(names)s::text[] || %(agents)s::text[]));
+        SELECT enter_names(%(names)s::text[] || ARRAY(
+            SELECT 'agent:' || agent_named(a) FROM unnest(%(agents)s::text[]) AS a), %(fences)s);
         SELECT refuse_held(%(own_names)s::text[], %(fences)s);
-        SELECT lock_bead_graph(true);
-        SELECT lock_beads(NULL, %(others)s::text[], false);
+        {"SELECT lock_bead_graph();" if linked else ""}
+        SELECT lock_beads(NULL, %(others)s::text[] || ARRAY(
+            SELECT parent FROM beads WHERE id = ANY (%(adopted)s) AND parent IS NOT NULL), false);
         SELECT set_config('loom.cycles', 'later', true);
         INSERT INTO beads (created_at, updated_at, {", ".join(columns)}) VALUES {", ".join(rows)};
         SELECT refuse_unknown_beads('blocks', %(blocked)s::text[]);
@@ -137,15 +150,18 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
           FROM jsonb_each(%(blockers)s) AS l WHERE b.id = l.key;
         UPDATE beads b SET parent = l.value FROM jsonb_each_text(%(parents)s) AS l WHERE b.id = l.key;
         SELECT set_config('loom.cycles', '', true);
-        SELECT check_bead_cycle(id) FROM unnest(%(linked)s::text[]) AS id;
+        SELECT refuse_crowded(%(waited_for)s::text[], %(waiting)s::text[]);
+        SELECT check_bead_cycles(%(linked)s::text[]);
         SELECT jsonb_agg(as_json(b) ORDER BY b.created_at)::text AS beads FROM beads b WHERE b.id = ANY (%(keys)s)
         """,
         names=[
-            *(f"bead:{other}" for other in (*blocked, *parents)),
-            *(f"agent:{bead['assigned_to']}" for bead in new if bead.get("assigned_to")),
+            *(f"bead:{other}" for other in {*blocked, *parents}),
         ],
+        agents=sorted({bead["assigned_to"] for bead in new if bead.get("assigned_to")}),
         own_names=[f"bead:{bead['id']}" for bead in new],
-        others=[*blocked, *parents, *(other for bead in new for other in _waits_for(bead))],
+        others=sorted({*blocked, *parents, *waiting, *waited_for}),
+        waiting=sorted(waiting),
+        waited_for=sorted(waited_for),
         blocked=list(blocked),
         adopted=list(parents),
         blockers=json.dumps(blocked),
@@ -155,11 +171,6 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         **params,
     )
     return msgspec.json.decode(row["beads"], type=list[Bead])
-
-
-def _waits_for(patch: Mapping[str, Any]) -> list[str]:
-    """The beads that a patch refers to in its own columns."""
-    return [*(patch.get("blocked_by") or ()), *([patch["parent"]] if patch.get("parent") else [])]
 
 
 def _new_keys(conn: db.Connection, given: Sequence[dict[str, Any]]) -> list[str]:
@@ -199,7 +210,16 @@ def _turn_around(beads: dict[str, dict[str, Any]], ids: dict[str, str]) -> None:
                 bead[field] = [other for other in bead[field] if other not in beads]
 
 
-def _in_order(waits_for: dict[str, Sequence[str]]) -> list[str]:
+def _waits_for(beads: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """What each waits for: the beads in its `blocked_by`, and those of its children that are new, too."""
+    found = {key: list(bead.get("blocked_by", ())) for key, bead in beads.items()}
+    for key, bead in beads.items():
+        if bead.get("parent") in found:
+            found[bead["parent"]].append(key)
+    return found
+
+
+def _in_order(waits_for: Mapping[str, Sequence[str]]) -> list[str]:
     """The beads, each after those that it waits for. Raises graphlib.CycleError."""
     order = graphlib.TopologicalSorter(waits_for)
     return [key for key in order.static_order() if key in waits_for]

@@ -192,6 +192,11 @@ def end_delays(conn: db.Connection, most: int) -> int:
     return db.value(conn, "SELECT end_delays(%(most)s)", most=most)
 
 
+def open_deferred(conn: db.Connection, writer: Writer, most: int) -> int:
+    """Opens deferred beads whose time has come, and returns how many."""
+    return call(conn, writer, "SELECT open_deferred(%(most)s) AS opened", most=most)["opened"]
+
+
 def end_dead_agent(conn: db.Connection, writer: Writer, agent: str) -> str | None:
     """Reopens the beads of a silent agent and marks it as dead: 'dead', or why it is not; None if it is alive."""
     return call(conn, writer, "SELECT end_dead_agent(%(agent)s) AS result", agent=agent)["result"]

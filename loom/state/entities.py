@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, NewType, TypeVar
 
@@ -19,7 +20,15 @@ Versions = Sequence[int] | Literal["*"]  # "*": any
 Action = Literal["create", "upsert", "put", "patch", "delete"]
 
 MAX_SEARCHES = 64  # of an index, for one page of a list
+STEP_SECONDS = 0.5  # a further step of a deletion is begun when so much time is left
 MAX_ATTEMPTS = 1000  # to find an id that is free
+
+
+_CLEARED = {"projects": ("beads", "agents")}  # tables whose rows a deletion changes or deletes along with it
+
+
+class _InSteps(Exception):
+    """Too many others change with a deletion for one transaction."""
 
 
 class Steps(NamedTuple):
@@ -40,6 +49,7 @@ class Versioned(msgspec.Struct, kw_only=True, omit_defaults=True):
     derived: ClassVar[frozenset[str]] = frozenset()  # fields that can be written and have no column
     statuses: ClassVar[tuple[str, ...]] = ()  # if lists are searched by status
     indexed: ClassVar[tuple[str, ...]] = ()  # columns with an index (column, status, id), the most selective first
+    together: ClassVar[Mapping[str, str]] = {}  # column -> one that an UPDATE of it names, too, for the triggers
     conditions: ClassVar[Mapping[str, str]] = {}  # of further filters; %(filter)s is a list
 
     version: int
@@ -151,13 +161,31 @@ def change(
 def delete(
     conn: db.Connection, writer: Writer, kind: type[E], key: str, conditions: Conditions = UNCONDITIONAL
 ) -> None:
-    """Deletes one entity, in one round trip. Raises NotFound, Stale, LockHeld, LockLost, InUse."""
-    try:
-        _change(conn, writer, kind, key, "delete", {}, conditions)
-    except psycopg2.DatabaseError as exc:
-        if exc.pgcode in ("23503", "23001"):  # a foreign key that refers to it
-            raise refusals.error("in-use", {"used_by": exc.diag.table_name}) from exc
-        raise
+    """Deletes one entity: in one round trip, or in steps that each commit if that changes too many others.
+
+    Raises NotFound, Stale, LockHeld, LockLost, InUse, and Unfinished if some steps are left at the end of the time.
+    """
+    while True:
+        try:
+            _change(conn, writer, kind, key, "delete", {}, conditions)
+            return
+        except _InSteps:
+            _clear(conn, writer, kind, key)
+        except psycopg2.DatabaseError as exc:
+            if exc.pgcode not in ("23503", "23001"):  # a foreign key that refers to it
+                raise
+            if exc.diag.table_name not in _CLEARED.get(kind.table, ()):
+                raise refusals.error("in-use", {"used_by": exc.diag.table_name}) from exc
+            # written since the last step
+
+
+def _clear(conn: db.Connection, writer: Writer, kind: type[E], key: str) -> None:
+    """Changes what refers to an entity that is to be deleted, step by step."""
+    while left := call(
+        conn, writer, "SELECT clear_step(%(kind)s, %(key)s, %(fences)s) AS left", kind=kind.kind, key=key
+    )["left"]:
+        if conn.deadline - time.monotonic() < STEP_SECONDS:
+            raise errors.Unfinished(f"{left} more entities that refer to it must be changed first: send it again.")
 
 
 def _change(
@@ -186,6 +214,7 @@ def _change(
             (SELECT version FROM {kind.table} WHERE {kind.key_column} = entered() FOR {row_lock}),
             %(if_match)s, %(if_none_match)s, %(merges)s)
         """,
+        "SELECT refuse_change('in-steps') WHERE takes_steps(%(kind)s, entered())" if action == "delete" else "",
         written,
         steps.after,
         f"""
@@ -208,6 +237,8 @@ def _change(
         merges=list(patch) if merge else None,
         **{**values(patch), **steps.params},
     )
+    if row["outcome"] == "in-steps":
+        raise _InSteps
     entity = None if row["entity"] is None else msgspec.json.decode(row["entity"], type=kind)
     if row["outcome"] == "not-found" or (unchecked and entity is None):
         raise not_found(kind, key or "")
@@ -231,7 +262,8 @@ def write(kind: type[Versioned], action: Action, patch: Mapping[str, Any]) -> st
     merged = [column for column in columns if action == "patch" and isinstance(patch[column], dict)]
     new = {column: f"%({column})s" for column in columns}
     new |= {column: f"merge_patch({column}, %({column})s)" for column in merged}
-    updated = ", ".join(f"{column} = {value}" for column, value in new.items())
+    touched = {other: other for column, other in kind.together.items() if column in new}
+    updated = ", ".join(f"{column} = {value}" for column, value in {**touched, **new}.items())
     if action == "delete":
         return f"DELETE FROM {kind.table} WHERE {kind.key_column} = entered()"
     if action in ("create", "upsert"):

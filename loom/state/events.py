@@ -13,7 +13,8 @@ from loom.waiting import Poller, Waiter
 
 SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of them matches
 
-TIMES = {"created_at", "closed_at", "due_date", "started_at", "last_heartbeat_at", "last_sync_at"}  # with a version
+# The times that a version has.
+TIMES = {"created_at", "closed_at", "due_date", "not_before", "started_at", "last_heartbeat_at", "last_sync_at"}
 
 
 Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql makes, one line for each kind
@@ -22,6 +23,7 @@ Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql makes
     Literal["agent.spawned", "agent.updated", "agent.status_change", "agent.deleted"],
     Literal["bead.created", "bead.updated", "bead.assigned", "bead.status_change", "bead.completed", "bead.deleted"],
     Literal["config.updated", "config.deleted"],
+    Literal["comment.created", "comment.updated", "comment.deleted"],
 ]
 
 

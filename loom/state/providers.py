@@ -46,5 +46,5 @@ class Provider(Entity, kw_only=True):
     @classmethod
     def steps(cls, key: str, action: Action, patch: Mapping[str, Any]) -> Steps:
         """Agents lose a provider that is deleted."""
-        agents = "ARRAY(SELECT 'agent:' || id FROM agents WHERE provider_id = %(key)s)"
+        agents = "ARRAY(SELECT 'agent:' || a FROM agents_of('provider', %(key)s) AS a LIMIT bound('names'))"
         return Steps(enter(key, agents) if action == "delete" else enter(key))

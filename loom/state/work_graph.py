@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from loom import db
-from loom.config import bounds
+from loom.bounds import bounds
 from loom.db import Time
 from loom.state.beads import Bead
 

@@ -14,7 +14,8 @@ from harness import Client, Cluster, Postgres, answers, wait_until
 from harness.processes import memory
 from harness.work import bead, team
 
-from loom.server.connection import BODY_BYTES, BUFFERED_BYTES, HEAD_BYTES, READ_SECONDS
+from loom.bounds import bounds
+from loom.server.connection import HEAD_BYTES, READ_SECONDS
 
 Sql = Callable[..., list[tuple[object, ...]]]
 SMALL = b"GET /small HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -113,7 +114,7 @@ def test_a_body_announced_by_expect_is_asked_for(connect: Callable[..., Raw]) ->
     assert raw.response()[::2] == (200, b"me")
 
 
-@pytest.mark.parametrize("length", [b"Content-Length: %d" % (BODY_BYTES + 1), b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("length", [b"Content-Length: %d" % (bounds.request + 1), b"Transfer-Encoding: chunked"])
 def test_a_response_to_an_unread_body_says_that_the_connection_closes(
     connect: Callable[..., Raw], length: bytes
 ) -> None:
@@ -121,7 +122,7 @@ def test_a_response_to_an_unread_body_says_that_the_connection_closes(
     raw = connect()
     raw.send(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n")
     with contextlib.suppress(ConnectionError):  # the server need not read all of it
-        for _ in range(BODY_BYTES // MIB + 1):
+        for _ in range(bounds.request // MIB + 1):
             raw.send(b"%x\r\n%b\r\n" % (MIB, b"x" * MIB))
     status, headers, _ = raw.response()
     assert (status, headers["connection"]) == (413, "close")
@@ -217,7 +218,7 @@ def test_unread_responses_take_a_bounded_amount_of_memory(start_cluster: Callabl
     size = len(cluster.client().get("/api/v1/beads").body)
     assert size > 3 * MIB
     with contextlib.ExitStack() as stack:
-        for _ in range(5 * BUFFERED_BYTES // size):
+        for _ in range(5 * bounds.buffered // size):
             raw = Raw(cluster.ports[0], receive_buffer=4096)
             stack.callback(raw.sock.close)
             raw.send(b"GET /api/v1/beads HTTP/1.1\r\nHost: x\r\n\r\n")

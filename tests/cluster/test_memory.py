@@ -13,7 +13,7 @@ from harness import Client, Cluster
 from harness.locks import Sql
 from harness.work import BEADS, PROJECT, team
 
-from loom.config import bounds
+from loom.bounds import bounds
 
 MOST = 256  # MiB
 MIB = 1024 * 1024

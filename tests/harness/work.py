@@ -142,3 +142,22 @@ def assert_counted(sql: Sql) -> None:
     each = ", ".join(f"(SELECT json_agg(wrong) FROM ({query}) AS wrong)" for query in COUNTED)
     wrong = [rows for rows in sql(f"SELECT {each}")[0] if rows is not None]
     assert not wrong, wrong
+
+
+def seed_beads(sql: Sql, count: int, blocked_by: str = "'{}'", key: str = "'b' || n", **columns: str) -> None:
+    """Write many open beads, without triggers and events. Each argument is SQL of `n`, which counts from 0."""
+    values = {"id": key, "title": "'t'", "project_id": f"'{PROJECT}'", "blocked_by": blocked_by, **columns}
+    sql(
+        f"""
+        SET session_replication_role = replica;
+        INSERT INTO beads ({", ".join(values)})
+            SELECT {", ".join(values.values())} FROM generate_series(0, {count - 1}) AS n;
+        INSERT INTO bead_blockers SELECT id, unnest(blocked_by) FROM beads ON CONFLICT DO NOTHING;
+        UPDATE beads b SET open_blockers = c.n
+          FROM (SELECT bead_id, count(*) AS n FROM bead_blockers JOIN beads ON id = blocker_id
+                 WHERE status <> 'closed' GROUP BY 1) AS c WHERE c.bead_id = b.id;
+        UPDATE beads b SET open_children = c.n
+          FROM (SELECT parent, count(*) AS n FROM beads WHERE status <> 'closed' GROUP BY 1) AS c WHERE c.parent = b.id;
+        ANALYZE beads, bead_blockers;
+        """
+    )

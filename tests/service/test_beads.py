@@ -16,9 +16,10 @@ from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.entities import PROJECTS
 from harness.locks import Sql, acquire, assert_problem
-from harness.work import AGENTS, BEADS, PROJECT, assert_counted, bead, claim, get, make, patch, team
+from harness.work import AGENTS, BEADS, PROJECT, assert_counted, bead, claim, get, lapse, make, patch, team
 
 from loom import db
+from loom.upkeep import Upkeep
 
 BULK = BEADS + "/bulk"
 
@@ -220,6 +221,100 @@ def test_closing_frees_what_it_blocked_at_once_and_reopening_holds_it_up_again(w
     assert_counted(sql)
 
 
+# Deferred and delayed
+
+
+def test_a_deferred_bead_is_given_to_nobody_until_somebody_opens_it(work: AppClient, sql: Sql) -> None:
+    bead(work, "x", status="deferred", priority=4)
+    assert work.post(f"{BEADS}/claim", {"agent_id": "a"}).status == 204
+    assert "deferred" in assert_problem(work.post(f"{BEADS}/x/claim", {"agent_id": "a"}), 409, "bead-blocked")["detail"]
+    assert [found["id"] for found in work.get(f"{BEADS}?status=deferred").json] == ["x"]
+    patch(work, "x", status="open")
+    patch(work, "x", status="deferred", not_before="2999-01-01T00:00:00Z")
+    assert get(work, "x")["not_before"] == "2999-01-01T00:00:00Z"
+    problem = assert_problem(work.post(f"{BEADS}/x/claim", {"agent_id": "a"}), 409, "bead-blocked")
+    assert problem["not_before"] == "2999-01-01T00:00:00Z"
+    patch(work, "x", status="open")
+    assert "not_before" not in get(work, "x")
+    assert claim(work, "x")
+    assert_counted(sql)
+
+
+@pytest.mark.parametrize("how", ["next", "by id", "upkeep"])
+def test_a_deferred_bead_is_open_once_its_time_has_come(work: AppClient, sql: Sql, cleaner: Upkeep, how: str) -> None:
+    bead(work, "x", status="deferred", not_before="2999-01-01T00:00:00Z")
+    sql("UPDATE beads SET not_before = clock_timestamp() + INTERVAL '10 ms' WHERE id = 'x'")
+    wait_until(lambda: sql("SELECT not_before < clock_timestamp() FROM beads") == [(True,)])
+    if how == "upkeep":
+        cleaner.clean()
+        assert (get(work, "x")["status"], get(work, "x")["version"]) == ("open", 2)
+    elif how == "next":
+        assert work.post(f"{BEADS}/claim", {"agent_id": "a"}).json["bead"]["id"] == "x"
+    else:
+        claim(work, "x")
+    assert sql("SELECT changes ->> 'status' FROM events WHERE entity_id = 'x' ORDER BY place")[:2] == [
+        ("deferred",),
+        ("open",),
+    ]
+    assert_counted(sql)
+
+
+def test_an_open_bead_can_be_delayed_and_its_lease_ends_all_the_same(work: AppClient, sql: Sql) -> None:
+    later = "2999-01-01T00:00:00Z"
+    bead(work, "x", not_before=later)
+    assert work.post(f"{BEADS}/claim", {"agent_id": "a"}).status == 204
+    assert patch(work, "x", not_before=None)["version"] == 2
+    claim(work, "x")
+    assert "not_before" not in patch(work, "x", not_before=later), "a claimed bead has a lease, and no delay"
+    lapse(sql, "x")
+    claim(work, "x")
+    bead(work, "y")
+    assert patch(work, "y", not_before=later)["not_before"] == later
+    assert sql("SELECT changes FROM events WHERE entity_id = 'y' AND version = 2")[0][0]["not_before"]
+    for status in ("closed", "blocked", "in_progress"):
+        assert "not_before" not in patch(work, "y", status=status, not_before=later)
+    assert_counted(sql)
+
+
+def test_a_deferred_bead_keeps_its_project_its_parent_and_what_waits_for_it_open(work: AppClient, sql: Sql) -> None:
+    bead(work, "parent", blocked_by=[bead(work, "x", status="deferred")["id"]])
+    patch(work, "x", parent="parent", blocks=[])
+    assert work.post(f"{BEADS}/parent/claim", {"agent_id": "a"}).status == 409
+    patch(work, "parent", status="closed")
+    issues = assert_problem(work.post(f"{PROJECTS}/p/close", {"author_id": "a"}), 409, "conflict")["readiness_issues"]
+    assert issues == ["1 beads are not closed"]
+    assert_counted(sql)
+
+
+# Who a bead is assigned to
+
+
+def test_a_bead_is_assigned_to_an_agent_by_its_id_or_by_a_role_that_no_other_has(work: AppClient, sql: Sql) -> None:
+    for agent, role in (("b", "tester"), ("c", "coder"), ("d", "coder"), ("e", "a")):
+        make(work, AGENTS, id=agent, persona_name="w", project_id=PROJECT, role=role)
+    assert bead(work, "x", assigned_to="tester")["assigned_to"] == "b"
+    assert patch(work, "x", assigned_to="a")["assigned_to"] == "a", "an id comes before a role"
+    assert patch(work, "x", assigned_to="tester", status="open")["assigned_to"] == "b"
+    (made,) = bulk(work, {"assigned_to": "tester"}).json
+    assert made["assigned_to"] == "b"
+    sql("UPDATE beads SET assigned_to = 'tester'")
+    assert sql("SELECT DISTINCT assigned_to FROM beads") == [("b",)]
+    claim(work, "x", "b")
+    assert patch(work, "x", assigned_to="tester")["fencing_token"], "it has it already"
+    for name in ("coder", "nobody"):
+        for answer in (
+            work.patch(f"{BEADS}/x", {"assigned_to": name}),
+            work.put(f"{BEADS}/x", {"assigned_to": name, "status": "open"}),
+            work.post(BEADS, {"title": "t", "project_id": PROJECT, "assigned_to": name}),
+            bulk(work, {"assigned_to": name}),
+        ):
+            (error,) = assert_problem(answer, 400, "invalid")["errors"]
+            assert error["problem"] == f"{name} is neither an agent's id nor the role of exactly one agent"
+    assert acquire(work, "agent:b")
+    assert_problem(work.post(BEADS, {"title": "t", "project_id": PROJECT, "assigned_to": "tester"}), 409, "lock-held")
+    assert_counted(sql)
+
+
 # What is deleted, and what referred to it
 
 
@@ -262,15 +357,6 @@ def test_an_agent_marked_dead_gives_its_beads_back(work: AppClient, sql: Sql) ->
     assert work.patch(f"{AGENTS}/a", {"status": "dead"}).status == 200
     assert (get(work, "x")["status"], get(work, "x")["attempts"]) == ("open", 1)
     assert "current_bead" not in work.get(f"{AGENTS}/a").json
-    assert_counted(sql)
-
-
-def test_a_project_in_use_is_not_deleted(work: AppClient, sql: Sql) -> None:
-    bead(work, "x")
-    for path in (f"{BEADS}/x", f"{AGENTS}/a"):
-        assert assert_problem(work.delete(f"{PROJECTS}/p"), 409, "in-use")["used_by"] in ("beads", "agents")
-        assert work.delete(path).status == 204
-    assert work.delete(f"{PROJECTS}/p").status == 204
     assert_counted(sql)
 
 
@@ -460,7 +546,7 @@ def test_none_is_made_when_one_cannot_be(work: AppClient, sql: Sql) -> None:
         (bulk(work, good, {"parent": "nobody"}), "beads[1].parent"),
         (bulk(work, good, {"assigned_to": "nobody"}), "beads[1].assigned_to"),
         (bulk(work, good, {"project_id": "nobody"}), "beads[1].project_id"),
-        (bulk(work, good, {"priority": 4}), "beads[1].priority"),
+        (bulk(work, good, {"priority": 5}), "beads[1].priority"),
         (bulk(work, good, {"due_date": "9999-12-31T23:59:59-01:00"}), "due_date"),
         (bulk(work, good, {"unknown": 1}), "beads[1].unknown"),
         (bulk(work, good, {"title": ""}), "beads[1].title"),
@@ -477,7 +563,7 @@ def test_none_is_made_when_one_cannot_be(work: AppClient, sql: Sql) -> None:
         problem = assert_problem(answer, 400, "invalid")
         assert [error["field"] for error in problem["errors"]] == [field], answer
     problem = assert_problem(bulk(work, good, {"status": "done"}), 400, "invalid")
-    assert problem["errors"][0]["allowed"] == ["blocked", "closed", "in_progress", "open"]
+    assert problem["errors"][0]["allowed"] == ["blocked", "closed", "deferred", "in_progress", "open"]
     assert assert_problem(bulk(work, good, {"id": "x"}), 409, "taken")["id"] == "x"
     assert_cycle(bulk(work, {"ref": "1", "blocked_by": ["2"]}, {"ref": "2", "blocked_by": ["1"]}), "1", "2")
     assert_cycle(bulk(work, {"ref": "1", "parent": "2"}, {"ref": "2", "parent": "1"}), "1", "2")

@@ -14,7 +14,7 @@ from harness.entities import KINDS, PROJECTS, Kind, entity
 from harness.locks import Sql, assert_problem
 from harness.work import AGENTS, BEADS, PROJECT, bead, claim, complete, get, make, patch, team
 
-from loom.config import bounds
+from loom.bounds import bounds
 
 EVENTS = "/api/v1/events"
 OBJECTS = {"provider": "metrics", "project": "context", "agent": "persona", "bead": "context"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from harness import MARGIN, AppClient, wait_until
+from harness import MARGIN, AppClient, Postgres, wait_until
 from harness.locks import BUILD, LOCKS, Sql, acquire, assert_problem
 from psycopg2.extensions import make_dsn
 
@@ -49,6 +49,18 @@ def ask(database: Database, sql: str = "SELECT 1 AS one", **params: Any) -> Any:
 
 def away(database: Database) -> bool:
     return database.away is not None
+
+
+def test_a_database_out_of_a_resource_is_not_said_to_be_away(
+    pool: Pool, start_postgres: Callable[..., Postgres]
+) -> None:
+    database = pool(dsn=start_postgres(settings={"max_locks_per_transaction": "10"}).dsn())
+    with pytest.raises(errors.Exhausted) as refused:
+        ask(database, "SELECT count(pg_advisory_xact_lock(n)) FROM generate_series(1, 50000) AS n")
+    assert "cannot be reached" not in str(refused.value)
+    assert (refused.value.status, refused.value.type, refused.value.retry_after) == (503, "busy", 1)
+    assert not away(database)
+    assert ask(database) == 1
 
 
 # Broken connections are replaced

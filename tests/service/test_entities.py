@@ -62,7 +62,7 @@ BAD: dict[str, dict[str, list[Any]]] = {  # of each kind, values that a field ca
         "title": [None, "", "x" * 1001, 7],
         "type": [None, "", "x" * 65],
         "status": [None, "", "done"],
-        "priority": [None, -1, 4, 1.0, "1", True, 2**64],
+        "priority": [None, -1, 5, 1.0, "1", True, 2**64],
         "project_id": [None, "", "nobody", "x" * 201],
         "assigned_to": [7, "nobody", "x" * 1_000],
         "parent": ["nobody", 7],
@@ -91,7 +91,7 @@ ALLOWED = {
     ("project", "git_strategy"): {"direct", "branch-pr"},
     ("project", "git_auth_method"): {"none", "ssh", "token", "basic", "git-helper"},
     ("agent", "status"): {"paused", "idle", "working", "deciding", "blocked", "dead"},
-    ("bead", "status"): {"open", "in_progress", "blocked", "closed"},
+    ("bead", "status"): {"open", "in_progress", "blocked", "deferred", "closed"},
 }
 NO_ID = ["", "a/b", ".", "..", "a\nb", "a\n", "a\x7f", "a\u0085", "x" * 201, "\ufffd", 7, None, [], {}]
 STORED = "SELECT count(*), (SELECT count(*) FROM events) FROM projects, providers, agents, beads"
@@ -119,6 +119,8 @@ def test_a_bad_value_is_named_and_nothing_is_stored(client: AppClient, sql: Sql,
             if kind.name != "project" or value != "":  # which leaves the field as it is there, as in the original
                 calls.append((client.put, kind.path, {kind.text: "new", field: value}))
             for call, path, body in calls:
+                if kind.ignores(call.__name__.upper(), field, value):
+                    continue
                 answer = call(path, body)
                 named = fields(answer)[0]
                 assert named == field or named.startswith(f"{field}["), (body, answer)
@@ -134,6 +136,8 @@ def test_a_bad_id_is_refused_wherever_it_stands(client: AppClient, sql: Sql, kin
     entity(client, kind)
     before = everything(sql)
     for bad in NO_ID:
+        if bad is None:  # no id, as for the original
+            continue
         assert fields(client.post(kind.list, {**kind.new, "id": bad})) == ["id"], bad
     for raw in ("a%0Ab", "a%0A", "%00", "%7F", "%C2%85", "%FF", "%C3%28", "%ED%A0%80", "x" * 201, "%EF%BF%BD"):
         for method, body in (("GET", None), ("PUT", {}), ("PATCH", {}), ("DELETE", None)):
@@ -164,6 +168,9 @@ def test_whatever_may_be_an_id_reaches_its_entity(client: AppClient, kind: Kind)
         "+",
         "x" * 200,
     ):
+        if kind.name == "bead" and key in ("bulk", "claim"):  # paths of their own
+            assert fields(client.post(kind.list, {**kind.new, "id": key})) == ["id"]
+            continue
         assert make(client, kind.list, **{**kind.new, "id": key})["id"] == key
         path = f"{kind.list}/{quote(key, safe='')}"
         assert client.get(path).json["id"] == key
@@ -217,9 +224,9 @@ def test_what_is_no_json_is_refused_and_nothing_is_stored(client: AppClient, sql
             assert assert_problem(answer, 400, "invalid")["error"] == "Invalid request body", raw[:40]
     for raw, field in (
         (b'{"%s": "a\\u0000b"}' % text, kind.text),
-        (b'{"attributes": {"k": "\\u0000"}}', "k"),
-        (b'{"attributes": {"k": 1%s}}' % (b"0" * 309), "k"),
-        (b'{"attributes": {"k": 1e999}}', "attributes[...]"),
+        (b'{"attributes": {"k": "\\u0000"}}', "attributes.k"),
+        (b'{"attributes": {"k": 1%s}}' % (b"0" * 309), "attributes.k"),
+        (b'{"attributes": {"k": 1e999}}', "attributes.k"),
         (b'{"attributes": ' + b'{"a":' * 101 + b"[1]" + b"}" * 101 + b"}", "attributes"),
         (b'{"attributes": ' + b'{"a":' * 800 + b"1" + b"}" * 800 + b"}", "attributes"),
         (b'{"%s": "a", "%s": "b"}' % (text, text), kind.text),
@@ -389,7 +396,7 @@ def test_a_value_that_no_list_could_answer_is_refused_by_hand_too(client: AppCli
         "beads SET parent = 'nobody'",
         "beads SET assigned_to = 'nobody'",
         "beads SET status = 'done'",
-        "beads SET priority = 4",
+        "beads SET priority = 5",
         "projects SET due_date = '-infinity'",
         "projects SET context = '1'",
         "providers SET cost_per_mtoken = 'NaN'",
@@ -524,7 +531,7 @@ def test_a_bad_query_is_named(client: AppClient) -> None:
 
 def test_a_filter_by_what_no_entity_can_have_is_told_what_there_is(client: AppClient) -> None:
     for path, allowed in (
-        (f"{BEADS}?status=open,nonsense", ["open", "in_progress", "blocked", "closed"]),
+        (f"{BEADS}?status=open,nonsense", ["open", "in_progress", "blocked", "deferred", "closed"]),
         (f"{AGENTS}?status=open", ["paused", "idle", "working", "deciding", "blocked", "dead"]),
         (f"{PROJECTS}?status=,open", ["open", "closed", "reopened"]),
         (f"{PROVIDERS}?status=Active", ["pending", "active", "error"]),

@@ -287,9 +287,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     execute, end = Connection._execute, Connection.end
 
-    def note(conn: Connection, sql: str, params: Any) -> Any:
+    def note(conn: Connection, sql: str, *more: Any) -> Any:
         texts.append(sql.strip())
-        return execute(conn, sql, params)
+        return execute(conn, sql, *more)
 
     def note_end(conn: Connection, how: str) -> None:
         if conn._begun:

@@ -53,6 +53,7 @@ BAD_NAMES = {
     "a%7Fb": "DEL",
     "a%C2%85b": "a control character beyond ASCII",
     "a%09": "a tab",
+    "u%CC%88": "a letter and its diaeresis as two characters",
     "/a": "a leading slash",
     "%2Fa": "a leading slash, encoded",
     "a/": "a trailing slash",
@@ -345,7 +346,7 @@ def test_a_bad_name_is_refused_and_never_becomes_another(client: AppClient, sql:
 
 
 def test_names_that_look_alike_are_different_locks(client: AppClient) -> None:
-    names = ["u\u0308", "ü", "Ü", "build", "Build", "build ", "%2F", "a/b", "a%2Fb", "\ufffd"]
+    names = ["u", "ü", "Ü", "build", "Build", "build ", "%2F", "a/b", "a%2Fb", "\ufffd"]
     for name in names:
         assert client.post(LOCKS + quote(name)).status == 201
     assert sorted(grant["lock_name"] for grant in client.get("/api/v1/locks").json) == sorted(names)

@@ -160,7 +160,7 @@ def test_the_types_of_events_are_those_that_the_database_makes(sql: Sql) -> None
     made = sql(
         """
         SELECT DISTINCT event_type(kind, op, was, becomes)
-          FROM unnest('{project,provider,agent,bead,config}'::text[]) AS kind,
+          FROM unnest('{project,provider,agent,bead,config,comment}'::text[]) AS kind,
                unnest('{INSERT,UPDATE,DELETE}'::text[]) AS op,
                unnest('{"{}", "{\\"status\\": \\"open\\"}"}'::jsonb[]) AS was,
                unnest('{"{}", "{\\"status\\": \\"closed\\"}", "{\\"status\\": \\"blocked\\"}",
