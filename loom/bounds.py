@@ -18,7 +18,7 @@ class Bounds:
     entity: int = MIB  # as it is stored and answered, after merging; also a body
     bulk: int = 1000  # beads of one request
     import_yaml: int = 5 * MIB
-    request: int = 8 * MIB  # that the worker reads, whatever the route
+    request: int = 5 * MIB  # a body that the worker reads, whatever the route
     values: int = 100_000  # in the JSON or YAML of a body: each takes up to 100 bytes of memory
     depth: int = 100  # levels of nested JSON
     references: int = 1000  # ids or tags in a list

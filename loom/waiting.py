@@ -111,5 +111,6 @@ class Poller(Generic[W]):
                 polled = set(waiters)
                 self._finish(polled.__contains__, error=error)
             took = time.monotonic() - started
-            self._poll_now.wait(max(self.period - took, took / POLL_SHARE - took))
+            time.sleep(min(took, self.period))  # also when many polls are asked for
+            self._poll_now.wait(max(self.period - 2 * took, took / POLL_SHARE - 2 * took, 0))
             self._poll_now.clear()

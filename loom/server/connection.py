@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import select
 import socket
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
-from gunicorn.http.body import ChunkedReader
-from gunicorn.http.errors import LimitRequestHeaders
+from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize, LimitRequestHeaders
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
 
@@ -23,6 +23,7 @@ LINGER_SECONDS = 2.0  # that the client has to close its side, so that no reset 
 STOP_SECONDS = 2.0  # for which a stopping worker keeps idle connections: a request may be on its way
 HEAD_BYTES = 64 * 1024  # of a request line and headers
 JOINED_BYTES = 64 * 1024  # of a body that are copied behind the headers into one send; the rest is not copied
+LINE_BYTES = 4096  # of a chunk's size with its extensions, or of a trailer
 RECEIVE_BYTES = 64 * 1024  # the least that one read asks for
 
 
@@ -41,6 +42,58 @@ class Arrived(Unreader):
         raise Incomplete
 
 
+class Chunks:
+    """A chunked body (RFC 9112 section 7.1) as it arrives. Extensions and trailers are not used."""
+
+    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n]*)?")
+
+    def __init__(self) -> None:
+        self.body = bytearray()
+        self._left = self._count = self._trailers = 0
+        self._at_end_of_chunk = self._in_trailers = False
+
+    def take(self, data: bytearray) -> bool:
+        """Remove what is complete from `data`; true at the end of the body. Raises gunicorn's ParseException."""
+        at, complete = 0, False
+        while not complete and at < len(data):
+            if self._left:
+                part = data[at : at + self._left]
+                self.body += part
+                self._left -= len(part)
+                at += len(part)
+                self._at_end_of_chunk = not self._left
+                continue
+            end = data.find(b"\r\n", at, at + LINE_BYTES)
+            if end < 0:
+                if len(data) - at >= LINE_BYTES:
+                    raise InvalidChunkSize(bytes(data[at : at + 20]))
+                break
+            line, at = bytes(data[at:end]), end + 2
+            if self._at_end_of_chunk:
+                if line:
+                    raise ChunkMissingTerminator(line[:20])
+                self._at_end_of_chunk = False
+            elif self._in_trailers:
+                complete = not line
+                self._trailers += len(line)
+                if self._trailers > HEAD_BYTES or b"\n" in line:
+                    raise LimitRequestHeaders("limit request trailers size")
+            else:
+                self._begin_chunk(line)
+        del data[:at]
+        return complete
+
+    def _begin_chunk(self, line: bytes) -> None:
+        match = self._SIZE.fullmatch(line)
+        if match is None:
+            raise InvalidChunkSize(line[:20])
+        self._left = int(match[1], 16)
+        self._in_trailers = not self._left
+        self._count += 1
+        if self._count > 1000 and len(self.body) < 16 * self._count:  # to make us work for nothing
+            raise InvalidChunkSize(b"chunks of a few bytes")
+
+
 class Connection:
     """One client. At any time it belongs to one thread, or waits in the loop for an event or for its deadline."""
 
@@ -56,6 +109,10 @@ class Connection:
         self.environ: dict[str, Any] | None = None  # of a request that waits
         self.request: Request | None = None  # whose head is complete
         self.unsent: list[memoryview] = []  # the parts of the response that the client has not taken yet
+        self.body_bytes = 0  # of the current request
+        self.counted = 0  # what of `buffered` the loop has added to its total
+        self.on_close: Callable[[], None] | None = None
+        self._chunks: Chunks | None = None
         self._input = bytearray()
         self._searched = 0  # bytes of the input in which its end was not found
 
@@ -65,13 +122,10 @@ class Connection:
         return self.request is None and not self._input
 
     @property
-    def keeps_much(self) -> bool:
-        return self.buffered > bounds.buffered // 1000
-
-    @property
     def buffered(self) -> int:
         """The bytes that this connection keeps in memory."""
-        return len(self._input) + sum(map(len, self.unsent))
+        arriving = 0 if self._chunks is None else len(self._chunks.body)
+        return len(self._input) + arriving + self.body_bytes + sum(map(len, self.unsent))
 
     def receive(self) -> None:
         """Read what has arrived. Raises EOFError or OSError when the client is gone."""
@@ -103,8 +157,8 @@ class Connection:
         request, self.request, self._searched = self.request, None, 0
         request._expected_100_continue = False
         request.body = io.BytesIO(body)
+        self.body_bytes = len(body)
         self.ready_at = time.monotonic()
-        self.read_deadline = self.ready_at + READ_SECONDS  # of a request behind it whose first bytes are here
         return request
 
     def _parse_head(self) -> Request | None:
@@ -142,23 +196,16 @@ class Connection:
         return body
 
     def _take_chunks(self, request: Request) -> bytes | None:
-        too_large = len(self._input) > bounds.request
-        if self._input.find(b"\r\n\r\n", max(0, self._searched - 3)) < 0 and not too_large:
-            self._searched = len(self._input)
+        if self._chunks is None:
+            self._chunks = Chunks()
+        complete = self._chunks.take(self._input)
+        body = self._chunks.body
+        if not complete and len(body) <= bounds.request:
             return None
-        source = Arrived(bytes(self._input))
-        try:
-            body = ChunkedReader(request, source).read(bounds.request + 1)
-        except Incomplete:
-            self._searched = len(self._input)
-            if not too_large:
-                return None
+        if not complete:
             request.force_close()
-            return bytes(self._input)
-        if len(body) > bounds.request:
-            request.force_close()
-        self._input = bytearray(source.take_buffered())
-        return body
+        self._chunks = None
+        return bytes(body)
 
     def send_rest(self) -> bool:
         """Send more of the response; true when all of it is sent. Raises OSError when the client is gone."""
@@ -175,13 +222,19 @@ class Connection:
                 del self.unsent[0]
         return True
 
+    def has_input(self) -> bool:
+        """Whether more than the end of the input can be read at once."""
+        with contextlib.suppress(OSError):
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        return False
+
     def discard_input(self) -> None:
         """Read and forget. Raises EOFError or OSError when the client has closed."""
         self._input.clear()
         with contextlib.suppress(BlockingIOError):
-            while self.sock.recv(RECEIVE_BYTES):
-                pass
-            raise EOFError
+            for _ in range(16):  # then other connections have their turn
+                if not self.sock.recv(RECEIVE_BYTES):
+                    raise EOFError
 
 
 class Output:

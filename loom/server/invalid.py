@@ -28,8 +28,9 @@ def refusal(exc: Exception) -> bytes:
     if problem.detail:
         body["detail"] = problem.detail
     content = encoded({**body, "error": problem.detail or problem.title})
+    retry = f"Retry-After: {problem.retry_after}\r\n" if problem.retry_after is not None else ""
     head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n{retry}"
         f"Content-Type: application/problem+json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content

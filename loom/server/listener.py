@@ -1,14 +1,81 @@
-"""Closing a listening socket without resetting a connection that the kernel has already accepted for it."""
+"""Accepting connections, and closing a listening socket without resetting one that the kernel has accepted for it."""
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loom.server.loop import Loop
 
 ESTABLISHED = 1  # the first byte of Linux's tcp_info
+ACCEPTED_AT_ONCE = 64
+
+
+class Listeners:
+    """The listening sockets of a loop. One thread at a time accepts from each."""
+
+    def __init__(self, loop: Loop, epoll: select.epoll, sockets: list[Any]) -> None:
+        self._loop, self._epoll = loop, epoll
+        self._sockets = {sock.fileno(): sock for sock in sockets}
+        self._paused: list[int] = []  # from which nothing is accepted at the moment
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        for fd, sock in self._sockets.items():
+            sock.setblocking(False)
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def handle(self, fd: int) -> bool:
+        """Accepts what has arrived, if the file descriptor is a listening socket."""
+        sock = self._sockets.get(fd)
+        if sock is None:
+            return False
+        with self._lock:
+            if fd not in self._sockets:  # it is being closed
+                return True
+            paused = False
+            try:
+                for _ in range(ACCEPTED_AT_ONCE):
+                    paused = not self._loop.has_room()
+                    if paused or not self.accept(sock):
+                        break
+            except OSError:  # too many open files, for example
+                paused = True
+            if paused:
+                self._paused.append(fd)
+            else:
+                self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        return True
+
+    def accept(self, sock: Any) -> bool:
+        """Accepts a connection; false if there is none. Raises OSError."""
+        try:
+            client, address = sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        self._loop.add(client, address, sock.getsockname())
+        return True
+
+    def resume(self) -> None:
+        """Accepts again where that was paused, if there is room."""
+        with self._lock:
+            while self._paused and self._loop.has_room():
+                self._epoll.modify(self._paused.pop(), select.EPOLLIN | select.EPOLLONESHOT)
+
+    def close(self, parent: int) -> None:
+        """Accepts what has arrived, and closes the sockets. `parent`: see close_empty()."""
+        with self._lock:  # no thread accepts any longer
+            sockets, self._sockets, self._paused = self._sockets, {}, []
+        for fd, sock in sockets.items():
+            self._epoll.unregister(fd)
+            close_empty(sock, parent, partial(self.accept, sock))
 
 
 def close_empty(listener: Any, parent: int, accept: Callable[[], bool]) -> None:

@@ -28,14 +28,16 @@ from gunicorn.http.message import Request
 from loom import errors
 from loom.bounds import bounds
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, client_gone
-from loom.server.connection import LINGER_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
+from loom.server.connection import LINGER_SECONDS, READ_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
 from loom.server.invalid import refusal
+from loom.server.listener import Listeners
 from loom.server.parking import park
 
 log = logging.getLogger("loom.worker")
 
 ALIVE_PATH = "/health/live"
-ACCEPTED_AT_ONCE = 64
+AT_ONCE = 64  # events that the main thread handles, and idle connections that are closed
+SMALL_BYTES = 4096  # a connection that keeps less is not closed to save memory
 
 
 class Loop:
@@ -44,27 +46,24 @@ class Loop:
     def __init__(self, application: Any, cfg: Any, listeners: list[Any], wake_main: Callable[[], None]) -> None:
         """`application`: WSGI; `cfg`: gunicorn's settings; `wake_main` ends the main thread's sleep."""
         self._application, self._cfg, self._wake_main = application, cfg, wake_main
-        self._listeners = {listener.fileno(): listener for listener in listeners}
-        self._paused: list[int] = []  # listeners from which nothing is accepted at the moment
         self._epoll = select.epoll()
+        self.listeners = Listeners(self, self._epoll, listeners)
         self._connections: dict[int, Connection] = {}  # by file descriptor
-        self._accept_lock = threading.Lock()  # of _listeners, _paused and _accepting
-        self._accepting = True
         self._lock = threading.Lock()  # of all below
         self._armed: dict[Connection, int] = {}  # those that belong to no thread, each with the number of its arming
         self._armings = 0
+        self._buffered = 0  # bytes that all connections keep in memory
         self._busy = 0
         self._queue: deque[tuple[Connection, Request]] = deque()  # empty unless all threads are busy
         self._stopping = False
+        self._idle_end = float("inf")
         self.main_sleeps = False
         self.served = 0
 
     def start(self) -> None:
         for number in range(self._cfg.threads):
             threading.Thread(target=self._work, name=f"request-{number}", daemon=True).start()
-        for fd, listener in self._listeners.items():
-            listener.setblocking(False)
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        self.listeners.start()
 
     @property
     def all_busy(self) -> bool:
@@ -97,42 +96,55 @@ class Loop:
 
     def take_events(self) -> None:
         """While all threads are busy: read requests, answer /health/live, queue the others."""
-        for fd, _ in self._epoll.poll(0, ACCEPTED_AT_ONCE):
+        for fd, _ in self._epoll.poll(0, AT_ONCE):
             self._handle(fd, self._run_or_queue)
 
     def _run_or_queue(self, connection: Connection, request: Request) -> bool:
         if request.path == ALIVE_PATH and request.method in ("GET", "HEAD"):
             return self._run(connection, request)
+        self._count(connection)
         with self._lock:
-            if self.all_busy:
+            must_wait, has_room = self.all_busy, self._buffered <= bounds.buffered
+            if must_wait and has_room:
                 self._queue.append((connection, request))
                 return False
+        if must_wait:
+            self._refuse(connection, errors.Busy("Too many requests wait for this instance."))
+            return False
         self.run_soon(connection, request)
         return False
 
     def run_soon(self, connection: Connection, request: Request) -> None:
         """Lets the next free thread run the request: a connection can almost always be written to."""
-        self.arm(connection, select.EPOLLOUT, partial(self._run_and_proceed, request), float("inf"), self.close)
+        deadline = time.monotonic() + WRITE_SECONDS
+        self.arm(connection, select.EPOLLOUT, partial(self._run_and_proceed, request), deadline, self.close)
 
     # Connections
 
     def _handle(self, fd: int, run: Run) -> None:
-        listener = self._listeners.get(fd)
-        if listener is not None:
-            self._accept_all(fd, listener)
+        if self.listeners.handle(fd):
             return
         connection = self._connections.get(fd)
         if connection is not None and self.own(connection):
             self._guarded(connection.on_event, connection, run)
 
-    def own(self, connection: Connection, arming: int | None = None) -> bool:
+    def own(self, connection: Connection, arming: int | None = None, step: Callable[..., None] | None = None) -> bool:
         """Takes a connection that belongs to no thread. False if another thread was quicker, even if the connection is
-        armed again by now (unless `arming` is None)."""
+        armed again by now: for another `step`, or by another `arming`."""
         with self._lock:
             if connection not in self._armed or arming not in (None, self._armed[connection]):
                 return False
+            if step is not None and connection.on_event is not step:
+                return False
             del self._armed[connection]
             return True
+
+    def _count(self, connection: Connection) -> None:
+        """Adds what the connection keeps in memory now to the total."""
+        now = connection.buffered
+        with self._lock:
+            self._buffered += now - connection.counted
+        connection.counted = now
 
     def _waiting(self, which: Callable[[Connection], bool]) -> list[tuple[Connection, int]]:
         """The armed connections for which `which` is true, with the number of their arming."""
@@ -146,7 +158,7 @@ class Loop:
             step(connection, *args)
         except (EOFError, OSError):  # the client is gone
             self.close(connection)
-        except BaseException:
+        except Exception:
             self.close(connection)
             log.exception("connection-failed")
 
@@ -160,6 +172,7 @@ class Loop:
     ) -> int:
         """Gives the connection up until one of the events, or until the deadline. Returns the number of this arming."""
         connection.on_event, connection.deadline, connection.on_deadline = on_event, deadline, on_deadline
+        self._count(connection)
         with self._lock:
             self._armings += 1
             arming = self._armed[connection] = self._armings
@@ -168,51 +181,32 @@ class Loop:
             self._epoll.modify(connection.fd, events | select.EPOLLONESHOT)
         return arming
 
-    def _accept_all(self, fd: int, listener: Any) -> None:
-        with self._accept_lock:
-            if not self._accepting:
-                return
-            paused = False
-            try:
-                for _ in range(ACCEPTED_AT_ONCE):
-                    if len(self._connections) >= self._cfg.worker_connections and not self._close_an_idle_one():
-                        paused = True
-                        break
-                    if not self.accept(listener):
-                        break
-            except OSError:  # too many open files, for example
-                paused = True
-            if paused:
-                self._paused.append(fd)
-            else:
-                self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
-
-    def accept(self, listener: Any) -> bool:
-        """Accepts a connection; false if there is none. Raises OSError."""
-        try:
-            sock, client = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return False
-        connection = Connection(sock, client, listener.getsockname(), self._cfg)
-        self._connections[connection.fd] = connection
+    def add(self, sock: socket.socket, client: Any, server: Any) -> None:
+        """Serves a new connection."""
+        connection = Connection(sock, client, server, self._cfg)
         self._epoll.register(connection.fd, 0)
+        self._connections[connection.fd] = connection
         self._await_request(connection)
-        return True
 
-    def _close_an_idle_one(self) -> bool:
-        for connection, arming in self._waiting(lambda c: c.idle and c.on_event == self._read):
+    def has_room(self) -> bool:
+        """Whether another connection may be accepted; closes some of the idle ones, the oldest first, to make room."""
+        if len(self._connections) < self._cfg.worker_connections:
+            return True
+        idle = self._waiting(self._is_idle)[:AT_ONCE]
+        for connection, arming in idle:
             if self.own(connection, arming):
                 self.close(connection)
-                return True
-        return False
+        return bool(idle)
+
+    def _is_idle(self, connection: Connection) -> bool:
+        return connection.idle and connection.on_event == self._read
 
     def _await_request(self, connection: Connection) -> None:
         if not connection.idle:
             too_slow = partial(self._refuse, exc=errors.Stalled())
             self.arm(connection, select.EPOLLIN, self._read, connection.read_deadline, too_slow)
         else:
-            deadline = time.monotonic() + (STOP_SECONDS if self._stopping else self._cfg.keepalive)
-            self.arm(connection, select.EPOLLIN, self._read, deadline, self.close)
+            self.arm(connection, select.EPOLLIN, self._read, time.monotonic() + self._cfg.keepalive, self.close)
 
     def _read(self, connection: Connection, run: Run) -> None:
         connection.receive()
@@ -224,14 +218,16 @@ class Loop:
             while (request := connection.next_request()) is not None:
                 if not run(connection, request):
                     return
+                connection.body_bytes, connection.read_deadline = 0, time.monotonic() + READ_SECONDS
         except (ParseException, ValueError) as exc:
             self._refuse(connection, exc)
             return
         self._await_request(connection)
-        self._bound_memory(connection)
+        self._bound_memory()
 
     def _run_and_proceed(self, request: Request, connection: Connection, run: Run) -> None:
         if run(connection, request):
+            connection.body_bytes, connection.read_deadline = 0, time.monotonic() + READ_SECONDS
             self._proceed(connection, run)
 
     def _run(self, connection: Connection, request: Request) -> bool:
@@ -258,6 +254,7 @@ class Loop:
             chunks = self._application(environ, response.start_response)
             if PARKED in environ:
                 park(self, connection, request, environ)
+                self._bound_memory()
                 return False
             for chunk in chunks:
                 response.write(chunk)
@@ -265,7 +262,7 @@ class Loop:
             output.flush()
         except (ConnectionError, TimeoutError):
             raise
-        except BaseException:
+        except (Exception, SystemExit):
             log.exception("request-failed", extra={"fields": {"method": request.method, "path": request.path}})
             if response.headers_sent:
                 self.close(connection)
@@ -278,9 +275,10 @@ class Loop:
 
     def _finish(self, connection: Connection, keep: bool, deadline: float) -> bool:
         """Sends what is left of the response. True if the connection is kept and the next request may follow."""
+        connection.body_bytes = 0
         if not connection.send_rest():
             self.arm(connection, select.EPOLLOUT, partial(self._send_more, keep, deadline), deadline, self.close)
-            self._bound_memory(connection)
+            self._bound_memory()
             return False
         if not keep:
             self._linger(connection)
@@ -288,6 +286,7 @@ class Loop:
 
     def _send_more(self, keep: bool, deadline: float, connection: Connection, run: Run) -> None:
         if self._finish(connection, keep, deadline):
+            connection.read_deadline = time.monotonic() + READ_SECONDS
             self._proceed(connection, run)
 
     def _refuse(self, connection: Connection, exc: Exception) -> None:
@@ -305,20 +304,23 @@ class Loop:
         self.arm(connection, select.EPOLLIN, self._discard, connection.deadline, self.close)
 
     def close(self, connection: Connection) -> None:
-        if self._connections.get(connection.fd) is connection:  # else it is closed, and another one has its number
-            del self._connections[connection.fd]
-            connection.sock.close()
-
-    def _bound_memory(self, connection: Connection) -> None:
-        """Closes slow connections, the slowest first, while all together keep more than bounds.buffered."""
-        if not connection.keeps_much:
+        if self._connections.get(connection.fd) is not connection:  # it is closed, and another one has its number
             return
-        slow = sorted(self._waiting(lambda c: c.keeps_much), key=lambda pair: pair[0].deadline)
-        total = sum(c.buffered for c, _ in slow)
-        for victim, arming in slow:
-            if total <= bounds.buffered:
+        del self._connections[connection.fd]
+        connection.sock.close()
+        with self._lock:
+            self._buffered -= connection.counted
+        if connection.on_close is not None:
+            connection.on_close()
+
+    def _bound_memory(self) -> None:
+        """Closes slow connections, the slowest first, while all together keep too much."""
+        if self._buffered <= bounds.buffered:
+            return
+        slow = self._waiting(lambda c: c.counted > SMALL_BYTES)
+        for victim, arming in sorted(slow, key=lambda pair: pair[0].deadline):
+            if self._buffered <= bounds.buffered:
                 break
-            total -= victim.buffered
             if self.own(victim, arming):
                 self.close(victim)
 
@@ -327,25 +329,13 @@ class Loop:
     def expire(self) -> None:
         """Ends what is past its deadline, and accepts again where that was paused."""
         now = time.monotonic()
-        for connection, arming in self._waiting(lambda c: c.deadline < now):
+        end_idle = now > self._idle_end
+        for connection, arming in self._waiting(lambda c: c.deadline < now or (end_idle and self._is_idle(c))):
             if self.own(connection, arming):
                 self._guarded(connection.on_deadline, connection)
-        with self._accept_lock:
-            while self._paused and self._accepting and len(self._connections) < self._cfg.worker_connections:
-                self._epoll.modify(self._paused.pop(), select.EPOLLIN | select.EPOLLONESHOT)
-
-    def stop_accepting(self) -> list[Any]:
-        """Returns the listeners, which the caller closes."""
-        with self._accept_lock:  # no thread accepts any longer
-            self._accepting = False
-            listeners, self._listeners = list(self._listeners.values()), {}
-        for listener in listeners:
-            self._epoll.unregister(listener.fileno())
-        return listeners
+        self.listeners.resume()
 
     def stop(self, idle_seconds: float = STOP_SECONDS) -> None:
-        """Ends each connection after its current request, idle ones within `idle_seconds`."""
+        """Ends each connection after its current request, idle ones after `idle_seconds`."""
         self._stopping = True
-        deadline = time.monotonic() + idle_seconds
-        for connection, _ in self._waiting(lambda c: c.idle and c.environ is None):
-            connection.deadline = min(connection.deadline, deadline)
+        self._idle_end = time.monotonic() + idle_seconds

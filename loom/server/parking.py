@@ -21,32 +21,32 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
     connection.environ = environ
 
     def run_again(connection: Connection) -> None:
-        connection.ready_at = time.monotonic()
+        connection.ready_at, connection.on_close = time.monotonic(), None
         loop.run_soon(connection, request)
 
-    arming, is_finished = 0, False
+    is_finished = False
 
     def finished() -> None:
         nonlocal is_finished
         is_finished = True
-        if loop.own(connection, arming):
+        if loop.own(connection, step=hung_up):
             run_again(connection)
 
     def hung_up(connection: Connection, run: Run) -> None:
-        nonlocal arming
         if client_gone(environ):
-            wait.poller.remove(wait.waiter)
             loop.close(connection)
-        else:  # the client has closed its side after it had sent another request
-            arming = loop.arm(connection, 0, hung_up, wait.waiter.ends, time_over)
-            if is_finished:  # before this thread knew the new number
-                finished()
+        else:  # the client may have closed its side after it had sent another request
+            events = 0 if connection.has_input() else select.EPOLLRDHUP
+            loop.arm(connection, events, hung_up, wait.waiter.ends, time_over)
 
     def time_over(connection: Connection) -> None:
         wait.poller.remove(wait.waiter)
         run_again(connection)
 
+    # Added first: once the connection is armed, it may be closed at any time, which removes the waiter.
     wait.waiter.on_finish = finished
-    arming = loop.arm(connection, select.EPOLLRDHUP, hung_up, wait.waiter.ends, time_over)
-    if not wait.poller.add(wait.waiter):
+    connection.on_close = lambda: wait.poller.remove(wait.waiter)
+    is_finished = not wait.poller.add(wait.waiter) or is_finished
+    loop.arm(connection, select.EPOLLRDHUP, hung_up, wait.waiter.ends, time_over)
+    if is_finished:  # before it was armed
         finished()

@@ -22,7 +22,6 @@ from gunicorn.workers import base
 from loom import instances
 from loom.server import check
 from loom.server.connection import STOP_SECONDS
-from loom.server.listener import close_empty
 from loom.server.loop import Loop
 
 log = logging.getLogger("loom.worker")
@@ -131,6 +130,11 @@ class Worker(base.Worker):
         instances.drain()
         self.alive = False
 
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """SIGABRT: the main thread is stuck, and gunicorn gives this worker up. It marks the worker as dead."""
+        log.critical("worker-stuck")
+        os._exit(1)
+
     def run(self) -> None:
         self._loop = Loop(self.wsgi, self.cfg, self.sockets, self._wake)
         self._woken = select.poll()  # by a signal or by the loop
@@ -145,8 +149,7 @@ class Worker(base.Worker):
             if self._loop.served >= self.max_requests:
                 self.alive = False
         instances.drain()
-        for listener in self._loop.stop_accepting():
-            close_empty(listener, self.ppid, partial(self._loop.accept, listener))
+        self._loop.listeners.close(self.ppid)
         self._loop.stop(0 if self.quitting else STOP_SECONDS)
         deadline = time.monotonic() + self.cfg.graceful_timeout
         while not self._loop.is_empty and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg2.extensions as pgx
 import pytest
-from harness import Client, Cluster, Postgres, answers, wait_until
+from harness import MARGIN, Client, Cluster, Postgres, answers, wait_until
 from harness.processes import memory
 from harness.work import bead, team
 
@@ -161,6 +161,25 @@ def test_what_is_no_request_is_refused_with_a_problem_document(
         assert body.endswith(b"}\n")
         raw.sock.shutdown(socket.SHUT_WR)
         assert raw.closed()
+
+
+def test_a_body_in_chunks_of_a_few_bytes_is_refused(connect: Callable[..., Raw]) -> None:
+    """Each chunk costs time, however small it is."""
+    raw = connect()
+    raw.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 20_000)
+    assert raw.response()[0] == 400
+
+
+def test_a_body_that_ends_in_many_pieces_costs_no_more_than_one_in_few(connect: Callable[..., Raw], port: int) -> None:
+    raw, began = connect(), time.monotonic()
+    raw.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    raw.send(b"400000\r\n" + bytes(0x400000 - 2000))
+    for _ in range(500):
+        raw.send(b"\r\n\r\n")
+    raw.send(b"\r\n0\r\n\r\n")
+    assert len(raw.response()[2]) == 0x400000
+    assert time.monotonic() - began < 2 + MARGIN
 
 
 def test_clients_that_send_slowly_delay_nobody(connect: Callable[..., Raw]) -> None:

@@ -12,14 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import psycopg2.extensions as pgx
 import pytest
-from harness import Client, Cluster, Postgres, wait_until
+from harness import Client, Cluster, Postgres, answers, wait_until
 from harness.load import Caller, Load, use_lock
 from harness.postgres import query
 
-from loom.server.connection import READ_SECONDS
+from loom.server.connection import READ_SECONDS, STOP_SECONDS
 
 Sql = Callable[..., list[tuple[object, ...]]]
 GOOD = {200, 201, 204}
@@ -208,17 +208,29 @@ def test_a_client_that_stalls_within_its_request_occupies_no_thread(start_cluste
 
 
 def test_a_queued_request_whose_client_has_disconnected_is_not_started(
-    start_cluster: Callable[..., Cluster], session: Callable[[], pgx.connection], sql: Sql
+    start_cluster: Callable[..., Cluster], own_postgres: Postgres
 ) -> None:
-    cluster = start_cluster(1, config="server: {threads: 1}")
-    holder = session()
-    with holder.cursor() as cursor, ThreadPoolExecutor(1) as threads:
-        cursor.execute("LOCK TABLE distributed_locks")
-        slow = threads.submit(cluster.client(0).post, "/api/v1/locks/slow", {})
-        wait_until(lambda: sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
-        with contextlib.closing(Client(cluster.ports[0], timeout=0.5)) as impatient, pytest.raises(TimeoutError):
-            impatient.post("/api/v1/locks/unwanted", {})
-        time.sleep(1)
-        holder.rollback()
+    cluster = start_cluster(1, dsn=own_postgres.dsn(own_postgres.database()), config="server: {threads: 1}")
+    with ThreadPoolExecutor(1) as threads:
+        with own_postgres.frozen():
+            slow = threads.submit(cluster.client(0).post, "/api/v1/locks/slow", {})
+            time.sleep(0.5)
+            with contextlib.closing(Client(cluster.ports[0], timeout=0.5)) as impatient, pytest.raises(TimeoutError):
+                impatient.post("/api/v1/locks/unwanted", {})
+            time.sleep(1)
         assert slow.result().status == 201
     assert [lock["lock_name"] for lock in cluster.client(0).get("/api/v1/locks").json] == ["slow"]
+
+
+def test_a_response_that_a_client_reads_slowly_is_finished(tmp_path: Path) -> None:
+    with answers.served(tmp_path) as port, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", port))
+        sock.sendall(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = len(sock.recv(4096))
+        os.kill(answers.worker(tmp_path), signal.SIGTERM)
+        time.sleep(STOP_SECONDS + 1)
+        while data := sock.recv(65536):
+            received += len(data)
+    assert received > 16 * len(answers.BIG)

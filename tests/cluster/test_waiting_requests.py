@@ -34,9 +34,9 @@ class Waiters:
         self._waiting: dict[int, tuple[socket.socket, int]] = {}
         self._sent = 0
 
-    def send(self, method: str, path: str, body: object = None) -> int:
-        """Send a request and return its number, from 0."""
-        content = b"" if body is None else json.dumps(body).encode()
+    def send(self, method: str, path: str, body: object = None, padding: int = 0) -> int:
+        """Send a request, with so many spaces behind its body, and return its number, from 0."""
+        content = b"" if body is None else json.dumps(body).encode() + b" " * padding
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
         sock = socket.create_connection(self._address)
         sock.sendall(head.encode() + content)
@@ -179,6 +179,35 @@ def test_a_request_whose_client_hangs_up_gives_up_its_place(
     wait_until(lambda: cluster.client().get(LOCK).json["waiting"] == 1, 5)
     cluster.client().delete(f"{LOCK}?fencing_token={token}")
     assert [(status, grant["owner"]) for _, status, grant in stays.responses(5)] == [(201, "stays")]
+
+
+def test_clients_that_hang_up_as_their_wait_begins_are_forgotten(
+    start_cluster: Callable[..., Cluster], waiters: Callable[..., Waiters]
+) -> None:
+    cluster = start_cluster(1)
+    token = hold(cluster)
+    gone = [waiters(cluster.ports[0]) for _ in range(300)]
+    for number, waiter in enumerate(gone):
+        waiter.send("POST", LOCK, {"owner": f"gone{number}", "wait_seconds": 3})
+        if number >= 5:
+            gone[number - 5].close()  # a few milliseconds after it was sent
+    for waiter in gone:
+        waiter.close()
+    wait_until(lambda: cluster.client().get(LOCK).json["waiting"] == 0)
+    cluster.client().delete(f"{LOCK}?fencing_token={token}")
+    assert cluster.client().post(LOCK, {"owner": "real", "wait_seconds": 5}).status == 201
+
+
+def test_the_bodies_of_requests_that_wait_take_a_bounded_amount_of_memory(
+    start_cluster: Callable[..., Cluster], waiters: Callable[..., Waiters]
+) -> None:
+    cluster = start_cluster(1)
+    hold(cluster)
+    waiting = waiters(cluster.ports[0])
+    for number in range(200):
+        waiting.send("POST", LOCK, {"owner": f"w{number}", "wait_seconds": 20}, padding=MIB - 1000)
+    wait_until(lambda: cluster.client().get(LOCK).json["waiting"] > 20)
+    assert memory(cluster.pid(0)) < 256 * MIB
 
 
 def test_requests_that_wait_are_answered_when_the_instance_stops(

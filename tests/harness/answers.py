@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import sys
 import tempfile
@@ -29,6 +30,11 @@ def small(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
 def big(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
     start("200 OK", [("Content-Length", str(len(BIG)))])
     return [BIG]
+
+
+def huge(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    start("200 OK", [("Content-Length", str(16 * len(BIG)))])
+    return [16 * BIG]
 
 
 def empty(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
@@ -80,9 +86,8 @@ def unread(environ: dict[str, Any], start: Start) -> Iterable[bytes]:
     return []
 
 
-ANSWERS: dict[str, Callable[[Any, Start], Iterable[bytes]]] = {
-    f"/{answer.__name__}": answer for answer in (small, big, empty, nothing, unchanged, stream, cut, file, echo, unread)
-}
+_ANSWERS = (small, big, huge, empty, nothing, unchanged, stream, cut, file, echo, unread)
+ANSWERS: dict[str, Callable[[Any, Start], Iterable[bytes]]] = {f"/{answer.__name__}": answer for answer in _ANSWERS}
 
 
 @contextlib.contextmanager
@@ -102,3 +107,8 @@ def served(folder: Path, threads: int = 4) -> Iterator[int]:
     wait_until(serves)
     yield port
     process.stop()
+
+
+def worker(folder: Path) -> int:
+    """The process number of the worker that was started in this folder."""
+    return int(re.findall(r"Booting worker with pid: (\d+)", (folder / "log").read_text())[-1])

@@ -21,7 +21,7 @@ class Kind(NamedTuple):
     other: str
 
     def ignores(self, method: str, field: str, value: Any) -> bool:
-        """Whether this value says nothing, as in the original: null where none can be, and an empty name of what gets one."""
+        """Whether this says nothing, as in the original: null where none can be, an empty name of what gets one."""
         originals = ("POST", "PATCH" if self.name == "bead" else "PUT")
         return method in originals and (
             value is None or ((field, value) == ("name", "") and self.name in ("agent", "provider"))
