@@ -29,7 +29,9 @@ def over_http(client: Client, name: str) -> Iterator[int]:
         assert answer.status == 409, answer
     token = answer.json["fencing_token"]
     yield token
-    assert client.delete(f"{path}?fencing_token={token}").status in (204, 409)
+    while (answer := client.delete(f"{path}?fencing_token={token}")).status == 503:  # our write has not ended yet
+        time.sleep(0.05)
+    assert answer.status in (204, 409), answer
 
 
 @contextlib.contextmanager
