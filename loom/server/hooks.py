@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import psycopg2
 
-from loom import db, embedded, errors, instances
+from loom import db, embedded, errors, instances, metrics
 from loom import log as logs
 from loom.config import Config, ConfigError, load
 from loom.http import settings
@@ -64,13 +64,16 @@ def read_settings() -> MasterSettings:
 # The master creates a worker's identity before the fork, so that it can always mark the worker dead. Both see it in
 # shared memory. The worker writes each later identity there, and GONE after an orderly end.
 GONE = bytes(16)
+_replaceable = 0  # workers that have died, and that the next ones replace
 
 
 def before_fork(worker: Any, dsn: str) -> None:
     """pre_fork, in the master."""
+    global _replaceable
     worker.dsn = dsn  # after a later SIGHUP, new workers may use another database
     worker.identity = mmap.mmap(-1, len(GONE))
     worker.identity[:] = uuid.uuid4().bytes
+    worker.replaces_dead, _replaceable = _replaceable > 0, max(0, _replaceable - 1)
 
 
 def after_fork(worker: Any, config: Config) -> instances.Instance:
@@ -79,6 +82,8 @@ def after_fork(worker: Any, config: Config) -> instances.Instance:
     def report_identity(identity: bytes) -> None:
         worker.identity[:] = identity or GONE
 
+    if worker.replaces_dead:
+        metrics.count_failover("instance_replaced")
     try:
         return instances.start(config, worker.dsn, str(uuid.UUID(bytes=worker.identity[:])), report_identity)
     except errors.SchemaError as exc:
@@ -91,10 +96,12 @@ def child_died(worker: Any) -> None:
 
     It does so in another process, since a slow database must not delay the worker that gunicorn forks next.
     """
+    global _replaceable
     identity = worker.identity[:]
     worker.identity.close()
     if identity == GONE:
         return
+    _replaceable += 1
     master = os.getpid()
     if os.fork() == 0:
         try:

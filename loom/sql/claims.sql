@@ -43,6 +43,9 @@ DECLARE
         WHEN n_attempts >= setting('beads.max_attempts') THEN
             format('claimed %s times without success, %s', n_attempts, last_time) END;
 BEGIN
+    IF how IN ('lapsed', 'agent-died') THEN
+        RAISE NOTICE 'loom: bead_given_back'; -- for loom/metrics.py
+    END IF;
     PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(reason, ''), true);
     UPDATE beads SET status = CASE WHEN stop IS NULL THEN 'open' ELSE 'blocked' END, assigned_to = NULL,
                      fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,

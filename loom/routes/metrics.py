@@ -1,0 +1,128 @@
+"""/metrics: what this instance counts, its state, and the totals of the cluster, for Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from flask import Blueprint, Response
+from prometheus_client import Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+
+from loom import __version__, db, errors, instances, metrics
+from loom.http.pollers import pollers
+from loom.totals import totals
+
+bp = Blueprint("metrics", __name__)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+KEPT = 10.0  # seconds for which the totals of the cluster are kept, so that scrapes do not count them again and again
+SECONDS = 2.0  # for which a scrape waits for the totals; Prometheus gives up after 10
+
+
+class Totals:
+    """The totals of the cluster, over a connection of its own: the pool may be in use when they are wanted most."""
+
+    def __init__(self, database: db.Database) -> None:
+        self.database = database
+        self._connection = database.dedicated("metrics")
+        self._lock = threading.Lock()
+        self._row: db.Row | None = None
+        self._counted = float("-inf")
+        self._dead: set[str] | None = None
+
+    def get(self) -> db.Row | None:
+        """The totals, at most KEPT seconds old; None without a database, since old numbers would look like new ones."""
+        if self.database.away is not None:
+            return None
+        if self._lock.acquire(blocking=self._row is None):  # one thread counts; the others answer the totals before
+            try:
+                if time.monotonic() - self._counted > KEPT:
+                    self._count()
+            finally:
+                self._lock.release()
+        return self._row
+
+    def _count(self) -> None:
+        self._row = None
+        with contextlib.suppress(errors.Error), self._connection.use(SECONDS) as conn:
+            self._row = totals(conn)
+            self._counted = time.monotonic()
+        if self._row is not None:
+            dead = set(self._row["dead_instances"])
+            for _ in dead - (dead if self._dead is None else self._dead):
+                metrics.count_failover("instance_died")
+            self._dead = dead
+
+
+_totals: Totals | None = None
+
+
+def _cluster() -> db.Row | None:
+    global _totals
+    with contextlib.suppress(errors.Unavailable):  # no database has been opened in this process
+        if _totals is None or _totals.database is not db.default():
+            _totals = Totals(db.default())
+        return _totals.get()
+    return None
+
+
+class Scrape(Collector):
+    """All families of one scrape; each sample has the label instance_id."""
+
+    def collect(self) -> Iterator[Metric]:
+        cluster = _cluster()  # first: it counts events
+        own = {} if instances.current is None else {"instance_id": instances.current.instance_id}
+        for family in (*metrics.REGISTRY.collect(), *_of_instance(), *(_of_cluster(cluster) if cluster else ())):
+            family.samples = [s._replace(labels={**own, **s.labels}) for s in family.samples]
+            yield family
+
+
+@bp.get("/metrics")
+def scrape() -> Response:
+    return Response(generate_latest(Scrape()), content_type=CONTENT_TYPE)
+
+
+def _gauge(name: str, text: str, value: float | dict[str, float], label: str = "") -> Metric:
+    """One gauge; `value` may be a number for each value of a label."""
+    family = GaugeMetricFamily(name, text, labels=[label] if label else [])
+    for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+        family.add_metric([key] if label else [], number)
+    return family
+
+
+def _of_instance() -> Iterator[Metric]:
+    me = instances.current
+    yield InfoMetricFamily("loom_build", "The version of Loom.", {"version": __version__})
+    if me is not None:
+        yield _gauge("loom_heartbeat_age_seconds", "Since the last heartbeat that succeeded.", me.heartbeat_age)
+        yield _gauge("loom_draining", "1 while this instance is about to leave.", me.draining)
+    waiting: dict[str, Any] = {"locks": pollers().locks, "events": pollers().events}
+    number = {kind: float(poller.waiting) for kind, poller in waiting.items()}
+    yield _gauge("loom_waiting_requests", "Requests that wait for a lock, or for events.", number, "for")
+    with contextlib.suppress(errors.Unavailable):
+        database = db.default()
+        usage = database.usage()
+        yield _gauge("loom_database_up", "1 unless the database is away.", database.away is None)
+        yield _gauge("loom_db_connections_max", "The size of the pool of connections.", usage["max"])
+        use = {"idle": float(usage["idle"]), "in_use": float(usage["open"] - usage["idle"])}
+        yield _gauge("loom_db_connections", "Open connections of the pool.", use, "state")
+        yield _gauge("loom_db_connections_waiting", "Requests that wait for a connection.", usage["waiting"])
+
+
+def _of_cluster(cluster: db.Row) -> Iterator[Metric]:
+    """The same at each instance: take max() of them, not sum()."""
+    yield _gauge("loom_active_instances", "Active instances of the cluster.", cluster["active_instances"])
+    yield _gauge("loom_dead_instances", "Instances that died in the last minutes.", len(cluster["dead_instances"]))
+    yield _gauge("loom_locks_held", "Locks that are held, in the cluster.", cluster["locks_held"])
+    yield _gauge("loom_lock_waiters", "Places in the queues for locks, in the cluster.", cluster["lock_waiters"])
+    by_status = {status: cluster[status] for status in ("open", "in_progress", "blocked")}
+    yield _gauge("loom_beads", "Beads that are not closed, by status.", by_status, "status")
+    yield _gauge("loom_beads_ready", "Open beads that an agent could claim now.", cluster["ready"])
+    yield _gauge(
+        "loom_event_lag_seconds", "Age of the oldest event that has no place in the feed.", cluster["event_lag"]
+    )
