@@ -1,6 +1,7 @@
 """gunicorn's settings. Read by `gunicorn app:app` here, and by `loom serve`. What users set is in config.yaml."""
 
 from loom import instances, log, upkeep
+from loom.http import siblings
 from loom.server import hooks
 
 settings, logconfig_dict, dsn = hooks.read_settings()
@@ -38,6 +39,7 @@ def post_fork(server, worker):
 
 def post_worker_init(worker):
     worker.check_serving()
+    hooks.after_load(worker)
 
 
 def worker_exit(server, worker):
@@ -48,3 +50,7 @@ def worker_exit(server, worker):
 
 def child_exit(server, worker):
     hooks.child_died(worker)
+
+
+def on_exit(server):
+    siblings.remove_folder()

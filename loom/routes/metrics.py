@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
 
 from flask import Blueprint, Response
 from prometheus_client import Metric, generate_latest
@@ -14,13 +15,16 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
 from loom import __version__, db, errors, instances, metrics
-from loom.http.pollers import pollers
+from loom.http import siblings
+from loom.http.application import Application
+from loom.http.pollers import Pollers, pollers
 from loom.totals import totals
 
 bp = Blueprint("metrics", __name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 KEPT = 10.0  # seconds for which the totals of the cluster are kept, so that scrapes do not count them again and again
+SHARE_PERIOD = 5.0  # seconds between two times at which a worker leaves its metrics for its siblings
 SECONDS = 2.0  # for which a scrape waits for the totals; Prometheus gives up after 10
 
 
@@ -38,6 +42,7 @@ class Totals:
     def get(self) -> db.Row | None:
         """The totals, at most KEPT seconds old; None without a database, since old numbers would look like new ones."""
         if self.database.away is not None:
+            self._row, self._counted = None, float("-inf")
             return None
         if self._lock.acquire(blocking=self._row is None):  # one thread counts; the others answer the totals before
             try:
@@ -71,20 +76,43 @@ def _cluster() -> db.Row | None:
     return None
 
 
-class Scrape(Collector):
-    """All families of one scrape; each sample has the label instance_id."""
+class Labelled(Collector):
+    """Some metrics, each sample with the label instance_id."""
+
+    def __init__(self, collected: Iterable[Metric]) -> None:
+        self._collected = collected
 
     def collect(self) -> Iterator[Metric]:
-        cluster = _cluster()  # first: it counts events
         own = {} if instances.current is None else {"instance_id": instances.current.instance_id}
-        for family in (*metrics.REGISTRY.collect(), *_of_instance(), *(_of_cluster(cluster) if cluster else ())):
+        for family in self._collected:
             family.samples = [s._replace(labels={**own, **s.labels}) for s in family.samples]
             yield family
 
 
+def _text(collected: Iterable[Metric]) -> str:
+    return generate_latest(Labelled(collected)).decode()
+
+
+def _own_text(waiting: Pollers) -> str:
+    return _text(chain(metrics.REGISTRY.collect(), _of_instance(waiting)))
+
+
 @bp.get("/metrics")
 def scrape() -> Response:
-    return Response(generate_latest(Scrape()), content_type=CONTENT_TYPE)
+    cluster = _cluster()  # first: it counts events
+    text = siblings.with_siblings(siblings.share(partial(_own_text, pollers())))
+    return Response(text + (_text(_of_cluster(cluster)) if cluster else ""), content_type=CONTENT_TYPE)
+
+
+def share_regularly(app: Application) -> None:
+    """In a worker that has siblings."""
+
+    def run() -> None:
+        while True:
+            siblings.share(partial(_own_text, app.pollers))
+            time.sleep(SHARE_PERIOD)
+
+    threading.Thread(target=run, name="metrics", daemon=True).start()
 
 
 def _gauge(name: str, text: str, value: float | dict[str, float], label: str = "") -> Metric:
@@ -95,14 +123,13 @@ def _gauge(name: str, text: str, value: float | dict[str, float], label: str = "
     return family
 
 
-def _of_instance() -> Iterator[Metric]:
+def _of_instance(waiting: Pollers) -> Iterator[Metric]:
     me = instances.current
     yield InfoMetricFamily("loom_build", "The version of Loom.", {"version": __version__})
     if me is not None:
         yield _gauge("loom_heartbeat_age_seconds", "Since the last heartbeat that succeeded.", me.heartbeat_age)
         yield _gauge("loom_draining", "1 while this instance is about to leave.", me.draining)
-    waiting: dict[str, Any] = {"locks": pollers().locks, "events": pollers().events}
-    number = {kind: float(poller.waiting) for kind, poller in waiting.items()}
+    number = {"locks": float(waiting.locks.waiting), "events": float(waiting.events.waiting)}
     yield _gauge("loom_waiting_requests", "Requests that wait for a lock, or for events.", number, "for")
     with contextlib.suppress(errors.Unavailable):
         database = db.default()

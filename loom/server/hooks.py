@@ -18,7 +18,7 @@ import psycopg2
 from loom import db, embedded, errors, instances, metrics
 from loom import log as logs
 from loom.config import Config, ConfigError, load
-from loom.http import settings
+from loom.http import settings, siblings
 
 log = logging.getLogger("loom.server")
 
@@ -57,6 +57,8 @@ def read_settings() -> MasterSettings:
         log.error("settings-kept", extra={"fields": {"reason": str(exc)}})
     else:
         _last = MasterSettings(config, handlers, dsn)
+        if config.server.workers > 1:
+            siblings.open_folder()
         settings.inherit(config)
     return _last
 
@@ -91,12 +93,22 @@ def after_fork(worker: Any, config: Config) -> instances.Instance:
         sys.exit(instances.BOOT_ERROR)
 
 
+def after_load(worker: Any) -> None:
+    """post_worker_init, in the worker."""
+    from loom.http.application import Application  # here, since the master does not load the application
+    from loom.routes.metrics import share_regularly
+
+    if siblings.shared() and isinstance(worker.wsgi, Application):
+        share_regularly(worker.wsgi)
+
+
 def child_died(worker: Any) -> None:
     """child_exit, in the master: marks the worker dead unless it ended in order.
 
     It does so in another process, since a slow database must not delay the worker that gunicorn forks next.
     """
     global _replaceable
+    siblings.forget(worker.pid)
     identity = worker.identity[:]
     worker.identity.close()
     if identity == GONE:
