@@ -25,7 +25,7 @@ bp = Blueprint("metrics", __name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 KEPT = 10.0  # seconds for which the totals of the cluster are kept, so that scrapes do not count them again and again
 SHARE_PERIOD = 5.0  # seconds between two times at which a worker leaves its metrics for its siblings
-SECONDS = 2.0  # for which a scrape waits for the totals; Prometheus gives up after 10
+SECONDS = 2.0  # for the statement, and for which a scrape waits for another that counts; Prometheus gives up after 10
 
 
 class Totals:
@@ -44,24 +44,30 @@ class Totals:
         if self.database.away is not None:
             self._row, self._counted = None, float("-inf")
             return None
-        if self._lock.acquire(blocking=self._row is None):  # one thread counts; the others answer the totals before
+        # One thread counts. The others answer its former totals or, without any, wait for it.
+        if self._lock.acquire(timeout=0 if self._row else SECONDS):
             try:
                 if time.monotonic() - self._counted > KEPT:
-                    self._count()
+                    self._row = self._count()
+                    self._counted = time.monotonic()
             finally:
                 self._lock.release()
         return self._row
 
-    def _count(self) -> None:
-        self._row = None
-        with contextlib.suppress(errors.Error), self._connection.use(SECONDS) as conn:
-            self._row = totals(conn)
-            self._counted = time.monotonic()
-        if self._row is not None:
-            dead = set(self._row["dead_instances"])
-            for _ in dead - (dead if self._dead is None else self._dead):
-                metrics.count_failover("instance_died")
-            self._dead = dead
+    def _count(self) -> db.Row | None:
+        try:
+            with self._connection.use(SECONDS) as conn:
+                row = totals(conn)
+        except errors.Error:
+            return None
+        dead = set(row["dead_instances"])
+        for _ in dead - (dead if self._dead is None else self._dead):
+            metrics.count_failover("instance_died")
+        self._dead = dead
+        return row
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 _totals: Totals | None = None
@@ -70,8 +76,11 @@ _totals: Totals | None = None
 def _cluster() -> db.Row | None:
     global _totals
     with contextlib.suppress(errors.Unavailable):  # no database has been opened in this process
-        if _totals is None or _totals.database is not db.default():
-            _totals = Totals(db.default())
+        database = db.default()
+        if _totals is None or _totals.database is not database:
+            if _totals is not None:
+                _totals.close()
+            _totals = Totals(database)
         return _totals.get()
     return None
 
