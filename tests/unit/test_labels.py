@@ -49,7 +49,10 @@ def test_a_notice_of_another_kind_counts_nothing() -> None:
 
 
 def test_the_texts_of_several_workers_become_one_with_each_metric_once() -> None:
-    text = '# HELP a_total Of a.\n# TYPE a_total counter\na_total{{w="{0}"}} {0}\n# HELP b Of b.\n# TYPE b gauge\nb{{w="{0}"}} 9\n'
+    text = (
+        '# HELP a_total Of a.\n# TYPE a_total counter\na_total{{w="{0}"}} {0}\n'
+        '# HELP b Of b.\n# TYPE b gauge\nb{{w="{0}"}} 9\n'
+    )
     families = list(text_string_to_metric_families(merged(map(text.format, (1, 2, 3)))))
     assert [(family.name, family.type, family.documentation) for family in families] == [
         ("a", "counter", "Of a."),
