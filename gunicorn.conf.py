@@ -2,6 +2,7 @@
 
 from loom import instances, log, upkeep
 from loom.bounds import bounds
+from loom.http import siblings
 from loom.server import hooks
 
 settings, logconfig_dict, dsn = hooks.read_settings()
@@ -39,6 +40,7 @@ def post_fork(server, worker):
 
 def post_worker_init(worker):
     worker.check_serving()
+    hooks.after_load(worker)
 
 
 def worker_exit(server, worker):
@@ -49,3 +51,7 @@ def worker_exit(server, worker):
 
 def child_exit(server, worker):
     hooks.child_died(worker)
+
+
+def on_exit(server):
+    siblings.remove_folder()

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from loom import __version__, db, embedded, errors
+from loom import __version__, db, embedded, errors, metrics
 from loom.config import Config
 from loom.db import Time
 from loom.db.connection import SLACK
@@ -30,6 +30,7 @@ log = logging.getLogger("loom.instances")
 HEARTBEAT_PERIOD = 5.0  # seconds, jittered by a fifth; note_outage() in loom/sql/instances.sql allows three of them
 RETRY_PERIOD = 1.0  # seconds, after a heartbeat that failed
 SCHEMA_SECONDS = 3.0  # seconds to apply the schema while a start or a request waits for it
+LATE = 3 * HEARTBEAT_PERIOD  # seconds without a heartbeat that are counted as an event
 TRUST = 30.0  # seconds after a successful heartbeat for which we assume that we are still registered
 BOOT_ERROR = 3  # the exit status that stops gunicorn; otherwise it forks for ever (its WORKER_BOOT_ERROR)
 
@@ -85,7 +86,12 @@ class Instance:
     @property
     def fresh(self) -> bool:
         """Whether a heartbeat of the last 30 s succeeded: then nobody has declared us dead for a missed one."""
-        return time.clock_gettime(_CLOCK) - self._last_good <= TRUST
+        return self.heartbeat_age <= TRUST
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the last heartbeat that succeeded, infinite before the first."""
+        return time.clock_gettime(_CLOCK) - self._last_good
 
     def start(self) -> None:
         """Migrates, registers, and continues with heartbeats. Without a database it does so as soon as there is one.
@@ -113,6 +119,7 @@ class Instance:
                 log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
                 self.instance_id, self._registered = str(uuid.uuid4()), False
                 self._report_identity(uuid.UUID(self.instance_id).bytes)
+                metrics.count_failover("instance_replaced")
             if not self._registered:
                 about = msgspec.json.encode(self._metadata).decode()
                 self._call(conn, "register_instance(%(id)s, %(host)s, %(about)s)", host=self.hostname, about=about)
@@ -123,6 +130,8 @@ class Instance:
             log.warning("heartbeat-back", extra={"fields": {"missed": self.missed}})
             self._logged.clear()
         self.missed = 0
+        if LATE < self.heartbeat_age < float("inf"):
+            metrics.count_failover("heartbeat_late")
         self._last_good = sent
 
     def _call(self, conn: db.Connection, function: str, **params: Any) -> Any:
@@ -200,13 +209,12 @@ class Instance:
             log.warning("database-may-lose-writes", extra={"fields": {"setting": row["name"], "value": "off"}})
 
 
+ACTIVE = "status = 'active' AND last_heartbeat > clock_timestamp() - INTERVAL '60 seconds'"
+
+
 def active(conn: db.Connection) -> int:
     """The number of active instances with a heartbeat in the last minute."""
-    return db.value(
-        conn,
-        "SELECT count(*) FROM instances"
-        " WHERE status = 'active' AND last_heartbeat > clock_timestamp() - INTERVAL '60 seconds'",
-    )
+    return db.value(conn, f"SELECT count(*) FROM instances WHERE {ACTIVE}")
 
 
 _COLUMNS = """

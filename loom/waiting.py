@@ -52,8 +52,13 @@ class Poller(Generic[W]):
         raise NotImplementedError
 
     @property
+    def waiting(self) -> int:
+        """The number of requests that wait."""
+        return len(self._waiters)
+
+    @property
     def full(self) -> bool:
-        return len(self._waiters) >= self.most or self._draining()
+        return self.waiting >= self.most or self._draining()
 
     def add(self, waiter: W) -> bool:
         """Begins to poll for the waiter, and calls its `on_finish` once, when it has a result or an error, when its

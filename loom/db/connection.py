@@ -20,7 +20,7 @@ import psycopg2
 import psycopg2.extensions as pgx
 import psycopg2.extras
 
-from loom import errors, refusals
+from loom import errors, metrics, refusals
 
 Row = dict[str, Any]
 Time = Annotated[datetime, msgspec.Meta(tz=True)]  # with a time zone, as the database returns it
@@ -131,6 +131,7 @@ class Connection:
         options = {"client_encoding": "UTF8", **{k: v for k, v in bounds.items() if k not in info}}
         self.raw = psycopg2.connect(dsn, **options)
         self.raw.autocommit = True
+        self.raw.notices = metrics.Notices()
         self._socket = socket.socket(fileno=os.dup(self.raw.fileno()))
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)

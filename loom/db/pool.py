@@ -17,7 +17,7 @@ from types import TracebackType
 import psycopg2
 from psycopg2 import errors as pg
 
-from loom import errors
+from loom import errors, metrics
 from loom.db.connection import SLACK, WRONG_SERVER, Connection, translate
 from loom.db.dedicated import DedicatedConnection
 from loom.db.lock_waits import LockWaits
@@ -168,10 +168,13 @@ class Database:
             waiter = ConnectionWaiter()
             self._waiters.append(waiter)
             self._connection_needed.notify()
-        while not waiter.wait(min(REPLACEMENT_SECONDS, deadline - time.monotonic())) and time.monotonic() < deadline:
-            with self._lock:
-                if self._lost_at is not None and time.monotonic() - self._lost_at > REPLACEMENT_SECONDS:
-                    self._set_away("connections are lost, and no new one comes")
+        with metrics.connection_wait.time():
+            while (
+                not waiter.wait(min(REPLACEMENT_SECONDS, deadline - time.monotonic())) and time.monotonic() < deadline
+            ):
+                with self._lock:
+                    if self._lost_at is not None and time.monotonic() - self._lost_at > REPLACEMENT_SECONDS:
+                        self._set_away("connections are lost, and no new one comes")
         with self._lock:
             if waiter.conn is not None:
                 waiter.conn.deadline = deadline
@@ -222,6 +225,7 @@ class Database:
         """Refuses all requests until a connection can be opened. The caller holds `_lock`."""
         if self._away is None:
             log.error("database-away", extra={"fields": {"reason": why}})
+            metrics.count_failover("database_lost")
         self._away = why
         while self._idle:
             self._drop(self._idle.pop())
@@ -266,6 +270,7 @@ class Database:
                 else:
                     if self._away is not None:
                         log.warning("database-back")
+                        metrics.count_failover("database_regained")
                     self._away = self._lost_at = None
                     self._open += 1
                     self._pass_on(conn)

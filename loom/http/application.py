@@ -16,12 +16,12 @@ from loom import instances as registry
 from loom.bounds import bounds
 from loom.config import Config
 from loom.db.connection import REPEATS
-from loom.http import problems
+from loom.http import metrics, problems
 from loom.http.parse import NameConverter, check_query
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, WAITER, Pollers, Wait, before_view
 
 API = "/api/v1/"
-ALWAYS_SERVED = ("/health", "/api/v1/health", "/api/openapi.yaml")
+ALWAYS_SERVED = ("/health", "/metrics", "/api/v1/health", "/api/openapi.yaml")
 
 
 class Application(Flask):
@@ -41,6 +41,7 @@ class Application(Flask):
 
     def full_dispatch_request(self) -> Response:
         """Relies on the rule that each view and each error handler returns a Response."""
+        metrics.start()
         while True:
             try:
                 self.preprocess_request()
@@ -120,6 +121,7 @@ class Application(Flask):
             me.confirm()
 
     def process_response(self, response: Response) -> Response:
+        metrics.count(response.status_code)
         request_id = request.environ.get("HTTP_X_REQUEST_ID")
         if request_id:
             response.headers["X-Request-ID"] = request_id

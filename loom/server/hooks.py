@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import psycopg2
 
-from loom import db, embedded, errors, instances
+from loom import db, embedded, errors, instances, metrics
 from loom import log as logs
 from loom.bounds import MIB
 from loom.config import Config, ConfigError, load
-from loom.http import settings
+from loom.http import settings, siblings
 
 log = logging.getLogger("loom.server")
 
@@ -61,6 +61,8 @@ def read_settings() -> MasterSettings:
         log.error("settings-kept", extra={"fields": {"reason": str(exc)}})
     else:
         _last = MasterSettings(config, handlers, dsn)
+        if config.server.workers > 1:
+            siblings.open_folder()
         settings.inherit(config)
     return _last
 
@@ -68,13 +70,16 @@ def read_settings() -> MasterSettings:
 # The master creates a worker's identity before the fork, so that it can always mark the worker dead. Both see it in
 # shared memory. The worker writes each later identity there, and GONE after an orderly end.
 GONE = bytes(16)
+_replaceable = 0  # workers that have died, and that the next ones replace
 
 
 def before_fork(worker: Any, dsn: str) -> None:
     """pre_fork, in the master."""
+    global _replaceable
     worker.dsn = dsn  # after a later SIGHUP, new workers may use another database
     worker.identity = mmap.mmap(-1, len(GONE))
     worker.identity[:] = uuid.uuid4().bytes
+    worker.replaces_dead, _replaceable = _replaceable > 0, max(0, _replaceable - 1)
 
 
 def after_fork(worker: Any, config: Config) -> instances.Instance:
@@ -86,6 +91,8 @@ def after_fork(worker: Any, config: Config) -> instances.Instance:
     # glibc keeps freed blocks of up to 32 MiB for each thread: at its peak, a worker had 283 MiB instead of 192.
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+    if worker.replaces_dead:
+        metrics.count_failover("instance_replaced")
     try:
         return instances.start(config, worker.dsn, str(uuid.UUID(bytes=worker.identity[:])), report_identity)
     except errors.SchemaError as exc:
@@ -93,15 +100,27 @@ def after_fork(worker: Any, config: Config) -> instances.Instance:
         sys.exit(instances.BOOT_ERROR)
 
 
+def after_load(worker: Any) -> None:
+    """post_worker_init, in the worker."""
+    from loom.http.application import Application  # here, since the master does not load the application
+    from loom.routes.metrics import share_regularly
+
+    if siblings.shared() and isinstance(worker.wsgi, Application):
+        share_regularly(worker.wsgi)
+
+
 def child_died(worker: Any) -> None:
     """child_exit, in the master: marks the worker dead unless it ended in order.
 
     It does so in another process, since a slow database must not delay the worker that gunicorn forks next.
     """
+    global _replaceable
+    siblings.forget(worker.pid)
     identity = worker.identity[:]
     worker.identity.close()
     if identity == GONE:
         return
+    _replaceable += 1
     master = os.getpid()
     if os.fork() == 0:
         try:

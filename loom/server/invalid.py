@@ -7,6 +7,7 @@ from http import HTTPStatus
 from gunicorn.http.errors import ExpectationFailed, LimitRequestHeaders, LimitRequestLine, UnsupportedTransferCoding
 
 from loom import errors
+from loom.http import metrics
 from loom.http.answer import encoded
 
 STATUS: dict[type[Exception], tuple[int, type[errors.Error]]] = {
@@ -24,6 +25,7 @@ def refusal(exc: Exception) -> bytes:
     else:
         status, kind = STATUS.get(type(exc), (400, errors.Invalid))
         problem = kind(str(exc))
+    metrics.count_refusal(status)
     body = {"type": f"/problems/{problem.type}", "title": problem.title, "status": status}
     if problem.detail:
         body["detail"] = problem.detail

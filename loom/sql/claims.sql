@@ -45,6 +45,9 @@ DECLARE
 BEGIN
     -- Waits for the transactions that the claim fences; who must not wait has locked the row so, and skipped locked ones.
     PERFORM 1 FROM beads WHERE id = b.id FOR UPDATE;
+    IF how IN ('lapsed', 'agent-died') THEN
+        RAISE NOTICE 'loom: bead_given_back'; -- for loom/metrics.py
+    END IF;
     PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(reason, ''), true);
     UPDATE beads SET status = CASE WHEN stop IS NULL THEN 'open' ELSE 'blocked' END, assigned_to = NULL,
                      fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,

@@ -14,10 +14,15 @@ BEGIN
         NULLIF(current_setting('loom.reason', true), ''));
 END $$;
 
--- A grant ends when its row is deleted, or when the next grant takes the row over.
+-- A grant ends when its row is deleted, or when the next grant takes the row over. The notices are for loom/metrics.py.
 CREATE OR REPLACE FUNCTION on_grant_ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM end_grant(OLD);
+    IF TG_OP = 'UPDATE' THEN
+        RAISE NOTICE 'loom: lock_taken_over';
+    ELSIF OLD.expires_at <= clock_timestamp() THEN
+        RAISE NOTICE 'loom: lock_expired';
+    END IF;
     RETURN NULL;
 END $$;
 DROP TRIGGER IF EXISTS grant_ended ON distributed_locks;

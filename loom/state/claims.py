@@ -8,8 +8,9 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import msgspec
+import psycopg2
 
-from loom import db, errors
+from loom import db, errors, metrics, refusals
 from loom.db import Time
 from loom.state.agents import Agent
 from loom.state.beads import Bead
@@ -57,7 +58,7 @@ def claim_next(
 
     Raises Invalid for an unknown agent or project, AgentBusy, LockHeld, LockLost.
     """
-    row = call(
+    row = _decide(
         conn,
         writer,
         """
@@ -81,7 +82,7 @@ def claim(conn: db.Connection, writer: Writer, bead: str, agent: str, lease: tim
 
     Raises NotFound, Invalid for an unknown agent, BeadClaimed, BeadBlocked, BeadClosed, AgentBusy, LockHeld, LockLost.
     """
-    row = call(
+    row = _decide(
         conn,
         writer,
         """
@@ -109,7 +110,7 @@ def renew(
 
     Raises ClaimLost, NotFound, LockLost.
     """
-    row = call(
+    row = _decide(
         conn,
         writer,
         """
@@ -144,7 +145,7 @@ def end(
     `retry_after`, or by the number of its failures.
     Raises ClaimLost when the claim ended in any other way, NotFound, LockHeld, LockLost.
     """
-    row = call(
+    row = _decide(
         conn,
         writer,
         """
@@ -200,6 +201,18 @@ def open_deferred(conn: db.Connection, writer: Writer, most: int) -> int:
 def end_dead_agent(conn: db.Connection, writer: Writer, agent: str) -> str | None:
     """Reopens the beads of a silent agent and marks it as dead: 'dead', or why it is not; None if it is alive."""
     return call(conn, writer, "SELECT end_dead_agent(%(agent)s) AS result", agent=agent)["result"]
+
+
+def _decide(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row:
+    """Like `call`, and counts the outcome."""
+    try:
+        row = call(conn, writer, sql, **params)
+    except Exception as exc:
+        refused = refusals.from_postgres(exc) if isinstance(exc, psycopg2.Error) else exc
+        metrics.count_claim(getattr(refused, "type", metrics.OTHER))
+        raise
+    metrics.count_claim(params["how"] if row["outcome"] == "ended" else row["outcome"])
+    return row
 
 
 def _claim(row: db.Row) -> Claim:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from harness import Cluster, PgBouncer, Postgres, documents, wait_until
 from harness.cluster import ROOT
-from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost, assert_problem, force, release
+from harness.locks import BUILD, LOCKS, Sql, acquire, assert_lost, assert_problem, force, release, wait_expired
+from harness.metrics import value
 from harness.postgres import query
 
 from loom import db, errors, locks
@@ -78,6 +79,15 @@ def test_a_killed_instance_is_marked_dead_by_its_master_and_replaced(cluster: Cl
     wait_until(lambda: sql("SELECT status FROM instances WHERE instance_id = %s", former) == [("dead",)])
     cluster.wait_healthy()
     assert acquire(cluster.client(0))["instance_id"] != former
+
+
+def test_what_the_database_reports_is_counted(cluster: Cluster, sql: Sql) -> None:
+    """The notices of its functions reach the instance that called them."""
+    client = cluster.client()
+    acquire(client, owner="a", ttl_seconds=1)
+    wait_expired(sql)
+    acquire(client, owner="b")
+    assert value(client, "loom_failover_events_total", event="lock_taken_over") == 1
 
 
 def test_holding_and_fencing_in_python(bouncer_dsn: str, sql: Sql) -> None:
