@@ -46,9 +46,10 @@ def share(make: Callable[[], str]) -> str:
         return make()
     with _sharing:
         text = make()
-        new = _folder / f"new-{os.getpid()}"
-        new.write_text(text)
-        new.replace(_folder / str(os.getpid()))
+        with contextlib.suppress(OSError):  # no space left, for example: then this worker is missing in others' answers
+            new = _folder / f"new-{os.getpid()}"
+            new.write_text(text)
+            new.replace(_folder / str(os.getpid()))
     return text
 
 

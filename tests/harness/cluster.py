@@ -42,7 +42,7 @@ class Cluster:
         self.ports = [free_port() for _ in range(count)]
         (self.folder / "config.yaml").write_text(config)
         self._env = {"DATABASE_TYPE": "postgres", "DATABASE_DSN": dsn, "LOOM_CONFIG": str(self.folder / "config.yaml")}
-        self._env |= env or {}
+        self._env |= {"TMPDIR": str(self.folder), **(env or {})}  # a killed gunicorn leaves files there
         self._app = app
         self._nginx: Nginx | None = None
         self._clients: list[Client] = []
