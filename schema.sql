@@ -59,7 +59,8 @@ CREATE TABLE IF NOT EXISTS instances (
 CREATE SEQUENCE IF NOT EXISTS fencing_tokens MAXVALUE 9007199254740991 CACHE 1;
 
 -- One row per held lock. The primary key is the promise: two holders of one lock cannot exist. A row past expires_at is
--- free to take. A grant ends when its row is deleted, by whomever; the triggers below then write its history.
+-- free to take. A grant ends when its row is deleted, by whomever; the triggers in
+-- loom/sql/locks.sql then write its history.
 CREATE TABLE IF NOT EXISTS distributed_locks (
     lock_name     text        COLLATE "C" PRIMARY KEY CHECK (char_length(lock_name) BETWEEN 1 AND 255),
     instance_id   uuid,
@@ -103,8 +104,8 @@ CREATE UNLOGGED TABLE IF NOT EXISTS lock_waiters (
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 CREATE INDEX IF NOT EXISTS lock_waiters_place ON lock_waiters (lock_name, place);
 
--- How long a place lasts after its last ask: longer than the pause between two polls of a worker, or between two requests
--- of a client that is sent away; short, since a waiter that has died holds up the others for so long.
+-- How long a place lasts after its last ask: longer than the pause between two polls of a worker, or between two
+-- requests of a client that is sent away; short, since a waiter that has died holds up the others for so long.
 CREATE OR REPLACE FUNCTION keeps_place(asked_at timestamptz, t timestamptz) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT asked_at > t - INTERVAL '2 seconds';
 $$;
@@ -115,7 +116,7 @@ $$;
 -- One row per version of every entity of the shared state: the feed, and the entity's history. Written by
 -- write_event() alone; bounded by retention alone. Rows never change.
 CREATE TABLE IF NOT EXISTS events (
-    place       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY, -- the order of insertion: one entity's versions stand right
+    place       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY, -- in the order of insertion: of versions, too
     type        text        NOT NULL,
     entity_type text        NOT NULL,
     entity_id   text        COLLATE "C" NOT NULL,
@@ -141,8 +142,8 @@ CREATE TABLE IF NOT EXISTS event_numbers (
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
 
 -- The places that have no number: behind the last one, and before it those that could not be seen when later ones were
--- numbered, since their transaction was under way or will never commit. xid: each of these transactions has a smaller one;
--- null when not yet known.
+-- numbered, since their transaction was under way or will never commit. xid: each of these transactions has a smaller
+-- one; null when not yet known.
 CREATE TABLE IF NOT EXISTS event_gaps (
     first bigint NOT NULL,
     last  bigint NOT NULL,
@@ -155,17 +156,17 @@ CREATE OR REPLACE VIEW feed AS
 
 -- Entities --------------------------------------------------------------------------------------------------------
 
--- Whether HTTP can answer a JSON value and accept it again: no number is beyond a double, and it has at most 100 levels. A single
--- number of 5,000 digits, written by hand, made every list and the feed fail. What has fewer than 200 bytes cannot break
--- either rule.
+-- Whether HTTP can answer a JSON value and accept it again: no number is beyond a double, and it has at most 100
+-- levels. A single number of 5,000 digits, written by hand, made every list and the feed fail. What has fewer than 200
+-- bytes cannot break either rule.
 CREATE OR REPLACE FUNCTION answerable(value jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT octet_length(value::text) < 200 OR NOT (
         jsonb_path_exists(value, 'strict $.** ? (@ > 1.7976931348623158e308 || @ < -1.7976931348623158e308)')
         OR jsonb_path_exists(value, 'strict $.**{100} ? (@.type() == "array" || @.type() == "object")'))
 $$;
 
--- What a column may hold, where more than its type is asked. Domains, not CHECKs: those of a table are read and compiled anew
--- by each UPDATE, whichever columns it writes, and took a sixth of a claim's time.
+-- What a column may hold, where more than its type is asked. Domains, not CHECKs: those of a table are read and
+-- compiled anew by each UPDATE, whichever columns it writes, and took a sixth of a claim's time.
 DO $$
 DECLARE
     name text;
@@ -179,7 +180,8 @@ BEGIN
         ('bead_priority', 'smallint CHECK (VALUE BETWEEN 0 AND 4)'),
         ('bead_status', 'text COLLATE "C"
                          CHECK (VALUE IN (''open'', ''in_progress'', ''blocked'', ''deferred'', ''closed''))'),
-        ('agent_status', 'text CHECK (VALUE IN (''paused'', ''idle'', ''working'', ''deciding'', ''blocked'', ''dead''))')
+        ('agent_status', 'text
+                          CHECK (VALUE IN (''paused'', ''idle'', ''working'', ''deciding'', ''blocked'', ''dead''))')
     LOOP
         IF to_regtype(quote_ident(name)) IS NULL THEN
             EXECUTE format('CREATE DOMAIN %I AS %s', name, definition);
@@ -187,10 +189,10 @@ BEGIN
     END LOOP;
 END $$;
 
--- Each kind of shared state is a table with id, version, created_at and updated_at. Every UPDATE adds 1 to the version and
--- writes one event, also by hand; but not one of columns that are derived or belong to a lease (they are listed with the
--- triggers, below). A function that sets the version itself writes its event itself. The checks hold off what cannot be
--- answered as JSON by HTTP, whoever writes it.
+-- Each kind of shared state is a table with id, version, created_at and updated_at. Every UPDATE adds 1 to the version
+-- and writes one event, also by hand; but not one of columns that are derived or belong to a lease (they are listed
+-- with the triggers, in loom/sql/entities.sql). A function that sets the version itself writes its event itself. The
+-- checks hold off what cannot be answered as JSON by HTTP, whoever writes it.
 CREATE TABLE IF NOT EXISTS projects (
     id                 text        COLLATE "C" PRIMARY KEY,
     name               text        NOT NULL,
@@ -283,8 +285,8 @@ CREATE INDEX IF NOT EXISTS agents_project ON agents (project_id, id);
 CREATE INDEX IF NOT EXISTS agents_role ON agents (role) WHERE role <> '';
 CREATE INDEX IF NOT EXISTS agents_provider ON agents (provider_id) WHERE provider_id IS NOT NULL;
 
--- What all instances share: settings of Loom's own, which beat the environment and the file of each, and what agents keep
--- here. All of it is read at once, hence the bounds.
+-- What all instances share: settings of Loom's own, which beat the environment and the file of each, and what agents
+-- keep here. All of it is read at once, hence the bounds.
 CREATE TABLE IF NOT EXISTS config (
     key        text        COLLATE "C" PRIMARY KEY,
     value      jsonb       NOT NULL,
@@ -295,7 +297,8 @@ CREATE TABLE IF NOT EXISTS config (
 );
 
 CREATE TABLE IF NOT EXISTS comments (
-    id              text        COLLATE "C" PRIMARY KEY DEFAULT md5(random()::text || clock_timestamp()::text)::uuid::text,
+    id              text        COLLATE "C" PRIMARY KEY
+                                DEFAULT md5(random()::text || clock_timestamp()::text)::uuid::text,
     entity_type     text        NOT NULL CHECK (entity_type IN ('bead', 'project')),
     entity_id       text        COLLATE "C" NOT NULL,
     parent_id       text        COLLATE "C" REFERENCES comments ON DELETE CASCADE,
@@ -313,9 +316,10 @@ CREATE INDEX IF NOT EXISTS comments_parent ON comments (parent_id) WHERE parent_
 
 -- Beads -----------------------------------------------------------------------------------------------------------
 
--- Whether a bead can be claimed now: by any agent, or by the one that it is reserved for. Inlined by the planner, so the
--- indexes of beads that use it match.
-CREATE OR REPLACE FUNCTION is_ready(status bead_status, open_blockers counter, open_children counter, not_before timestamptz)
+-- Whether a bead can be claimed now: by any agent, or by the one that it is reserved for. Inlined by the planner, so
+-- the indexes of beads that use it match.
+CREATE OR REPLACE FUNCTION is_ready(
+    status bead_status, open_blockers counter, open_children counter, not_before timestamptz)
 RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT status = 'open' AND open_blockers = 0 AND open_children = 0 AND not_before IS NULL;
 $$;
@@ -325,8 +329,8 @@ CREATE OR REPLACE FUNCTION wakes_at(not_before timestamptz, lease_expires_at tim
 RETURNS timestamptz LANGUAGE sql IMMUTABLE AS 'SELECT COALESCE(not_before, lease_expires_at)';
 
 -- A unit of work. blocked_by is the truth about dependencies, bead_blockers its index. A claim is fencing_token and the
--- lease; who has one is assigned_to. assigned_to of an open bead reserves it. open_blockers and open_children count what
--- keeps it from being ready; the triggers below keep them.
+-- lease; who has one is assigned_to. assigned_to of an open bead reserves it. open_blockers and open_children count
+-- what keeps it from being ready; the triggers in loom/sql/beads.sql maintain them.
 CREATE TABLE IF NOT EXISTS beads (
     id               text        COLLATE "C" PRIMARY KEY,
     type             text        COLLATE "C" NOT NULL DEFAULT 'task',
@@ -366,8 +370,8 @@ CREATE TABLE IF NOT EXISTS beads (
         autovacuum_analyze_scale_factor = 0.05, autovacuum_analyze_threshold = 50000);
 DO $$
 BEGIN
-    -- PostgreSQL 18 counts inserted rows against those that are not frozen: with the default, each 5,000 new beads would be
-    -- a reason to go through all indexes. PostgreSQL 12 does not have this setting.
+    -- PostgreSQL 18 counts inserted rows against those that are not frozen: with the default, each 5,000 new beads
+    -- would be a reason to go through all indexes. PostgreSQL 12 does not have this setting.
     IF current_setting('server_version_num')::integer >= 130000 THEN
         ALTER TABLE beads SET (autovacuum_vacuum_insert_threshold = 100000);
     END IF;
@@ -375,11 +379,12 @@ END $$;
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 
 -- The best ready bead is the first of these: the free ones (without assigned_to) and those reserved for one agent, the
--- free ones of one project, of one type; beads_ready_tags finds tags that few have. Narrow on purpose: a claim steps over
--- the entries that those before it have left, until a vacuum comes.
+-- free ones of one project, of one type; beads_ready_tags finds tags that few have. Narrow on purpose: a claim steps
+-- over the entries that those before it have left, until a vacuum comes.
 CREATE INDEX IF NOT EXISTS beads_ready ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before);
-CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at)
+CREATE INDEX IF NOT EXISTS beads_ready_project
+    ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
 CREATE INDEX IF NOT EXISTS beads_ready_type ON beads (type, priority, COALESCE(due_date, 'infinity'), created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
@@ -417,7 +422,8 @@ CREATE TABLE IF NOT EXISTS claims (
     reason           text
 );
 CREATE INDEX IF NOT EXISTS claims_bead ON claims (bead_id, fencing_token);
-CREATE INDEX IF NOT EXISTS distributed_locks_bead ON distributed_locks ((metadata ->> 'bead_id')) WHERE metadata ? 'file_path';
+CREATE INDEX IF NOT EXISTS distributed_locks_bead ON distributed_locks ((metadata ->> 'bead_id'))
+    WHERE metadata ? 'file_path';
 
 
 -- Idempotency keys ------------------------------------------------------------------------------------------------

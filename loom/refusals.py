@@ -33,6 +33,7 @@ SQLSTATES = {
     "L0010": "in-use",
 }
 ENTITIES = ("projects", "providers", "agents", "beads")  # tables whose ids clients choose
+UNKNOWN_GRANT = "No such grant is known: it was never made, or its history was removed."
 TIMES = {"acquired_at", "expires_at", "heartbeat_at", "ended_at", "closed_at", "not_before", "lease_expires_at"}
 
 
@@ -78,7 +79,7 @@ def _lock_lost(detail: Detail) -> str | None:
     if "ended_how" not in detail:  # raised by loom_fence(), which does not look up how the grant ended
         return None
     how = detail["ended_how"]
-    return f"This grant of the lock has ended: {how}." if how else "No such grant was ever made."
+    return f"This grant of the lock has ended: {how}." if how else UNKNOWN_GRANT
 
 
 def _claim_lost(detail: Detail) -> str:
@@ -86,7 +87,7 @@ def _claim_lost(detail: Detail) -> str:
         return f"Agent {detail['agent_id']} has no claim on bead {detail['bead_id']} now: claim the bead first."
     how = detail["ended_how"]
     if how is None:
-        return "No such claim was ever made."
+        return "No such claim is known: it was never made, or its history was removed."
     return f"This claim has ended: {how}. Stop working on the bead; claim it again if it is open."
 
 

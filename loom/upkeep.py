@@ -198,13 +198,15 @@ class Upkeep:
         for _ in range(100):
             # Small batches: the agents of these claims wait.
             ended = self._attempt("claims", partial(claims.lapse, writer=self._writer, most=BATCH // 10)) or []
+            reopened = 0
             for claim in ended:
                 problem = claim.pop("problem")
                 if problem is None:
+                    reopened += 1
                     log.warning("claim-lapsed", extra={"fields": claim})
                 else:
                     problems[claim["bead_id"]] = problem
-            if len(ended) < BATCH // 10 or self._stopping.is_set():
+            if reopened < BATCH // 10 or self._stopping.is_set():
                 break
         self._report_late("claims", LATE_CLAIMS, problems)
         self._in_batches("delays", partial(claims.end_delays, most=BATCH))

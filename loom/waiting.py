@@ -12,14 +12,17 @@ from loom import db, errors
 
 log = logging.getLogger("loom.waiting")
 
-POLL_SHARE = 0.25  # of the time at most is spent on polls, when many wait
+POLL_SHARE = 0.25  # of its time that a poller spends on polls at most, unless poll_soon() asks for more
 
 
 class Waiter:
-    """A request that waits until it has a result, its time is over, or the database cannot be reached."""
+    """A request that waits for a result or an error: until its client hangs up, the worker drains, or it `ends`."""
 
     def __init__(self, ends: float, client_gone: Callable[[], bool]) -> None:
-        """`ends`: of time.monotonic(). `client_gone` tells whether the client of the request has hung up."""
+        """`ends`: of time.monotonic(); the poller does not look at it: the caller removes the waiter then.
+
+        `client_gone` tells whether the client of the request has hung up.
+        """
         self.ends, self.client_gone = ends, client_gone
         self.result: Any = None
         self.error: errors.Error | None = None
@@ -61,8 +64,8 @@ class Poller(Generic[W]):
         return self.waiting >= self.most or self._draining()
 
     def add(self, waiter: W) -> bool:
-        """Begins to poll for the waiter, and calls its `on_finish` once, when it has a result or an error, when its
-        client has hung up, or when the worker drains. False if too many wait: then it is not added."""
+        """Begins to poll for the waiter, and calls its `on_finish` once, when the wait is over, unless it is removed
+        before. False if too many wait: then it is not added."""
         with self._change:
             if self.full:
                 return False
@@ -78,17 +81,8 @@ class Poller(Generic[W]):
         with self._change:
             self._waiters.discard(waiter)
 
-    def wake(self, which: Callable[[W], bool], result: Any) -> None:
-        """Ends the waits of those for which `which` is true, with this result."""
-        self._finish(which, result)
-
-    def poll_soon(self, which: Callable[[W], bool]) -> None:
-        """Polls at once if a waiter for which `which` is true is there: it may have a result."""
-        with self._change:
-            if any(map(which, self._waiters)):
-                self._poll_now.set()
-
-    def _finish(self, which: Callable[[W], bool], result: Any = None, error: errors.Error | None = None) -> None:
+    def wake(self, which: Callable[[W], bool], result: Any = None, error: errors.Error | None = None) -> None:
+        """Ends the waits of those for which `which` is true, with this result or error."""
         with self._change:
             finished = [waiter for waiter in self._waiters if which(waiter)]
             self._waiters.difference_update(finished)
@@ -96,13 +90,19 @@ class Poller(Generic[W]):
             waiter.result, waiter.error = result, error
             waiter.on_finish()
 
+    def poll_soon(self, which: Callable[[W], bool]) -> None:
+        """Polls at once if a waiter for which `which` is true is there: it may have a result."""
+        with self._change:
+            if any(map(which, self._waiters)):
+                self._poll_now.set()
+
     def _poll_for_all(self) -> None:
         connection = db.default().dedicated(self.name)
         while True:
             with self._change:
                 self._change.wait_for(lambda: bool(self._waiters))
             started = time.monotonic()
-            self._finish(lambda waiter: self._draining() or waiter.client_gone())
+            self.wake(lambda waiter: self._draining() or waiter.client_gone())
             with self._change:
                 waiters = list(self._waiters)
             try:
@@ -114,8 +114,10 @@ class Poller(Generic[W]):
                     log.exception("poll-failed", extra={"fields": {"poller": self.name}})
                 error = exc if isinstance(exc, errors.Error) else errors.Unavailable()
                 polled = set(waiters)
-                self._finish(polled.__contains__, error=error)
+                self.wake(polled.__contains__, error=error)
             took = time.monotonic() - started
-            time.sleep(min(took, self.period))  # also when many polls are asked for
+            # A round takes `period`, or took / POLL_SHARE if that is longer. The poll and the sleep use 2 * took of it.
+            # poll_soon() ends only the rest early, so that many calls of it leave the database some time, too.
+            time.sleep(min(took, self.period))
             self._poll_now.wait(max(self.period - 2 * took, took / POLL_SHARE - 2 * took, 0))
             self._poll_now.clear()

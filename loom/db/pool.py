@@ -68,10 +68,7 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            while self._idle:
-                self._drop(self._idle.pop())
-            self._release_waiters()
-            self._connection_needed.notify()
+            self._drop_all()
 
     @property
     def away(self) -> str | None:
@@ -227,6 +224,10 @@ class Database:
             log.error("database-away", extra={"fields": {"reason": why}})
             metrics.count_failover("database_lost")
         self._away = why
+        self._drop_all()
+
+    def _drop_all(self) -> None:
+        """Closes the idle connections, ends the waits for one, and wakes the connecting thread."""
         while self._idle:
             self._drop(self._idle.pop())
         self._release_waiters()

@@ -28,8 +28,12 @@ RECEIVED = "loom.received"  # time.monotonic() when the request was complete
 
 
 class Pollers:
-    """The pollers of an application. Where waiting takes threads, half of them may wait, or all but eight if that is
-    more, and half of those for events: a request for a lock has a place in a queue and must be able to wait."""
+    """The pollers of an application.
+
+    Under a server where a request that waits keeps its thread, half of the threads may wait, or all but eight if that
+    is more. At most half of these wait for events: a request for a lock has a place in a queue, so it must be able to
+    wait.
+    """
 
     def __init__(self, threads: int) -> None:
         self._waiting_threads = max(1, threads - 8, threads // 2)

@@ -109,7 +109,7 @@ def release(conn: Connection, name: str, token: int) -> None:
 def force_release(conn: Connection, name: str, token: int, reason: str | None = None) -> None:
     """Ends somebody else's grant; may be repeated.
 
-    Raises LockHeld when another grant holds the lock now, NotFound when no such grant was ever made.
+    Raises LockHeld when another grant holds the lock now, NotFound when no such grant is known.
     """
     if _end(conn, name, token, "forced", reason):
         return
@@ -117,7 +117,7 @@ def force_release(conn: Connection, name: str, token: int, reason: str | None = 
     if holder is not None and holder.fencing_token != token:
         raise errors.LockHeld("Another grant holds the lock now.", holder=holder)
     if _past(conn, name, token) is None:
-        raise errors.NotFound("No such grant was ever made.", lock_name=name, fencing_token=token)
+        raise errors.NotFound(refusals.UNKNOWN_GRANT, lock_name=name, fencing_token=token)
 
 
 def check(conn: Connection, name: str, token: int) -> None:
@@ -195,7 +195,7 @@ def history(
 
 
 def _lock_lost(conn: Connection, name: str, token: int, past: db.Row | None = None) -> errors.Error:
-    """LockLost with how and when the grant ended (None: it was never made) and who holds the lock now."""
+    """LockLost with how and when the grant ended (None: no such grant is known) and who holds the lock now."""
     past = past or _past(conn, name, token) or {"ended_at": None, "ended_how": None}
     return refusals.error(
         "lock-lost",
@@ -215,7 +215,7 @@ def _end(conn: Connection, name: str, token: int, how: str, reason: str | None =
 
 
 def _past(conn: Connection, name: str, token: int) -> db.Row | None:
-    """How and when a grant ended, or None when it was never made (or its history is no longer kept)."""
+    """How and when a grant ended, or None when no such grant is known."""
     return db.one(
         conn,
         """

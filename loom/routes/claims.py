@@ -166,7 +166,7 @@ def heartbeat(key: str) -> Response:
     key, body = parse.key(key), parse.body(Heartbeat)
     writer = headers.writer(f"agent:{key}", key)
 
-    def beat(conn: db.Connection, first: object = None) -> claims.Beat:
+    def beat(conn: db.Connection, first: object = None) -> claims.HeartbeatResult:
         return claims.heartbeat(conn, writer, key, body.claims, body.status)
 
     return idempotency.once(lambda conn: answer.json(beat(conn)), refresh=beat)

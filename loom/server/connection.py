@@ -19,10 +19,10 @@ from loom.bounds import bounds
 
 READ_SECONDS = 15.0  # for a whole request, from its first byte; below a worker's graceful_timeout
 WRITE_SECONDS = 30.0  # for a whole response; of a stream, for each part
-LINGER_SECONDS = 2.0  # that the client has to close its side, so that no reset destroys a response on its way
+LINGER_SECONDS = 2.0  # for the client to close its side: a reset would destroy a response that is on its way
 STOP_SECONDS = 2.0  # for which a stopping worker keeps idle connections: a request may be on its way
 HEAD_BYTES = 64 * 1024  # of a request line and headers
-JOINED_BYTES = 64 * 1024  # of a body that are copied behind the headers into one send; the rest is not copied
+JOINED_BYTES = 64 * 1024  # of a body that are copied and sent together with the headers; the rest is not copied
 LINE_BYTES = 4096  # of a chunk's size with its extensions, or of a trailer
 RECEIVE_BYTES = 64 * 1024  # the least that one read asks for
 
@@ -53,7 +53,7 @@ class Chunks:
         self._at_end_of_chunk = self._in_trailers = False
 
     def take(self, data: bytearray) -> bool:
-        """Remove what is complete from `data`; true at the end of the body. Raises gunicorn's ParseException."""
+        """Removes what is complete from `data`; true at the end of the body. Raises gunicorn's ParseException."""
         at, complete = 0, False
         while not complete and at < len(data):
             if self._left:
@@ -90,7 +90,7 @@ class Chunks:
         self._left = int(match[1], 16)
         self._in_trailers = not self._left
         self._count += 1
-        if self._count > 1000 and len(self.body) < 16 * self._count:  # to make us work for nothing
+        if self._count > 1000 and len(self.body) < 16 * self._count:  # many tiny chunks would only cost CPU time
             raise InvalidChunkSize(b"chunks of a few bytes")
 
 
@@ -101,16 +101,16 @@ class Connection:
         sock.setblocking(False)
         self.sock, self.client, self.server, self._cfg = sock, client, server, cfg
         self.fd = sock.fileno()
-        self.on_event: Callable[..., None]  # what a thread does at the next event, and the main thread at the deadline
-        self.on_deadline: Callable[[Connection], None]
+        self.on_event: Callable[..., None]  # what a thread does at the next event
+        self.on_deadline: Callable[[Connection], None]  # what the main thread does at the deadline
         self.deadline = 0.0  # of time.monotonic(), as all times here
         self.read_deadline = 0.0  # of the request that has begun to arrive
         self.ready_at = 0.0  # when the current request was complete
-        self.environ: dict[str, Any] | None = None  # of a request that waits
-        self.request: Request | None = None  # whose head is complete
+        self.environ: dict[str, Any] | None = None  # of the request that waits for its result, see parking.py
+        self.request: Request | None = None  # the one that is arriving, once its head is complete
         self.unsent: list[memoryview] = []  # the parts of the response that the client has not taken yet
         self.body_bytes = 0  # of the current request
-        self.counted = 0  # what of `buffered` the loop has added to its total
+        self.accounted_bytes = 0  # the value of `buffered` that the loop has added to its total
         self.on_close: Callable[[], None] | None = None
         self._chunks: Chunks | None = None
         self._input = bytearray()
@@ -128,7 +128,7 @@ class Connection:
         return len(self._input) + arriving + self.body_bytes + sum(map(len, self.unsent))
 
     def receive(self) -> None:
-        """Read what has arrived. Raises EOFError or OSError when the client is gone."""
+        """Reads what has arrived. Raises EOFError or OSError when the client is gone."""
         was_idle = self.idle
         wanted = 0 if self.request is None else (self._body_length() or 0) - len(self._input)
         with contextlib.suppress(BlockingIOError):
@@ -140,7 +140,7 @@ class Connection:
                 self.read_deadline = time.monotonic() + READ_SECONDS
 
     def next_request(self) -> Request | None:
-        """Return the next request once it is complete, with its body in memory. Raises gunicorn's ParseException."""
+        """Returns the next request once it is complete, with its body in memory. Raises gunicorn's ParseException."""
         if self.request is None:
             if not self._input:
                 return None
@@ -181,8 +181,11 @@ class Connection:
         return getattr(self.request.body.reader, "length", None)
 
     def _take_body(self, request: Request) -> bytes | None:
-        """The body of the current request, if it has arrived. Of one that is too large, what the application needs to
-        refuse it; then the connection is closed after the response."""
+        """Returns the body of the current request once it has arrived; None before.
+
+        If the body is too large, returns as much as the application needs to refuse it, and the connection is closed
+        after the response.
+        """
         length = self._body_length()
         if length is None:
             return self._take_chunks(request)
@@ -208,13 +211,13 @@ class Connection:
         return bytes(body)
 
     def send_rest(self) -> bool:
-        """Send more of the response; true when all of it is sent. Raises OSError when the client is gone."""
+        """Sends more of the response; true when all of it is sent. Raises OSError when the client is gone."""
         while self.unsent:
             try:
                 sent = self.sock.send(self.unsent[0])
             except BlockingIOError:
                 first = self.unsent[0]
-                if 2 * len(first) < len(cast(bytes, first.obj)):  # which stays in memory as a whole
+                if 2 * len(first) < len(cast(bytes, first.obj)):  # a view keeps the whole in memory
                     self.unsent[0] = memoryview(bytes(first))
                 return False
             self.unsent[0] = self.unsent[0][sent:]
@@ -223,13 +226,13 @@ class Connection:
         return True
 
     def has_input(self) -> bool:
-        """Whether more than the end of the input can be read at once."""
+        """Whether a byte can be read at once; the end of the input does not count."""
         with contextlib.suppress(OSError):
             return bool(self.sock.recv(1, socket.MSG_PEEK))
         return False
 
     def discard_input(self) -> None:
-        """Read and forget. Raises EOFError or OSError when the client has closed."""
+        """Reads what has arrived, and forgets it. Raises EOFError or OSError when the client has closed."""
         self._input.clear()
         with contextlib.suppress(BlockingIOError):
             for _ in range(16):  # then other connections have their turn
@@ -247,7 +250,7 @@ class Output:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._head: bytes | None = b""
+        self._head: bytes | None = b""  # empty until it is given; None once it is sent
 
     def sendall(self, data: bytes) -> None:
         if self._head == b"":
@@ -260,7 +263,7 @@ class Output:
         self._send(*parts)
 
     def flush(self) -> None:
-        """Send the headers of a response without a body."""
+        """Sends the headers of a response without a body."""
         head, self._head = self._head, None
         if head:
             self._send(head)
@@ -278,4 +281,5 @@ class Output:
                 raise TimeoutError("the client does not read its response")
 
 
+# Runs a complete request; true if the next request of the connection may follow at once.
 Run = Callable[[Connection, Request], bool]

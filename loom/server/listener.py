@@ -43,7 +43,7 @@ class Listeners:
             paused = False
             try:
                 for _ in range(ACCEPTED_AT_ONCE):
-                    paused = not self._loop.has_room()
+                    paused = not self._loop.make_room()
                     if paused or not self.accept(sock):
                         break
             except OSError:  # too many open files, for example
@@ -66,7 +66,7 @@ class Listeners:
     def resume(self) -> None:
         """Accepts again where that was paused, if there is room."""
         with self._lock:
-            while self._paused and self._loop.has_room():
+            while self._paused and self._loop.make_room():
                 self._epoll.modify(self._paused.pop(), select.EPOLLIN | select.EPOLLONESHOT)
 
     def close(self, parent: int) -> None:

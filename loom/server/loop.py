@@ -36,7 +36,8 @@ from loom.server.parking import park
 log = logging.getLogger("loom.worker")
 
 ALIVE_PATH = "/health/live"
-AT_ONCE = 64  # events that the main thread handles, and idle connections that are closed
+EVENTS_AT_ONCE = 64  # that the main thread handles in one call
+CLOSED_AT_ONCE = 64  # idle connections that are closed to make room
 SMALL_BYTES = 4096  # a connection that keeps less is not closed to save memory
 
 
@@ -49,9 +50,9 @@ class Loop:
         self._epoll = select.epoll()
         self.listeners = Listeners(self, self._epoll, listeners)
         self._connections: dict[int, Connection] = {}  # by file descriptor
-        self._lock = threading.Lock()  # of all below
+        self._lock = threading.Lock()  # protects _armed, _armings, _buffered, _busy and _queue
         self._armed: dict[Connection, int] = {}  # those that belong to no thread, each with the number of its arming
-        self._armings = 0
+        self._armings = 0  # generation counter: the number of the latest arming
         self._buffered = 0  # bytes that all connections keep in memory
         self._busy = 0
         self._queue: deque[tuple[Connection, Request]] = deque()  # empty unless all threads are busy
@@ -96,7 +97,7 @@ class Loop:
 
     def take_events(self) -> None:
         """While all threads are busy: read requests, answer /health/live, queue the others."""
-        for fd, _ in self._epoll.poll(0, AT_ONCE):
+        for fd, _ in self._epoll.poll(0, EVENTS_AT_ONCE):
             self._handle(fd, self._run_or_queue)
 
     def _run_or_queue(self, connection: Connection, request: Request) -> bool:
@@ -129,8 +130,10 @@ class Loop:
             self._guarded(connection.on_event, connection, run)
 
     def own(self, connection: Connection, arming: int | None = None, step: Callable[..., None] | None = None) -> bool:
-        """Takes a connection that belongs to no thread. False if another thread was quicker, even if the connection is
-        armed again by now: for another `step`, or by another `arming`."""
+        """Takes a connection that belongs to no thread. False if another thread has taken it.
+
+        It may have been armed again since: `arming` or `step` say by which call of arm() or for which step it must be.
+        """
         with self._lock:
             if connection not in self._armed or arming not in (None, self._armed[connection]):
                 return False
@@ -143,11 +146,11 @@ class Loop:
         """Adds what the connection keeps in memory now to the total."""
         now = connection.buffered
         with self._lock:
-            self._buffered += now - connection.counted
-        connection.counted = now
+            self._buffered += now - connection.accounted_bytes
+        connection.accounted_bytes = now
 
-    def _waiting(self, which: Callable[[Connection], bool]) -> list[tuple[Connection, int]]:
-        """The armed connections for which `which` is true, with the number of their arming."""
+    def _armed_where(self, which: Callable[[Connection], bool]) -> list[tuple[Connection, int]]:
+        """The armed connections for which `which` is true, each with the number of its arming."""
         with self._lock:
             armed = list(self._armed.items())
         return [(connection, arming) for connection, arming in armed if which(connection)]
@@ -170,13 +173,14 @@ class Loop:
         deadline: float,
         on_deadline: Callable[[Connection], None],
     ) -> int:
-        """Gives the connection up until one of the events, or until the deadline. Returns the number of this arming."""
+        """Returns the connection to the loop until an event or the deadline; the result is the number of the arming."""
         connection.on_event, connection.deadline, connection.on_deadline = on_event, deadline, on_deadline
         self._count(connection)
         with self._lock:
             self._armings += 1
             arming = self._armed[connection] = self._armings
-        # Whoever pops it in between modifies it again, at most a little early or late.
+        # Another thread may take the connection and arm it again before this call. Then the event mask is stale, and
+        # the next step runs a little early or late, which is harmless.
         with contextlib.suppress(OSError):
             self._epoll.modify(connection.fd, events | select.EPOLLONESHOT)
         return arming
@@ -188,11 +192,11 @@ class Loop:
         self._connections[connection.fd] = connection
         self._await_request(connection)
 
-    def has_room(self) -> bool:
-        """Whether another connection may be accepted; closes some of the idle ones, the oldest first, to make room."""
+    def make_room(self) -> bool:
+        """Closes some idle connections, the oldest first, if there are too many. True if another may be accepted."""
         if len(self._connections) < self._cfg.worker_connections:
             return True
-        idle = self._waiting(self._is_idle)[:AT_ONCE]
+        idle = self._armed_where(self._is_idle)[:CLOSED_AT_ONCE]
         for connection, arming in idle:
             if self.own(connection, arming):
                 self.close(connection)
@@ -309,15 +313,15 @@ class Loop:
         del self._connections[connection.fd]
         connection.sock.close()
         with self._lock:
-            self._buffered -= connection.counted
+            self._buffered -= connection.accounted_bytes
         if connection.on_close is not None:
             connection.on_close()
 
     def _bound_memory(self) -> None:
-        """Closes slow connections, the slowest first, while all together keep too much."""
+        """While the total exceeds the bound, closes connections that keep much memory, earliest deadline first."""
         if self._buffered <= bounds.buffered:
             return
-        slow = self._waiting(lambda c: c.counted > SMALL_BYTES)
+        slow = self._armed_where(lambda c: c.accounted_bytes > SMALL_BYTES)
         for victim, arming in sorted(slow, key=lambda pair: pair[0].deadline):
             if self._buffered <= bounds.buffered:
                 break
@@ -330,7 +334,7 @@ class Loop:
         """Ends what is past its deadline, and accepts again where that was paused."""
         now = time.monotonic()
         end_idle = now > self._idle_end
-        for connection, arming in self._waiting(lambda c: c.deadline < now or (end_idle and self._is_idle(c))):
+        for connection, arming in self._armed_where(lambda c: c.deadline < now or (end_idle and self._is_idle(c))):
             if self.own(connection, arming):
                 self._guarded(connection.on_deadline, connection)
         self.listeners.resume()

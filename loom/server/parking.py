@@ -29,17 +29,18 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
     def finished() -> None:
         nonlocal is_finished
         is_finished = True
-        if loop.own(connection, step=hung_up):
+        if loop.own(connection, step=on_hang_up):
             run_again(connection)
 
-    def hung_up(connection: Connection, run: Run) -> None:
+    def on_hang_up(connection: Connection, run: Run) -> None:
         if client_gone(environ):
             loop.close(connection)
-        else:  # the client may have closed its side after it had sent another request
+        else:
+            # The client sent more before it closed its side, and may still read. EPOLLRDHUP would fire again at once.
             events = 0 if connection.has_input() else select.EPOLLRDHUP
-            loop.arm(connection, events, hung_up, wait.waiter.ends, time_over)
+            loop.arm(connection, events, on_hang_up, wait.waiter.ends, on_timeout)
 
-    def time_over(connection: Connection) -> None:
+    def on_timeout(connection: Connection) -> None:
         wait.poller.remove(wait.waiter)
         run_again(connection)
 
@@ -47,6 +48,6 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
     wait.waiter.on_finish = finished
     connection.on_close = lambda: wait.poller.remove(wait.waiter)
     is_finished = not wait.poller.add(wait.waiter) or is_finished
-    loop.arm(connection, select.EPOLLRDHUP, hung_up, wait.waiter.ends, time_over)
+    loop.arm(connection, select.EPOLLRDHUP, on_hang_up, wait.waiter.ends, on_timeout)
     if is_finished:  # before it was armed
         finished()

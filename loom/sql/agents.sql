@@ -6,7 +6,7 @@ BEGIN
     PERFORM reopen_beads_of(OLD.id);
     IF TG_OP = 'DELETE' THEN
         UPDATE beads SET assigned_to = NULL WHERE id IN (SELECT beads_of(OLD.id));
-        PERFORM end_grants(ARRAY(SELECT agents_file_locks(OLD.id)), 'released');
+        PERFORM end_grants(ARRAY(SELECT file_locks_batch(OLD.id)), 'released');
     END IF;
     RETURN NULL;
 END $$;
@@ -16,13 +16,15 @@ DROP TRIGGER IF EXISTS agent_died ON agents;
 CREATE TRIGGER agent_died AFTER UPDATE OF status ON agents FOR EACH ROW
     WHEN (NEW.status = 'dead' AND OLD.status <> 'dead') EXECUTE FUNCTION on_agent_ended();
 
--- The agent that a name stands for, where a bead is assigned: its id, or the role that no other agent has. Null if none.
+-- The agent that a name stands for, where a bead is assigned: its id, or the role that no other agent has. Null if
+-- none.
 CREATE OR REPLACE FUNCTION agent_named(given text) RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF given IS NULL OR EXISTS (SELECT 1 FROM agents WHERE id = given) THEN
         RETURN given;
     END IF;
-    RETURN (SELECT min(id) FROM (SELECT id FROM agents WHERE role = given AND role <> '' LIMIT 2) AS a HAVING count(*) = 1);
+    RETURN (SELECT min(id) FROM (SELECT id FROM agents WHERE role = given AND role <> '' LIMIT 2) AS a
+            HAVING count(*) = 1);
 END $$;
 
 -- An agent is dead when it is marked so, or when it has sent heartbeats once and none for so long, unless the database

@@ -11,8 +11,8 @@ CREATE OR REPLACE FUNCTION neighbours_of(bead text) RETURNS SETOF text LANGUAGE 
     SELECT bead_id FROM bead_blockers WHERE blocker_id = bead UNION SELECT id FROM beads WHERE parent = bead;
 $$;
 
--- Locks the rows that a change of a bead will touch, in id order: its own, its parent's, `others`, and with `neighbours`
--- those of the beads that name it. In any other order, it could deadlock with, for example, a heartbeat.
+-- Locks the rows that a change of a bead will touch, in id order: its own, its parent's, `others`, and with
+-- `neighbours` those of the beads that name it. In any other order, it could deadlock with, for example, a heartbeat.
 CREATE OR REPLACE FUNCTION lock_beads(bead text, others text[], neighbours boolean) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     late text[];
@@ -119,9 +119,9 @@ BEGIN
     END IF;
 END $$;
 
--- Ends a change that links beads: writes `blocks` and `children` of the entered bead where they are stored, in blocked_by
--- and parent of its neighbours, and checks the result. Does not change those that became neighbours after their names
--- were locked.
+-- Ends a change that links beads: writes `blocks` and `children` of the entered bead where they are stored, in
+-- blocked_by and parent of its neighbours, and checks the result. Does not change those that became neighbours after
+-- their names were locked.
 CREATE OR REPLACE FUNCTION link_bead(blocked_by text[], new_parent text, blocks text[], children text[]) RETURNS void
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -1,8 +1,8 @@
 -- Claims: which agent works on which bead, until when.
 --
--- The order of locking, also in agents.sql and lapses.sql: names, the graph of the beads, beads by id, agents by id. A
--- function that needs more beads, names or agents while it has an agent's row only tries to lock them, and skips those
--- that are locked.
+-- The order of locking, also in agents.sql and lapses.sql: names (advisory locks), the graph of the beads (an advisory
+-- lock), beads by id, agents by id. A function that has locked an agent's row locks further beads and agents only with
+-- SKIP LOCKED, and only tries to lock further names.
 
 -- The file locks that end with the claim of a bead.
 CREATE OR REPLACE FUNCTION file_locks_of(bead text) RETURNS SETOF distributed_locks LANGUAGE sql STABLE AS $$
@@ -11,8 +11,8 @@ CREATE OR REPLACE FUNCTION file_locks_of(bead text) RETURNS SETOF distributed_lo
        AND expires_at > clock_timestamp();
 $$;
 
--- A claim has ended: writes its history, and ends what hangs on it: its place in the agent's counter, and the file
--- locks taken for it. how: unless loom.claim_ended says.
+-- Writes the history of a claim that has ended, counts it out of its agent's open_claims, and ends the file locks that
+-- were taken for it. how: how it ended; the setting loom.claim_ended comes first.
 CREATE OR REPLACE FUNCTION note_claim_ended(was beads, how text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO claims VALUES (
@@ -37,22 +37,25 @@ DECLARE
     n_attempts integer := b.attempts + (how <> 'released')::int;
     n_failures integer := b.failures + (how = 'failed')::int;
     last_time text := 'the last time: ' || COALESCE(reason, how);
-    stop text := CASE
+    new_blocked_reason text := CASE
         WHEN how = 'released' THEN NULL
         WHEN n_failures >= setting('beads.max_failures') THEN format('failed %s times, %s', n_failures, last_time)
         WHEN n_attempts >= setting('beads.max_attempts') THEN
             format('claimed %s times without success, %s', n_attempts, last_time) END;
 BEGIN
-    -- Waits for the transactions that the claim fences; who must not wait has locked the row so, and skipped locked ones.
+    -- Waits for the transactions that this claim fences. Callers that must not wait have already locked the row FOR
+    -- UPDATE SKIP LOCKED.
     PERFORM 1 FROM beads WHERE id = b.id FOR UPDATE;
     IF how IN ('lapsed', 'agent-died') THEN
         RAISE NOTICE 'loom: bead_given_back'; -- for loom/metrics.py
     END IF;
     PERFORM set_config('loom.claim_ended', how, true), set_config('loom.claim_reason', COALESCE(reason, ''), true);
-    UPDATE beads SET status = CASE WHEN stop IS NULL THEN 'open' ELSE 'blocked' END, assigned_to = NULL,
-                     fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL, lease_expires_at = NULL,
-                     attempts = n_attempts, failures = n_failures, blocked_reason = stop,
-                     not_before = CASE WHEN how = 'failed' AND stop IS NULL AND delay > INTERVAL '0' THEN t + delay END,
+    UPDATE beads SET status = CASE WHEN new_blocked_reason IS NULL THEN 'open' ELSE 'blocked' END,
+                     assigned_to = NULL, fencing_token = NULL, claimed_at = NULL, lease_seconds = NULL,
+                     lease_expires_at = NULL, attempts = n_attempts, failures = n_failures,
+                     blocked_reason = new_blocked_reason,
+                     not_before = CASE WHEN how = 'failed' AND new_blocked_reason IS NULL AND delay > INTERVAL '0'
+                                       THEN t + delay END,
                      version = version + 1, updated_at = t
      WHERE id = b.id RETURNING * INTO b;
     PERFORM set_config('loom.claim_ended', '', true), set_config('loom.claim_reason', '', true);
@@ -84,9 +87,10 @@ CREATE OR REPLACE FUNCTION revive_agent(agent text) RETURNS void LANGUAGE sql AS
      WHERE id = agent AND status = 'dead';
 $$;
 
--- Gives the bead to the agent, and answers it. The caller has locked the names of both and the bead's row. at_once: the
--- caller has done nothing else, and gets null if anything must come before: an agent that is dead or busy, a name held
--- from outside, another fencing identity, a lease or delay that is over, a bead reserved for the agent.
+-- Gives the bead to the agent, and returns the bead. The caller has locked the names of both and the bead's row.
+-- at_once: this is the short way, in which claim_next() has done nothing else. Returns null if the short way does not
+-- apply: the agent is dead or busy, a name is held from outside, the fencing identity has changed, a lease or delay has
+-- ended, or a bead is reserved for the agent.
 CREATE OR REPLACE FUNCTION start_claim(bead text, agent text, lease integer, at_once boolean DEFAULT false) RETURNS json
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -119,16 +123,16 @@ BEGIN
 END $$;
 
 -- Whether a claim with these filters may have the bead. Inlined by the planner.
-CREATE OR REPLACE FUNCTION fits(id text, type text, tags text[], passed text[], kinds text[], wanted text[])
+CREATE OR REPLACE FUNCTION fits(id text, type text, tags text[], skipped text[], types text[], with_tags text[])
 RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT id <> ALL (passed) AND (kinds IS NULL OR type = ANY (kinds)) AND (wanted IS NULL OR tags @> wanted);
+    SELECT id <> ALL (skipped) AND (types IS NULL OR type = ANY (types)) AND (with_tags IS NULL OR tags @> with_tags);
 $$;
 
 -- Locks the best ready bead that is reserved for nobody, and not worse than `other`; skips locked rows. With a filter
 -- by types or tags it looks at the first 200 beads, and if none fits, for the best of each type or for all with the
 -- tags: to read on in order took 300 ms for a type that few of 500,000 beads have. One statement for a project and for
 -- all cannot use the index of a project.
-CREATE OR REPLACE FUNCTION pick_free_bead(other beads, project text, passed text[], kinds text[], wanted text[])
+CREATE OR REPLACE FUNCTION pick_free_bead(other beads, project text, skipped text[], types text[], with_tags text[])
 RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     best text;
@@ -138,57 +142,57 @@ DECLARE
     fitting text[];
     more boolean := true;
 BEGIN
-    IF kinds IS NULL AND wanted IS NULL AND project IS NULL THEN
+    IF types IS NULL AND with_tags IS NULL AND project IS NULL THEN
         SELECT id INTO best FROM beads
          WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
            AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (worst_priority, worst_due, worst_created_at)
-           AND id <> ALL (passed)
+           AND id <> ALL (skipped)
          ORDER BY assigned_to, priority, COALESCE(due_date, 'infinity'), created_at
          LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         RETURN best;
-    ELSIF kinds IS NULL AND wanted IS NULL THEN
+    ELSIF types IS NULL AND with_tags IS NULL THEN
         SELECT id INTO best FROM beads
          WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
            AND project_id = project
            AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (worst_priority, worst_due, worst_created_at)
-           AND id <> ALL (passed)
+           AND id <> ALL (skipped)
          ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         RETURN best;
     END IF;
-    FOR look IN 1 .. 2 LOOP
-        IF look = 1 AND project IS NULL THEN
-            SELECT array_agg(id) FILTER (WHERE fits(id, type, tags, passed, kinds, wanted)), count(*) = 200
+    FOR attempt IN 1 .. 2 LOOP
+        IF attempt = 1 AND project IS NULL THEN
+            SELECT array_agg(id) FILTER (WHERE fits(id, type, tags, skipped, types, with_tags)), count(*) = 200
               INTO fitting, more FROM (
                 SELECT id, type, tags FROM beads
                  WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                  ORDER BY assigned_to, priority, COALESCE(due_date, 'infinity'), created_at LIMIT 200) AS b;
-        ELSIF look = 1 THEN
-            SELECT array_agg(id) FILTER (WHERE fits(id, type, tags, passed, kinds, wanted)), count(*) = 200
+        ELSIF attempt = 1 THEN
+            SELECT array_agg(id) FILTER (WHERE fits(id, type, tags, skipped, types, with_tags)), count(*) = 200
               INTO fitting, more FROM (
                 SELECT id, type, tags FROM beads
                  WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                    AND project_id = project
                  ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 200) AS b;
-        ELSIF wanted IS NOT NULL THEN
+        ELSIF with_tags IS NOT NULL THEN
             fitting := ARRAY(
-                SELECT id FROM ( -- not in order, for which it would read on; of very many, the best of 2000 does
+                SELECT id FROM ( -- unordered: with an order it might read all beads; the best of the first 2000 will do
                     SELECT * FROM beads
                      WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-                       AND tags <> '{}' AND tags @> wanted AND (project IS NULL OR project_id = project)
-                       AND fits(id, type, tags, passed, kinds, NULL) LIMIT 2000) AS b
+                       AND tags <> '{}' AND tags @> with_tags AND (project IS NULL OR project_id = project)
+                       AND fits(id, type, tags, skipped, types, NULL) LIMIT 2000) AS b
                  ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 100);
         ELSE
             fitting := ARRAY(
-                SELECT b.id FROM unnest(kinds) AS kind CROSS JOIN LATERAL (
+                SELECT b.id FROM unnest(types) AS kind CROSS JOIN LATERAL (
                     SELECT id FROM beads
                      WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-                       AND type = kind AND (project IS NULL OR project_id = project) AND id <> ALL (passed)
+                       AND type = kind AND (project IS NULL OR project_id = project) AND id <> ALL (skipped)
                      ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 100) AS b);
         END IF;
         SELECT id INTO best FROM beads
          WHERE id = ANY (fitting) AND is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
            AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (worst_priority, worst_due, worst_created_at)
-           AND (project IS NULL OR project_id = project) AND fits(id, type, tags, passed, kinds, wanted)
+           AND (project IS NULL OR project_id = project) AND fits(id, type, tags, skipped, types, with_tags)
          ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         EXIT WHEN best IS NOT NULL OR NOT more;
     END LOOP;
@@ -200,27 +204,27 @@ END $$;
 -- longer.
 CREATE OR REPLACE FUNCTION claim_next(
     agent text, lease integer, fences jsonb,
-    project text DEFAULT NULL, kinds text[] DEFAULT NULL, wanted text[] DEFAULT NULL)
+    project text DEFAULT NULL, types text[] DEFAULT NULL, with_tags text[] DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     busy jsonb;
     mine beads;
     best text;
     bead json;
-    passed text[]; -- held from outside, or locked by others
+    skipped text[]; -- ids of beads whose names are held from outside, or locked by other transactions
 BEGIN
     -- The usual case: nothing must be done first, and no bead is reserved for the agent; start_claim() checks that. It
     -- is the same claim as below in fewer statements: the general way takes 1.4 times the instructions.
     IF fences IS NULL THEN
         PERFORM pg_advisory_xact_lock(hashtextextended('agent:' || agent, 0));
-        IF project IS NULL AND kinds IS NULL AND wanted IS NULL THEN
+        IF project IS NULL AND types IS NULL AND with_tags IS NULL THEN
             -- pick_free_bead() for this case, without the call: 5 % of a claim
             SELECT id INTO best FROM beads
              WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
              ORDER BY assigned_to, priority, COALESCE(due_date, 'infinity'), created_at
              LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         ELSE
-            best := pick_free_bead(NULL, project, '{}', kinds, wanted);
+            best := pick_free_bead(NULL, project, '{}', types, with_tags);
         END IF;
         -- A transaction that holds row locks only tries a name: if it waited, it would deadlock with one that holds the
         -- name and waits for the row.
@@ -233,21 +237,22 @@ BEGIN
     END IF;
 
     PERFORM enter_claim(agent, '{}', fences);
-    PERFORM revive_agent(agent); -- from here on, beads are only tried
+    PERFORM revive_agent(agent); -- the agent's row may be locked now: lock beads only with SKIP LOCKED
     PERFORM wake_beads(agent);
     busy := agent_busy(agent);
     IF busy IS NOT NULL THEN
         RETURN json_build_object('outcome', 'agent-busy', 'detail', busy);
     END IF;
-    passed := ARRAY(SELECT substr(lock_name, 6) FROM distributed_locks
-                     WHERE lock_name >= 'bead:' AND lock_name < 'bead;' AND expires_at > clock_timestamp());
+    -- The names that begin with 'bead:'; ';' is the character after ':'.
+    skipped := ARRAY(SELECT substr(lock_name, 6) FROM distributed_locks
+                      WHERE lock_name >= 'bead:' AND lock_name < 'bead;' AND expires_at > clock_timestamp());
     FOR n IN 1 .. 100 LOOP
         -- The best that is reserved for the agent; not locked yet, since a free one may be better.
         SELECT * INTO mine FROM beads
          WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent
-           AND (project IS NULL OR project_id = project) AND fits(id, type, tags, passed, kinds, wanted)
+           AND (project IS NULL OR project_id = project) AND fits(id, type, tags, skipped, types, with_tags)
          ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1;
-        best := pick_free_bead(mine, project, passed, kinds, wanted);
+        best := pick_free_bead(mine, project, skipped, types, with_tags);
         IF best IS NULL AND mine.id IS NOT NULL THEN
             SELECT id INTO best FROM beads
              WHERE id = mine.id AND is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent
@@ -257,35 +262,35 @@ BEGIN
         IF best IS NOT NULL AND try_name('bead:' || best) THEN
             RETURN json_build_object('outcome', 'claimed', 'bead', start_claim(best, agent, lease));
         END IF;
-        passed := passed || COALESCE(best, mine.id);
+        skipped := skipped || COALESCE(best, mine.id);
     END LOOP;
     RETURN json_build_object('outcome', CASE WHEN project IS NULL OR EXISTS (SELECT 1 FROM projects WHERE id = project)
                                              THEN 'nothing' ELSE 'unknown-project' END);
 END $$;
 
--- Claims one bead. outcome: 'claimed', 'same' (the claim that the agent already has), 'not-found', 'bead-claimed' or
--- reserved (detail: holder), 'bead-blocked' (detail: blocked_by, children, not_before, blocked_reason), 'bead-closed'
--- (detail: closed_at), 'agent-busy' (detail: its beads); raises as enter_claim().
+-- Claims one bead. outcome: 'claimed', 'same' (the claim that the agent already has), 'not-found', 'bead-claimed': by,
+-- or reserved for, another agent (detail: holder), 'bead-blocked' (detail: blocked_by, children, not_before,
+-- blocked_reason), 'bead-closed' (detail: closed_at), 'agent-busy' (detail: its beads); raises as enter_claim().
 CREATE OR REPLACE FUNCTION claim_bead(
-    wanted text, agent text, lease integer, fences jsonb, OUT outcome text, OUT bead json, OUT detail jsonb)
+    bead_id text, agent text, lease integer, fences jsonb, OUT outcome text, OUT bead json, OUT detail jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
     t timestamptz;
 BEGIN
-    PERFORM enter_claim(agent, ARRAY['bead:' || wanted], fences);
-    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
+    PERFORM enter_claim(agent, ARRAY['bead:' || bead_id], fences);
+    SELECT * INTO b FROM beads WHERE id = bead_id FOR NO KEY UPDATE;
     t := clock_timestamp();
     IF b.fencing_token IS NOT NULL AND (b.lease_expires_at <= t OR (b.assigned_to <> agent AND EXISTS (
            SELECT 1 FROM agents a WHERE a.id = b.assigned_to AND agent_is_dead(a)))) THEN
-        PERFORM 1 FROM beads WHERE id = wanted FOR UPDATE SKIP LOCKED;
+        PERFORM 1 FROM beads WHERE id = bead_id FOR UPDATE SKIP LOCKED;
         IF NOT FOUND THEN -- a transaction that the claim fences is still running: the bead is still held
             outcome := 'bead-claimed';
             detail := jsonb_build_object('holder', holder_of(b));
             RETURN;
         END IF;
         PERFORM 1 FROM agents WHERE id IN (agent, b.assigned_to) ORDER BY id FOR NO KEY UPDATE;
-        b := reopen_bead(b, CASE WHEN b.lease_expires_at > t THEN 'agent-died' ELSE 'lapsed' END);
+        b := reopen_bead(b, how_ended(b));
     END IF;
     PERFORM revive_agent(agent);
     IF b.id IS NULL THEN
@@ -294,14 +299,14 @@ BEGIN
     ELSIF b.fencing_token IS NOT NULL AND b.assigned_to = agent THEN
         UPDATE beads SET lease_seconds = lease,
                          lease_expires_at = GREATEST(lease_expires_at, clock_timestamp() + make_interval(secs => lease))
-         WHERE id = wanted RETURNING * INTO b;
+         WHERE id = bead_id RETURNING * INTO b;
         outcome := 'same';
         bead := as_json(b);
         RETURN;
     END IF;
 
     IF b.status = 'deferred' AND b.not_before <= clock_timestamp() THEN
-        UPDATE beads SET status = 'open', not_before = NULL WHERE id = wanted RETURNING * INTO b;
+        UPDATE beads SET status = 'open', not_before = NULL WHERE id = bead_id RETURNING * INTO b;
     END IF;
     IF b.status = 'closed' THEN
         outcome := 'bead-closed';
@@ -309,25 +314,27 @@ BEGIN
     ELSIF b.assigned_to <> agent OR (b.status = 'in_progress' AND b.assigned_to IS NULL) THEN
         outcome := 'bead-claimed';
         detail := jsonb_build_object('holder', holder_of(b));
-    ELSIF b.status IN ('blocked', 'deferred') OR b.open_blockers > 0 OR b.open_children > 0 OR b.not_before > clock_timestamp() THEN
+    ELSIF b.status IN ('blocked', 'deferred') OR b.open_blockers > 0 OR b.open_children > 0
+          OR b.not_before > clock_timestamp() THEN
         outcome := 'bead-blocked';
         detail := jsonb_build_object(
             'blocked_by', ARRAY(SELECT x.id FROM beads x
                                  WHERE x.id = ANY (b.blocked_by) AND x.status <> 'closed' ORDER BY x.id),
-            'children', open_children_of(wanted),
+            'children', open_children_of(bead_id),
             'not_before', CASE WHEN b.not_before > clock_timestamp() THEN b.not_before END,
             'blocked_reason', b.blocked_reason);
     ELSE
         IF agent_busy(agent) IS NOT NULL THEN
-            PERFORM wake_beads(agent); -- one of its own may be over
+            PERFORM wake_beads(agent); -- the lease of one of its claims may have ended
             detail := agent_busy(agent);
         END IF;
         outcome := CASE WHEN detail IS NULL THEN 'claimed' ELSE 'agent-busy' END;
-        bead := CASE WHEN detail IS NULL THEN start_claim(wanted, agent, lease) END;
+        bead := CASE WHEN detail IS NULL THEN start_claim(bead_id, agent, lease) END;
     END IF;
 END $$;
--- The detail of 'claim-lost': how and when this claim of the bead ended (null if it never was), and who has claimed it
--- now.
+
+-- The detail of 'claim-lost': how and when this claim of the bead ended (null if no such claim is known), and who has
+-- claimed the bead now.
 CREATE OR REPLACE FUNCTION claim_lost(b beads, token bigint) RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT jsonb_build_object(
                'bead_id', b.id, 'fencing_token', token, 'ended_how', past.ended_how, 'ended_at', past.ended_at,
@@ -340,16 +347,16 @@ CREATE OR REPLACE FUNCTION claim_lost(b beads, token bigint) RETURNS jsonb LANGU
       ) AS past ON true;
 $$;
 
--- Extends a claim; never revives one, never shortens it with `extend`. The row first, only then the clock. outcome:
--- 'renewed', 'claim-lost', 'not-found'.
+-- Gives a claim a new end, with `extend` never an earlier one; never revives a claim that has ended. The order matters:
+-- lock the row before reading the clock. outcome: 'renewed', 'claim-lost', 'not-found'.
 CREATE OR REPLACE FUNCTION renew_claim(
-    wanted text, token bigint, lease integer, extend boolean, fences jsonb,
+    bead_id text, token bigint, lease integer, extend boolean, fences jsonb,
     OUT outcome text, OUT bead json, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
 BEGIN
     PERFORM enter_names('{}', fences);
-    SELECT * INTO b FROM beads WHERE id = wanted FOR NO KEY UPDATE;
+    SELECT * INTO b FROM beads WHERE id = bead_id FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         outcome := 'not-found';
         RETURN;
@@ -362,33 +369,35 @@ BEGIN
     UPDATE beads SET lease_seconds = lease,
                      lease_expires_at = GREATEST(CASE WHEN extend THEN lease_expires_at END,
                                                  clock_timestamp() + make_interval(secs => lease))
-     WHERE id = wanted RETURNING * INTO b;
+     WHERE id = bead_id RETURNING * INTO b;
     outcome := 'renewed';
     bead := as_json(b);
 END $$;
 
--- Ends a claim by its holder. how: 'completed' (more is merged into the context), 'failed' (delay: seconds before the
--- bead is ready again, else by the number of failures), 'released'. outcome: 'ended', 'repeated' (it had already ended
--- in this way), 'claim-lost', 'open-children' (detail: their ids; the claim goes on), 'not-found'.
+-- Ends a claim by its holder. how: 'completed' (more is merged into the context), 'failed' (delay: seconds until the
+-- bead is ready again; if null, it doubles with each failure up to an hour), 'released'. outcome: 'ended', 'repeated'
+-- (it had already ended in this way), 'claim-lost', 'open-children' (detail: their ids; the claim goes on),
+-- 'not-found'.
 CREATE OR REPLACE FUNCTION end_claim(
-    wanted text, token bigint, how text, why text, more jsonb, delay integer, fences jsonb,
+    bead_id text, token bigint, how text, why text, more jsonb, delay integer, fences jsonb,
     OUT outcome text, OUT bead json, OUT detail jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     b beads;
     t timestamptz;
     was jsonb;
 BEGIN
-    -- First, since the fences that a repetition presents may have ended with its first time.
-    IF EXISTS (SELECT 1 FROM claims WHERE fencing_token = token AND bead_id = wanted AND ended_how = how) THEN
+    -- Before the fences are checked: a repeated request may present one that ended when it was served the first time.
+    IF EXISTS (SELECT 1 FROM claims c
+                WHERE c.fencing_token = token AND c.bead_id = end_claim.bead_id AND c.ended_how = how) THEN
         outcome := 'repeated';
-        SELECT as_json(x) INTO bead FROM beads x WHERE x.id = wanted;
+        SELECT as_json(x) INTO bead FROM beads x WHERE x.id = end_claim.bead_id;
         RETURN;
     END IF;
-    PERFORM enter_names(ARRAY['bead:' || wanted], fences);
+    PERFORM enter_names(ARRAY['bead:' || bead_id], fences);
     IF how = 'completed' THEN
-        PERFORM lock_beads(wanted, '{}', true);
+        PERFORM lock_beads(bead_id, '{}', true);
     END IF;
-    SELECT * INTO b FROM beads WHERE id = wanted FOR UPDATE; -- waits for the transactions that the claim fences
+    SELECT * INTO b FROM beads WHERE id = bead_id FOR UPDATE; -- waits for the transactions that the claim fences
     t := clock_timestamp();
     IF NOT FOUND THEN
         outcome := 'not-found';
@@ -398,7 +407,7 @@ BEGIN
     ELSIF how = 'completed' AND b.open_children > 0 THEN
         -- A transaction that adds or reopens a child counts it in this row, which is locked here.
         outcome := 'open-children';
-        detail := jsonb_build_object('bead_id', wanted, 'children', open_children_of(wanted));
+        detail := jsonb_build_object('bead_id', bead_id, 'children', open_children_of(bead_id));
     END IF;
     IF outcome IS NOT NULL THEN
         RETURN;
@@ -419,12 +428,12 @@ BEGIN
                      lease_expires_at = NULL, closed_at = t, close_reason = why,
                      context = CASE WHEN more IS NULL THEN context ELSE merge_patch(context, more) END,
                      version = version + 1, updated_at = t
-     WHERE id = wanted RETURNING * INTO b;
+     WHERE id = bead_id RETURNING * INTO b;
     PERFORM set_config('loom.claim_ended', '', true), set_config('loom.claim_reason', '', true);
     IF more IS NOT NULL THEN
-        PERFORM refuse_too_large('bead', wanted, was, to_jsonb(b));
+        PERFORM refuse_too_large('bead', bead_id, was, to_jsonb(b));
     END IF;
-    PERFORM write_event('bead.completed', wanted, b.version, b.project_id, t, jsonb_build_object(
+    PERFORM write_event('bead.completed', bead_id, b.version, b.project_id, t, jsonb_build_object(
         'status', 'closed', 'fencing_token', NULL, 'closed_at', b.closed_at, 'close_reason', b.close_reason)
         || CASE WHEN more IS NULL THEN '{}'
                 ELSE jsonb_build_object('context', patch_between(was -> 'context', b.context)) END);

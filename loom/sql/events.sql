@@ -4,7 +4,8 @@
 -- first, in a transaction that has not written; it does nothing if another session is numbering. The order matters: the
 -- lock is taken first, so that each later statement sees what all earlier holders of the lock have committed. A later
 -- version of an entity is visible only together with the earlier ones.
-CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000) RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
+CREATE OR REPLACE FUNCTION number_events(most integer DEFAULT 10000)
+RETURNS integer LANGUAGE plpgsql SET jit = off AS $$
 DECLARE
     set_back boolean;
     greatest_id bigint;
@@ -79,7 +80,8 @@ CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXE
 -- (Loom-Proxy-Request-ID); no client can choose it. A proxy that lost the answer to a write sends the write again with
 -- the same id. If that id is found in an event or a grant, the request gets its first answer again. settings: those in
 -- force in the instance, for setting().
-CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json) RETURNS void
+CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json)
+RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
@@ -90,11 +92,13 @@ BEGIN
 END $$;
 
 -- The type of an event; the types are those of the original.
-CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jsonb)
+RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT kind || '.' || CASE
         WHEN op = 'DELETE' THEN 'deleted'
         WHEN kind = 'config' THEN 'updated'
-        WHEN op = 'INSERT' THEN CASE kind WHEN 'agent' THEN 'spawned' WHEN 'provider' THEN 'registered' ELSE 'created' END
+        WHEN op = 'INSERT' THEN
+            CASE kind WHEN 'agent' THEN 'spawned' WHEN 'provider' THEN 'registered' ELSE 'created' END
         WHEN kind = 'bead' AND becomes ->> 'status' = 'closed' AND was ->> 'status' <> 'closed' THEN 'completed'
         WHEN kind = 'bead' AND becomes ->> 'assigned_to' <> COALESCE(was ->> 'assigned_to', '') THEN 'assigned'
         WHEN kind IN ('bead', 'agent') AND becomes ->> 'status' <> was ->> 'status' THEN 'status_change'
@@ -102,7 +106,8 @@ CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jso
 $$;
 
 -- The event of a version: the one way in which events are written. type: the kind of entity, a dot, and what happened.
-CREATE OR REPLACE FUNCTION write_event(type text, entity text, version bigint, project text, t timestamptz, changes jsonb)
+CREATE OR REPLACE FUNCTION write_event(
+    type text, entity text, version bigint, project text, t timestamptz, changes jsonb)
 RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes)
@@ -184,7 +189,8 @@ LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN count(DISTINCT e.version) = until - since
            THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place) FILTER (WHERE c.field IS NOT NULL), '{}')
            END
-      FROM events e LEFT JOIN LATERAL jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
+      FROM events e LEFT JOIN LATERAL
+           jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
      WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
        AND e.place > COALESCE( -- its creation: an earlier entity may have had the same id
            (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);

@@ -1,8 +1,8 @@
 -- Idempotency keys.
 
--- The stored answer to a request with this scope, if any. Until our transaction ends, other requests with the same scope
--- wait here (with `wait`) or get in_progress = true. The lock is taken first, and another statement then reads with a new
--- snapshot: a single statement would miss an answer that was committed in between.
+-- The stored answer to a request with this scope, if any. Until our transaction ends, other requests with the same
+-- scope wait here (with `wait`) or get in_progress = true. The lock is taken first, and another statement then reads
+-- with a new snapshot: a single statement would miss an answer that was committed in between.
 CREATE OR REPLACE FUNCTION find_answer(wanted uuid, wait boolean)
 RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
 LANGUAGE plpgsql AS $$
@@ -14,5 +14,6 @@ BEGIN
         END IF;
         PERFORM pg_advisory_xact_lock(hashtextextended(wanted::text, 0));
     END IF;
-    RETURN QUERY SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k WHERE k.scope = wanted;
+    RETURN QUERY
+        SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k WHERE k.scope = wanted;
 END $$;

@@ -3,7 +3,8 @@
 -- If no instance has sent a heartbeat for the time of three, the database was away, not the instances.
 CREATE OR REPLACE FUNCTION note_outage() RETURNS void LANGUAGE sql AS $$
     UPDATE cluster SET outage_ended_at = clock_timestamp()
-     WHERE (SELECT max(last_heartbeat) FROM instances WHERE status <> 'dead') < clock_timestamp() - INTERVAL '15 seconds';
+     WHERE (SELECT max(last_heartbeat) FROM instances WHERE status <> 'dead')
+           < clock_timestamp() - INTERVAL '15 seconds';
 $$;
 
 CREATE OR REPLACE FUNCTION register_instance(id uuid, host text, about jsonb) RETURNS void LANGUAGE plpgsql AS $$
@@ -27,7 +28,8 @@ CREATE OR REPLACE FUNCTION heartbeats_count() RETURNS boolean LANGUAGE sql STABL
            < clock_timestamp() - INTERVAL '60 seconds';
 $$;
 
-CREATE OR REPLACE FUNCTION instance_status(status text, last_heartbeat timestamptz) RETURNS text LANGUAGE sql STABLE AS $$
+CREATE OR REPLACE FUNCTION instance_status(status text, last_heartbeat timestamptz)
+RETURNS text LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN last_heartbeat < clock_timestamp() - INTERVAL '60 seconds' AND heartbeats_count()
                 THEN 'dead' ELSE status END;
 $$;

@@ -1,7 +1,8 @@
--- What the clock changes: leases that nobody has extended end, and delays are over.
+-- What the clock changes: leases that nobody has extended end, and so do delays.
 
--- Reopens a bead whose claim is over, unless it would have to wait: for the bead's name, its agent's row, a file lock.
--- Answers null, or why it is not done. An error of this bead does not affect the others. The caller has locked its row.
+-- Reopens a bead whose claim is over, unless that would have to wait for a lock: of the bead's name, of its agent's
+-- row, of the row of a file lock. Returns null, or why the bead was not reopened. An error is such a reason, too, and
+-- does not affect other beads. The caller has locked the bead's row.
 CREATE OR REPLACE FUNCTION try_to_reopen(b beads, how text) RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
     IF NOT try_name('bead:' || b.id) THEN
@@ -21,16 +22,17 @@ EXCEPTION WHEN OTHERS THEN
     RETURN SQLERRM;
 END $$;
 
--- Reopens beads whose leases nobody has renewed in time, at most `batch`. Skips locked rows, which includes claims that
--- fence a running transaction, and beads whose names are held from outside. problem: why a bead was not reopened.
+-- Reopens beads whose leases nobody has renewed in time, at most `batch`. Examines up to 20 times as many, and returns
+-- each one that it examined; problem: why that bead was not reopened. Skips locked rows, which includes claims that
+-- fence a running transaction.
 CREATE OR REPLACE FUNCTION lapse_claims(batch integer, OUT bead_id text, OUT agent_id text, OUT problem text)
 RETURNS SETOF record LANGUAGE plpgsql AS $$
 DECLARE
-    t timestamptz := clock_timestamp(); -- a variable can be looked up in an index, the function cannot
+    t timestamptz := clock_timestamp(); -- the function is volatile: PostgreSQL would not use an index
     done integer := 0;
     b beads;
 BEGIN
-    -- Beyond the batch, too: those that cannot be reopened now must not hide the others.
+    -- More than the batch: beads that cannot be reopened now must not hide the others.
     FOR b IN SELECT * FROM beads WHERE status = 'in_progress' AND wakes_at(not_before, lease_expires_at) <= t
               ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 20 * batch FOR UPDATE SKIP LOCKED
     LOOP
@@ -43,7 +45,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- Opens beads whose delay is over, at most `batch`; returns how many.
+-- Clears not_before of open beads whose delay has ended, at most `batch`; returns how many. The UPDATE must not name
+-- status: then the trigger entity_updated would fire, and add a version and an event.
 CREATE OR REPLACE FUNCTION end_delays(batch integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
@@ -57,7 +60,7 @@ BEGIN
     RETURN n;
 END $$;
 
--- Opens deferred beads whose time has come, at most `batch`; each gets a version and an event.
+-- Opens deferred beads whose not_before has passed, at most `batch`: with a version and an event. Returns how many.
 CREATE OR REPLACE FUNCTION open_deferred(batch integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
@@ -70,7 +73,7 @@ BEGIN
     RETURN n;
 END $$;
 
--- Opens what the clock has opened, before a claim: beads whose lease or delay is over.
+-- Before a claim: reopens beads whose lease has ended, and makes those ready whose delay has ended.
 CREATE OR REPLACE FUNCTION wake_beads(agent text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t timestamptz := clock_timestamp();
@@ -79,7 +82,8 @@ BEGIN
     IF (SELECT status FROM beads
          WHERE status IN ('deferred', 'in_progress', 'open') AND wakes_at(not_before, lease_expires_at) <= t
          ORDER BY status, wakes_at(not_before, lease_expires_at) LIMIT 1) IS NOT NULL THEN
-        PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE; -- first our own agent's: the others are only tried
+        -- The agent's row is locked now: lock beads and other agents only with SKIP LOCKED.
+        PERFORM 1 FROM agents WHERE id = agent FOR NO KEY UPDATE;
         PERFORM lapse_claims(50);
         PERFORM end_delays(20);
         PERFORM open_deferred(20);

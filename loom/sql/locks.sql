@@ -35,7 +35,8 @@ BEGIN
     RETURN NULL;
 END $$;
 DROP TRIGGER IF EXISTS locks_truncated ON distributed_locks;
-CREATE TRIGGER locks_truncated BEFORE TRUNCATE ON distributed_locks FOR EACH STATEMENT EXECUTE FUNCTION on_locks_truncated();
+CREATE TRIGGER locks_truncated BEFORE TRUNCATE ON distributed_locks FOR EACH STATEMENT
+    EXECUTE FUNCTION on_locks_truncated();
 
 -- Ends these grants, if they are still held. It does not wait for a transaction that a grant fences: that grant only
 -- expires, and its lock is free once the transaction has ended.
@@ -54,11 +55,12 @@ BEGIN
      WHERE (l.lock_name, l.fencing_token) = (w.lock_name, w.fencing_token) AND l.expires_at > clock_timestamp();
 END $$;
 
--- Takes the lock if it is free and no waiter comes before us. The order matters: lock the name, lock the row, read the clock.
--- outcome: 'new': a new grant; 'same': the grant that this owner already holds, extended; 'held': another owner's grant,
--- which is returned; 'promised': the lock is free, but a waiter comes first. A refused call does not write to the row, nor
--- wait for its lock.
-CREATE OR REPLACE FUNCTION acquire_lock(name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
+-- Takes the lock if it is free and no waiter comes before us. The order matters: lock the name, lock the row, read the
+-- clock. outcome: 'new': a new grant; 'same': the grant that this owner already holds, extended; 'held': another
+-- owner's grant, which is returned; 'promised': the lock is free, but a waiter comes first. A refused call does not
+-- write to the row, nor wait for its lock.
+CREATE OR REPLACE FUNCTION acquire_lock(
+    name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
 RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
                acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
 LANGUAGE plpgsql AS $$
@@ -79,7 +81,8 @@ BEGIN
     IF held.owner = new_owner AND held.expires_at > t THEN
         RETURN QUERY
             UPDATE distributed_locks AS l
-               SET expires_at = GREATEST(l.expires_at, t + ttl), heartbeat_at = t, metadata = COALESCE(about, l.metadata)
+               SET expires_at = GREATEST(l.expires_at, t + ttl), heartbeat_at = t,
+                   metadata = COALESCE(about, l.metadata)
              WHERE l.lock_name = name
             RETURNING 'same', 0::bigint, l.*;
         RETURN;
@@ -127,10 +130,10 @@ BEGIN
     RETURN QUERY SELECT outcome, waiting, held.*;
 END $$;
 
--- One poll for all requests that wait in one worker: keeps their places, and returns the first waiter of each of these names
--- whose lock is free, also when it waits in another worker. It grants nothing and does not wait for row locks: each of
--- these requests then calls acquire_lock(). A lock that has expired is not free while a transaction that it fences is
--- still running.
+-- One poll for all requests that wait in one worker: keeps their places, and returns the first waiter of each of these
+-- names whose lock is free, also when it waits in another worker. It grants nothing and does not wait for row locks:
+-- each of these requests then calls acquire_lock(). A lock that has expired is not free while a transaction that it
+-- fences is still running.
 CREATE OR REPLACE FUNCTION poll_waiters(names text[], owners text[]) RETURNS TABLE (lock_name text, owner text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -162,16 +165,18 @@ BEGIN
 END $$;
 
 -- Extends or, without `extend`, also shortens a grant; never inserts one, never revives one that has ended. The order
--- matters: lock the name, lock the row, read the clock. An UPDATE that waits for the row after it has read the clock would
--- revive a lock that ended during the wait.
-CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, extend boolean) RETURNS SETOF distributed_locks
+-- matters: lock the name, lock the row, read the clock. An UPDATE that waits for the row after it has read the clock
+-- would revive a lock that ended during the wait.
+CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, extend boolean)
+RETURNS SETOF distributed_locks
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
     PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR NO KEY UPDATE;
     RETURN QUERY
-        UPDATE distributed_locks SET expires_at = GREATEST(CASE WHEN extend THEN expires_at END, clock_timestamp() + ttl),
-                                     heartbeat_at = clock_timestamp()
+        UPDATE distributed_locks
+           SET expires_at = GREATEST(CASE WHEN extend THEN expires_at END, clock_timestamp() + ttl),
+               heartbeat_at = clock_timestamp()
          WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp()
         RETURNING *;
 END $$;
@@ -199,17 +204,20 @@ BEGIN
 END $$;
 
 -- Fences a write: call it in the write's own transaction. Raises L0001 (lock-lost) unless the grant is held now, and
--- keeps its row locked until commit, so that no later grant can be made before this transaction ends. For 'bead:ID', the
--- token of a claim does as well: then the bead's row is locked. Locks and claims draw their tokens from one sequence.
+-- keeps its row locked until commit, so that no later grant can be made before this transaction ends. For 'bead:ID',
+-- the token of a claim does as well: then the bead's row is locked. Locks and claims draw their tokens from one
+-- sequence.
 CREATE OR REPLACE FUNCTION loom_fence(name text, token bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     ends timestamptz;
 BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
         -- A new grant and a deletion of the row wait for this; renewals by the holder do not.
-        SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
+        SELECT expires_at INTO ends FROM distributed_locks
+         WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
         IF ends IS NULL AND name LIKE 'bead:%' THEN
-            SELECT lease_expires_at INTO ends FROM beads WHERE id = substr(name, 6) AND fencing_token = token FOR KEY SHARE;
+            SELECT lease_expires_at INTO ends FROM beads
+             WHERE id = substr(name, 6) AND fencing_token = token FOR KEY SHARE;
         END IF;
     ELSE
         -- An older snapshot must not hide a changed end: after a renewal this raises 40001, and the caller tries again.
@@ -234,7 +242,8 @@ BEGIN
        AND (fences ->> l.lock_name)::bigint IS DISTINCT FROM l.fencing_token LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'lock % is held by %', held.lock_name, held.owner USING ERRCODE = 'L0003',
-            DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object( -- without the token, which only the holder may know
+            DETAIL = json_build_object('lock_name', held.lock_name, 'holder', json_build_object(
+                -- without the token, which only the holder may know
                 'lock_name', held.lock_name, 'owner', held.owner, 'instance_id', held.instance_id,
                 'acquired_at', held.acquired_at, 'expires_at', held.expires_at, 'heartbeat_at', held.heartbeat_at,
                 'metadata', held.metadata));
@@ -254,15 +263,18 @@ BEGIN
         PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
     END LOOP;
     IF fences IS NOT NULL THEN
-        PERFORM loom_fence(f.key, f.value::bigint) FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
+        PERFORM loom_fence(f.key, f.value::bigint)
+           FROM (SELECT * FROM jsonb_each_text(fences) ORDER BY key COLLATE "C") AS f;
     END IF;
-    IF names <> '{}' THEN -- in a new statement: one that began before a name was locked would miss a grant made in between
+    -- A new statement: one that began before a name was locked would miss a grant made in between.
+    IF names <> '{}' THEN
         PERFORM refuse_held(names, fences);
     END IF;
 END $$;
 
--- Tries to lock a name, for a caller that has already locked rows and so must not wait. False if another transaction has
--- locked the name, or a grant holds it. The two are separate statements, since one would miss a grant made in between.
+-- Tries to lock a name, for a caller that has already locked rows and so must not wait. False if another transaction
+-- has locked the name, or a grant holds it. The two are separate statements, since one would miss a grant made in
+-- between.
 CREATE OR REPLACE FUNCTION try_name(name text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtextextended(name, 0)) THEN

@@ -1,9 +1,9 @@
 -- Fencing tokens: larger with each grant, also after a restore or a failover.
 
 -- Raises the next token above all tokens ever given: by 2^32 above the greatest that this database knows, and at least
--- to 2^21 for each second of the clock. The second bound covers another restored copy of this database, which has raised
--- its tokens earlier and given more since. It ends in the year 2096, which also limits the effect of a wrong clock. Run
--- it by hand after restoring an old copy of the server's files, which the database cannot notice itself.
+-- to 2^21 for each second of the clock. The second bound covers another restored copy of this database, which has
+-- raised its tokens earlier and given more since. It ends in the year 2096, which also limits the effect of a wrong
+-- clock. Run it by hand after restoring an old copy of the server's files, which the database cannot notice itself.
 CREATE OR REPLACE FUNCTION raise_fencing_tokens() RETURNS bigint LANGUAGE sql AS $$
     UPDATE cluster SET fencing_base = GREATEST(
         (LEAST(extract(epoch FROM clock_timestamp()), 4e9) * 2097152)::bigint,

@@ -15,12 +15,8 @@ from loom.db import Time
 from loom.state.entities import Action, Entity, Id, Steps, enter, values
 from loom.state.writer import Writer, call
 
-LINKS = (
-    "blocked_by",
-    "parent",
-    "blocks",
-    "children",
-)  # the fields that name other beads which it waits for, or they for it
+# The fields that name beads for which this one waits, or which wait for this one.
+LINKS = ("blocked_by", "parent", "blocks", "children")
 Status = Literal["open", "in_progress", "blocked", "deferred", "closed"]
 
 
@@ -34,7 +30,7 @@ class Bead(Entity, kw_only=True):
     statuses: ClassVar[tuple[str, ...]] = get_args(Status)
     indexed: ClassVar[tuple[str, ...]] = ("assigned_to", "type", "project_id")
     conditions: ClassVar[Mapping[str, str]] = {"tags": "tags && %(tags)s"}
-    together: ClassVar[Mapping[str, str]] = {"not_before": "status"}  # the end of a delay alone makes no version
+    together: ClassVar[Mapping[str, str]] = {"not_before": "status"}  # see end_delays() for an UPDATE that does not
 
     type: str
     title: str
@@ -97,7 +93,7 @@ def create_many(conn: db.Connection, writer: Writer, given: Sequence[dict[str, A
     ids = {bead["ref"]: key for key, bead in zip(keys, given, strict=True) if "ref" in bead}
     refs = {key: ref for ref, key in ids.items()}
     beads = {key: {**bead, "id": key, "place": n} for n, (key, bead) in enumerate(zip(keys, given, strict=True))}
-    _turn_around(beads, ids)
+    _normalise_links(beads, ids)
     try:
         order = _in_order(_waits_for(beads))
         return _create([beads[key] for key in order], conn, writer)
@@ -116,7 +112,8 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
             blocked.setdefault(other, []).append(bead["id"])
         parents |= dict.fromkeys(bead.get("children", ()), bead["id"])
     ids = {bead["id"] for bead in new}
-    # Existing beads that will wait for new ones, and those that new ones will wait for. A cycle needs both.
+    # Existing beads that will wait for new ones, and existing ones for which new ones will wait. Only with both can new
+    # beads close a cycle with existing ones.
     waiting = {*blocked, *(bead["parent"] for bead in new if bead.get("parent") and bead["parent"] not in ids)}
     waited_for = {*parents, *(other for bead in new for other in bead.get("blocked_by", ()) if other not in ids)}
     linked = sorted(waiting) if waited_for else []
@@ -154,9 +151,8 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         SELECT check_bead_cycles(%(linked)s::text[]);
         SELECT jsonb_agg(as_json(b) ORDER BY b.created_at)::text AS beads FROM beads b WHERE b.id = ANY (%(keys)s)
         """,
-        names=[
-            *(f"bead:{other}" for other in {*blocked, *parents}),
-        ],
+        # blocked, adopted: existing beads that new ones block, and those that get a new parent.
+        names=[f"bead:{other}" for other in {*blocked, *parents}],
         agents=sorted({bead["assigned_to"] for bead in new if bead.get("assigned_to")}),
         own_names=[f"bead:{bead['id']}" for bead in new],
         others=sorted({*blocked, *parents, *waiting, *waited_for}),
@@ -190,8 +186,8 @@ def _new_keys(conn: db.Connection, given: Sequence[dict[str, Any]]) -> list[str]
             return keys
 
 
-def _turn_around(beads: dict[str, dict[str, Any]], ids: dict[str, str]) -> None:
-    """Puts ids for refs; `blocks` and `children` of the same call become `blocked_by` and `parent` of the others."""
+def _normalise_links(beads: dict[str, dict[str, Any]], ids: dict[str, str]) -> None:
+    """Replaces refs by ids, and `blocks` and `children` that name new beads by `blocked_by` and `parent` of those."""
     for bead in beads.values():
         for field in ("blocked_by", "blocks", "children", "related_to"):
             if field in bead:
@@ -226,7 +222,7 @@ def _in_order(waits_for: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _named(problem: Exception, given: Sequence[dict[str, Any]], refs: dict[str, str]) -> Exception:
-    """A problem of one of several beads, told in the caller's words."""
+    """The error with the caller's refs in place of new ids, and with the place of the bead in the list."""
     if isinstance(problem, errors.Cycle):
         return refusals.error("cycle", {"cycle": [refs.get(key, key) for key in problem.members["cycle"]]})
     if isinstance(problem, errors.Invalid):

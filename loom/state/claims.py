@@ -30,15 +30,15 @@ class Claim(msgspec.Struct):
 
 
 class Holder(msgspec.Struct):
-    """Whose a bead is. `alive` is None when it is nobody's; `lease_expires_at`, when it has it without a claim."""
+    """Who has a bead. `alive` is None when nobody has it, `lease_expires_at` when it is not claimed."""
 
     agent_id: str | None
     alive: bool | None
     lease_expires_at: Time | None
 
 
-class Beat(msgspec.Struct):
-    """What a heartbeat came to. extended: bead -> its claim's new end; lost: bead -> how its claim ended."""
+class HeartbeatResult(msgspec.Struct):
+    """extended: bead -> the new end of its claim; lost: bead -> how its claim ended, or None if that is not known."""
 
     extended: dict[str, Time]
     lost: dict[str, str | None]
@@ -78,7 +78,7 @@ def claim_next(
 
 
 def claim(conn: db.Connection, writer: Writer, bead: str, agent: str, lease: timedelta) -> Claim:
-    """Claims one bead. The same agent again gets its claim of before, which ends no earlier than it would have.
+    """Claims one bead. An agent that has claimed it already gets the same claim, which ends no earlier than before.
 
     Raises NotFound, Invalid for an unknown agent, BeadClaimed, BeadBlocked, BeadClosed, AgentBusy, LockHeld, LockLost.
     """
@@ -92,9 +92,7 @@ def claim(conn: db.Connection, writer: Writer, bead: str, agent: str, lease: tim
         agent=agent,
         lease=int(lease.total_seconds()),
     )
-    if row["outcome"] == "not-found":
-        raise not_found(Bead, bead)
-    return _claim(row)
+    return _claim(row, bead)
 
 
 def renew(
@@ -122,9 +120,7 @@ def renew(
         lease=None if lease is None else int(lease.total_seconds()),
         extend=extend,
     )
-    if row["outcome"] == "not-found":
-        raise not_found(Bead, bead)
-    return _claim(row)
+    return _claim(row, bead)
 
 
 def end(
@@ -166,12 +162,12 @@ def end(
 
 def heartbeat(
     conn: db.Connection, writer: Writer, agent: str, claims: Mapping[str, int], status: str | None = None
-) -> Beat:
-    """The agent lives, and works on these claims: bead -> fencing token. Raises NotFound, LockLost."""
+) -> HeartbeatResult:
+    """Notes that the agent lives, and extends these claims: bead -> fencing token. Raises NotFound, LockLost."""
     row = call(
         conn,
         writer,
-        "SELECT outcome, jsonb_build_object('extended', extended, 'lost', lost)::text AS beat"
+        "SELECT outcome, jsonb_build_object('extended', extended, 'lost', lost)::text AS result"
         "  FROM heartbeat_agent(%(agent)s, %(status)s, %(claims)s, %(fences)s)",
         agent=agent,
         status=status,
@@ -179,22 +175,25 @@ def heartbeat(
     )
     if row["outcome"] == "unknown-agent":
         raise not_found(Agent, agent)
-    return msgspec.json.decode(row["beat"], type=Beat)
+    return msgspec.json.decode(row["result"], type=HeartbeatResult)
 
 
 def lapse(conn: db.Connection, writer: Writer, most: int) -> list[dict[str, Any]]:
-    """Reopens beads whose leases have ended: `bead_id`, `agent_id` and, if it could not be reopened, the `problem`."""
+    """Reopens beads whose leases have ended, at most `most`.
+
+    Returns each one that was examined: `bead_id`, `agent_id` and, if it could not be reopened, the `problem`.
+    """
     sql = "SELECT COALESCE(jsonb_agg(c), '[]') AS lapsed FROM lapse_claims(%(most)s) AS c"
     return call(conn, writer, sql, most=most)["lapsed"]
 
 
 def end_delays(conn: db.Connection, most: int) -> int:
-    """Opens beads whose delay is over, and returns how many."""
+    """Clears `not_before` of open beads whose delay has ended, and returns how many."""
     return db.value(conn, "SELECT end_delays(%(most)s)", most=most)
 
 
 def open_deferred(conn: db.Connection, writer: Writer, most: int) -> int:
-    """Opens deferred beads whose time has come, and returns how many."""
+    """Opens deferred beads whose `not_before` has passed, and returns how many."""
     return call(conn, writer, "SELECT open_deferred(%(most)s) AS opened", most=most)["opened"]
 
 
@@ -215,7 +214,10 @@ def _decide(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.
     return row
 
 
-def _claim(row: db.Row) -> Claim:
+def _claim(row: db.Row, key: str = "") -> Claim:
+    """The claim in the row of a function. Raises NotFound if there is no bead `key`."""
+    if row["outcome"] == "not-found":
+        raise not_found(Bead, key)
     bead = msgspec.json.decode(row["bead"], type=Bead)
     assert bead.fencing_token is not None
     assert bead.lease_expires_at is not None

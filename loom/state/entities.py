@@ -214,7 +214,7 @@ def _change(
             (SELECT version FROM {kind.table} WHERE {kind.key_column} = entered() FOR {row_lock}),
             %(if_match)s, %(if_none_match)s, %(merges)s)
         """,
-        "SELECT refuse_change('in-steps') WHERE takes_steps(%(kind)s, entered())" if action == "delete" else "",
+        "SELECT refuse_change('in-steps') WHERE needs_steps(%(kind)s, entered())" if action == "delete" else "",
         written,
         steps.after,
         f"""

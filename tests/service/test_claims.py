@@ -33,9 +33,12 @@ from harness.work import (
     team,
 )
 
+from loom import upkeep
 from loom.config import AgentsConfig, BeadsConfig, Config
 from loom.db import Connection
 from loom.instances import Instance
+from loom.state import claims
+from loom.state.writer import Writer
 from loom.upkeep import Upkeep
 
 TRACES = ("assigned_to", "fencing_token", "claimed_at", "lease_seconds", "lease_expires_at", "not_before")
@@ -594,6 +597,15 @@ def test_a_renewal_gives_a_new_end_and_revives_nothing(work: AppClient, sql: Sql
     assert_lost(renew(work, "x", 17), None)
 
 
+def test_a_claim_whose_history_was_removed_is_not_said_never_to_have_existed(work: AppClient, sql: Sql) -> None:
+    bead(work, "x")
+    token = claim(work, "x")
+    assert fail(work, "x", token).status == 200
+    sql("DELETE FROM claims")
+    problem = assert_problem(renew(work, "x", token), 409, "claim-lost", ended_how=None)
+    assert problem["detail"] == "No such claim is known: it was never made, or its history was removed."
+
+
 def test_a_redispatched_bead_is_taken_from_who_has_it(work: AppClient, sql: Sql) -> None:
     bead(work, "x", context={"k": "v"})
     token = claim(work, "x")
@@ -724,6 +736,31 @@ def test_the_token_of_the_agents_own_lock_does_for_a_retry_of_its_claim(work: Ap
     first, again = (work.post(f"{BEADS}/claim", {"agent_id": "a"}, headers=headers) for _ in range(2))
     assert (first.status, again.status) == (200, 200)
     assert again.json["fencing_token"] == first.json["fencing_token"]
+
+
+def test_beads_that_cannot_be_reopened_are_tried_once_in_a_round_of_upkeep(
+    work: AppClient, sql: Sql, cleaner: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 10)  # a tenth of it is a batch of claims
+    passes: list[list[dict[str, Any]]] = []
+    real_lapse = claims.lapse
+
+    def lapse_and_count(conn: Connection, writer: Writer, most: int) -> list[dict[str, Any]]:
+        passes.append(real_lapse(conn, writer, most))
+        return passes[-1]
+
+    monkeypatch.setattr(claims, "lapse", lapse_and_count)
+    for key in ("held", "x", "y"):
+        bead(work, key)
+        claim(work, key)
+    acquire(work, "bead:held", owner="operator")
+    lapse(sql, "held")
+    cleaner.clean()
+    assert len(passes) == 1
+    lapse(sql, "x", "y")
+    cleaner.clean()
+    assert [get(work, key)["status"] for key in ("held", "x", "y")] == ["in_progress", "open", "open"]
+    assert len(passes) == 1 + 3  # one for each bead that was reopened, and one that reopened none
 
 
 def test_a_bead_that_is_locked_from_outside_is_passed_over_and_not_counted(work: AppClient, sql: Sql) -> None:

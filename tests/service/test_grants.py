@@ -137,6 +137,14 @@ def test_a_row_removed_by_hand_is_a_forced_end_and_its_holder_is_told(
     assert acquire(client, owner="a")["fencing_token"] > grant["fencing_token"]
 
 
+def test_a_grant_whose_history_was_removed_is_not_said_never_to_have_existed(client: AppClient, sql: Sql) -> None:
+    token = acquire(client)["fencing_token"]
+    assert release(client, token).status == 204
+    sql("DELETE FROM grants")
+    told = {release(client, token).json["detail"], force(client, token).json["detail"]}
+    assert told == {"No such grant is known: it was never made, or its history was removed."}
+
+
 def test_a_release_that_starts_in_time_is_not_recorded_as_expired_when_it_takes_long(
     client: AppClient, sql: Sql
 ) -> None:
