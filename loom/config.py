@@ -92,13 +92,14 @@ class SyslogConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """`output` is stdout, stderr or the path of a file."""
+    """`output` is stdout, stderr or the path of a file; `requests`: of which requests a line is logged."""
 
     level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning or error")
     ] = "info"
     format: Annotated[Literal["json", "text"], Meta(description="json or text")] = "json"
     output: Text = "stdout"
+    requests: Annotated[Literal["all", "errors", "off"], Meta(description="all, errors or off")] = "all"
     syslog: SyslogConfig = SyslogConfig()
 
 

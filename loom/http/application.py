@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from flask import Flask, request
+from flask.globals import request_ctx
 from flask.wrappers import Request, Response
 from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.routing import MapAdapter
@@ -15,9 +16,10 @@ from loom import db, errors
 from loom import instances as registry
 from loom.config import Config
 from loom.db.connection import REPEATS
-from loom.http import problems
+from loom.http import problems, request_log
 from loom.http.parse import NameConverter, check_query
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, WAITER, Pollers, Wait, before_view
+from loom.log import this_thread
 
 MAX_BODY = 1024 * 1024  # bytes
 API = "/api/v1/"
@@ -41,12 +43,14 @@ class Application(Flask):
 
     def full_dispatch_request(self) -> Response:
         """Relies on the rule that each view and each error handler returns a Response."""
+        line = request_log.begin(request_ctx.request)
         while True:
             try:
                 self.preprocess_request()
                 answer = self.dispatch_with_retries()
                 break
             except Wait as wait:
+                line.wait()
                 environ = request.environ
                 environ[WAITER] = wait.waiter
                 if CAN_PARK in environ:
@@ -81,7 +85,7 @@ class Application(Flask):
         return func
 
     def do_teardown_request(self, exc: BaseException | None = None) -> None:
-        pass
+        this_thread.request_id = None
 
     def do_teardown_appcontext(self, exc: BaseException | None = None) -> None:
         pass
@@ -118,7 +122,5 @@ class Application(Flask):
             me.confirm()
 
     def process_response(self, response: Response) -> Response:
-        request_id = request.environ.get("HTTP_X_REQUEST_ID")
-        if request_id:
-            response.headers["X-Request-ID"] = request_id
+        request_log.end(request_ctx.request, response)
         return response

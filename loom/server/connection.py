@@ -65,6 +65,11 @@ class Connection:
         return self.request is None and not self._input
 
     @property
+    def began(self) -> float:
+        """When the first byte of the current request arrived."""
+        return self.read_deadline - READ_SECONDS
+
+    @property
     def keeps_much(self) -> bool:
         return self.buffered > BUFFERED_BYTES // 1000
 

@@ -17,19 +17,21 @@ STATUS: dict[type[Exception], tuple[int, type[errors.Error]]] = {
 }
 
 
-def refusal(exc: Exception) -> bytes:
+def status_of(exc: Exception) -> int:
+    return exc.status if isinstance(exc, errors.Error) else STATUS.get(type(exc), (400, errors.Invalid))[0]
+
+
+def refusal(exc: Exception, request_id: str) -> bytes:
     """The complete HTTP response to a request that cannot be parsed, or that failed with one of our errors."""
-    if isinstance(exc, errors.Error):
-        status, problem = exc.status, exc
-    else:
-        status, kind = STATUS.get(type(exc), (400, errors.Invalid))
-        problem = kind(str(exc))
+    status = status_of(exc)
+    problem = exc if isinstance(exc, errors.Error) else STATUS.get(type(exc), (400, errors.Invalid))[1](str(exc))
     body = {"type": f"/problems/{problem.type}", "title": problem.title, "status": status}
     if problem.detail:
         body["detail"] = problem.detail
     content = msgspec.json.encode({**body, "error": problem.detail or problem.title})
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
-        f"Content-Type: application/problem+json\r\nContent-Length: {len(content)}\r\n\r\n"
+        f"Content-Type: application/problem+json\r\nContent-Length: {len(content)}\r\n"
+        f"X-Request-ID: {request_id}\r\n\r\n"
     )
     return head.encode() + content

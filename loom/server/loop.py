@@ -26,9 +26,10 @@ from gunicorn.http.errors import ParseException
 from gunicorn.http.message import Request
 
 from loom import errors
+from loom.http import request_log
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, client_gone
 from loom.server.connection import BUFFERED_BYTES, LINGER_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
-from loom.server.invalid import refusal
+from loom.server.invalid import refusal, status_of
 from loom.server.parking import park
 
 log = logging.getLogger("loom.worker")
@@ -248,6 +249,7 @@ class Loop:
             environ[RECEIVED] = connection.ready_at
         # After a second in the queue the client may have given up, and nobody would read the response.
         if (has_waited or time.monotonic() - connection.ready_at > 1) and client_gone(environ):
+            request_log.client_gone(environ)
             self.close(connection)
             return False
         if self._stopping:
@@ -265,11 +267,12 @@ class Loop:
         except (ConnectionError, TimeoutError):
             raise
         except BaseException:
-            log.exception("request-failed", extra={"fields": {"method": request.method, "path": request.path}})
+            ids = {"request_id": environ.get("HTTP_X_REQUEST_ID")}
+            log.exception("request-failed", extra={"fields": {"method": request.method, "path": request.path, **ids}})
             if response.headers_sent:
                 self.close(connection)
             else:
-                self._refuse(connection, errors.Error())
+                self._refuse(connection, errors.Error(), environ)
             return False
         finally:
             getattr(chunks, "close", lambda: None)()
@@ -289,9 +292,10 @@ class Loop:
         if self._finish(connection, keep, deadline):
             self._proceed(connection, run)
 
-    def _refuse(self, connection: Connection, exc: Exception) -> None:
+    def _refuse(self, connection: Connection, exc: Exception, environ: dict[str, Any] | None = None) -> None:
         """Answers a request that the application does not get to see, or has failed to answer; then closes."""
-        connection.unsent = [memoryview(refusal(exc))]
+        request_id = request_log.refused(status_of(exc), connection.request, connection.began, environ)
+        connection.unsent = [memoryview(refusal(exc, request_id))]
         self._finish(connection, False, time.monotonic() + WRITE_SECONDS)
 
     def _linger(self, connection: Connection) -> None:
