@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import logging.config
+import os
 import threading
+import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -17,7 +20,7 @@ import msgspec
 
 from loom.config import ConfigError, LoggingConfig
 from loom.dsn import mask, may_hold_secret
-from loom.log_writer import Handler
+from loom.log_writer import Handler, Line
 from loom.syslog import Destination, look_up_in_process
 
 log = logging.getLogger("loom.log")
@@ -63,11 +66,13 @@ def _handlers() -> list[Handler]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, Handler)]
 
 
-def write(event: str, logger: logging.Logger, level: int, fields: dict[str, Any]) -> None:
-    """Log an event without the search for the calling line, which takes longer than all the rest."""
-    record = logging.LogRecord(logger.name, level, "", 0, event, None, None)
-    record.fields = fields
-    logger.handle(record)
+def write(event: str, level: int, fields: dict[str, Any]) -> None:
+    """Log an event to our handlers alone; a LogRecord, and the search for its line, would take longer than the rest."""
+    name, created = logging.getLevelName(level), time.time()
+    for handler in _handlers():
+        if handler.has_room() and isinstance(handler.formatter, Formatter):
+            text = handler.formatter.line(created, name, event, {"pid": os.getpid(), **fields})
+            handler.put(Line(name, created, text))
 
 
 def set_level(level: str) -> None:
@@ -100,6 +105,9 @@ def dict_config(config: LoggingConfig, syslog_destination: Destination | None = 
     }
 
 
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
 class Formatter(logging.Formatter):
     """Formats a record as one line of ASCII: time (RFC 3339, UTC), level, event, pid, then its fields."""
 
@@ -108,14 +116,22 @@ class Formatter(logging.Formatter):
         self.join = _as_json if style == "json" else _as_text
 
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        head = {"time": when.replace("+00:00", "Z"), "level": record.levelname.lower(), "event": record.getMessage()}
         fields = {"pid": record.process, **getattr(record, "fields", {})}
         if this_thread.request_id is not None:
             fields.setdefault("request_id", this_thread.request_id)
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
+        return self.line(record.created, record.levelname, record.getMessage(), fields)
+
+    def line(self, created: float, level: str, event: str, fields: dict[str, Any]) -> str:
+        seconds, milliseconds = divmod(int(created * 1000), 1000)
+        head = {"time": f"{_until_second(seconds)}.{milliseconds:03}Z", "level": level.lower(), "event": event}
         return self.join({**head, **fields, **head})
+
+
+@functools.lru_cache(2)
+def _until_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _clean(value: Any, name: str = "") -> Any:
@@ -131,7 +147,7 @@ def _clean(value: Any, name: str = "") -> Any:
 
 def _as_json(fields: dict[str, Any]) -> str:
     try:  # for the lines of requests, most of which need no masking
-        line = msgspec.json.encode(fields, enc_hook=str).decode()
+        line = _encode(fields).decode()
     except (TypeError, ValueError):  # half a surrogate pair, for example
         line = ""
     if line and line.isascii() and not may_hold_secret(line):

@@ -63,21 +63,28 @@ class Handler(logging.Handler):
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not self.has_room():
+            return
         try:
-            line = Line(record.levelname, record.created, self.format(record))
+            self.put(Line(record.levelname, record.created, self.format(record)))
         except Exception:  # as in each logging handler: a line that cannot be formatted must not stop the program
             self.handleError(record)
-            return
-        if len(self._lines) >= MOST_LINES or self.closed:
-            self.dropped += 1
-            return
+        if record.levelno >= logging.CRITICAL:  # the process may end at once
+            self.flush()
+
+    def has_room(self) -> bool:
+        """Whether a line may be put; if not, it counts as lost."""
+        if len(self._lines) < MOST_LINES and not self.closed:
+            return True
+        self.dropped += 1
+        return False
+
+    def put(self, line: Line) -> None:
         self._lines.append(line)
         if not self._threaded:
             self._write_queued(PATIENCE)
         elif self._idle:
             self._wake.set()
-        if record.levelno >= logging.CRITICAL:  # the process may end at once
-            self.flush()
 
     def _run(self) -> None:
         while not self.closed:

@@ -88,7 +88,7 @@ class RequestLog:
         }
         if about.named is not None:
             fields[about.named] = next(iter(self._args.values()))[:MOST_CHARACTERS]
-        log.write("request", logger, about.level, fields)
+        log.write("request", about.level, fields)
 
 
 def begin(request: Request) -> RequestLog:
@@ -105,7 +105,7 @@ def begin(request: Request) -> RequestLog:
 def end(request: Request, response: Response) -> None:
     """Adds the id to the answer, and writes the line."""
     found = begin(request)
-    response.headers["X-Request-ID"] = found.request_id
+    response.headers.add("X-Request-ID", found.request_id)  # no answer has one yet
     found.write(response.status_code, db.seconds_spent())
 
 
