@@ -209,6 +209,8 @@ def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
                 read_section(value_node, key)
             else:
                 value = loader.construct_object(value_node, deep=True)
+                if isinstance(value, bool) and value_node.value in allowed(key):  # in YAML, off is false
+                    value = value_node.value
                 expanded = _expand(value, f"{source}: {key}", environ) if isinstance(value, str) else value
                 given[key] = _Setting(expanded, source, textual=expanded != value)
 
