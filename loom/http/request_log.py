@@ -17,7 +17,7 @@ from loom import db, instances, log
 from loom.http import settings
 from loom.http.headers import REQUEST_ID
 from loom.http.idempotency import caller
-from loom.http.pollers import RECEIVED
+from loom.http.pollers import RECEIVED, client_gone
 
 STATE = "loom.request"  # in the environ: the RequestLog, also while the request waits
 CLIENT_GONE = 499  # nginx's status for a request whose client has hung up
@@ -109,9 +109,12 @@ def end(request: Request, response: Response) -> None:
     found.write(response.status_code, db.seconds_spent())
 
 
-def client_gone(environ: dict[str, Any]) -> None:
-    """Writes the line of a request that gets no answer, since its client has hung up."""
-    (environ.get(STATE) or RequestLog(environ, None, {})).write(CLIENT_GONE)
+def abandoned(environ: dict[str, Any]) -> bool:
+    """Whether the client has hung up, so that the request gets no answer; then writes its line."""
+    gone = client_gone(environ)
+    if gone:
+        (environ.get(STATE) or RequestLog(environ, None, {})).write(CLIENT_GONE)
+    return gone
 
 
 def refused(status: int, head: Any, started: float, environ: dict[str, Any] | None) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from gunicorn.http.errors import ExpectationFailed, LimitRequestHeaders, LimitRequestLine, UnsupportedTransferCoding
+from gunicorn.http.message import Request
 
 from loom import errors
+from loom.http.request_log import refused
 
 STATUS: dict[type[Exception], tuple[int, type[errors.Error]]] = {
     LimitRequestLine: (414, errors.TooLarge),
@@ -17,14 +20,17 @@ STATUS: dict[type[Exception], tuple[int, type[errors.Error]]] = {
 }
 
 
-def status_of(exc: Exception) -> int:
-    return exc.status if isinstance(exc, errors.Error) else STATUS.get(type(exc), (400, errors.Invalid))[0]
+def refusal(exc: Exception, request: Request | None, started: float, environ: dict[str, Any] | None) -> bytes:
+    """The complete HTTP response to a request that cannot be parsed, or that failed with one of our errors.
 
-
-def refusal(exc: Exception, request_id: str) -> bytes:
-    """The complete HTTP response to a request that cannot be parsed, or that failed with one of our errors."""
-    status = status_of(exc)
-    problem = exc if isinstance(exc, errors.Error) else STATUS.get(type(exc), (400, errors.Invalid))[1](str(exc))
+    Also writes its log line; see request_log.refused for the parameters.
+    """
+    if isinstance(exc, errors.Error):
+        status, problem = exc.status, exc
+    else:
+        status, kind = STATUS.get(type(exc), (400, errors.Invalid))
+        problem = kind(str(exc))
+    request_id = refused(status, request, started, environ)
     body = {"type": f"/problems/{problem.type}", "title": problem.title, "status": status}
     if problem.detail:
         body["detail"] = problem.detail

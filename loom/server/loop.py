@@ -26,10 +26,10 @@ from gunicorn.http.errors import ParseException
 from gunicorn.http.message import Request
 
 from loom import errors
-from loom.http import request_log
-from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, client_gone
+from loom.http.pollers import CAN_PARK, PARKED, RECEIVED
+from loom.http.request_log import abandoned
 from loom.server.connection import BUFFERED_BYTES, LINGER_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
-from loom.server.invalid import refusal, status_of
+from loom.server.invalid import refusal
 from loom.server.parking import park
 
 log = logging.getLogger("loom.worker")
@@ -237,8 +237,7 @@ class Loop:
     def _run(self, connection: Connection, request: Request) -> bool:
         """Runs the request and sends the response; true if the next request may follow at once."""
         self.served += 1
-        output, environ = Output(connection), connection.environ
-        has_waited = environ is not None
+        output, environ, has_waited = Output(connection), connection.environ, connection.environ is not None
         if environ is None:
             response, environ = wsgi.create(request, output, connection.client, connection.server, self._cfg)
             environ |= {"wsgi.multithread": True, "gunicorn.socket": connection.sock, CAN_PARK: True}
@@ -248,8 +247,7 @@ class Loop:
         if not has_waited:  # many may be woken at once; the time for their answers begins when they are run
             environ[RECEIVED] = connection.ready_at
         # After a second in the queue the client may have given up, and nobody would read the response.
-        if (has_waited or time.monotonic() - connection.ready_at > 1) and client_gone(environ):
-            request_log.client_gone(environ)
+        if (has_waited or time.monotonic() - connection.ready_at > 1) and abandoned(environ):
             self.close(connection)
             return False
         if self._stopping:
@@ -267,8 +265,8 @@ class Loop:
         except (ConnectionError, TimeoutError):
             raise
         except BaseException:
-            ids = {"request_id": environ.get("HTTP_X_REQUEST_ID")}
-            log.exception("request-failed", extra={"fields": {"method": request.method, "path": request.path, **ids}})
+            about = {"method": request.method, "path": request.path, "request_id": environ.get("HTTP_X_REQUEST_ID")}
+            log.exception("request-failed", extra={"fields": about})
             if response.headers_sent:
                 self.close(connection)
             else:
@@ -294,8 +292,7 @@ class Loop:
 
     def _refuse(self, connection: Connection, exc: Exception, environ: dict[str, Any] | None = None) -> None:
         """Answers a request that the application does not get to see, or has failed to answer; then closes."""
-        request_id = request_log.refused(status_of(exc), connection.request, connection.began, environ)
-        connection.unsent = [memoryview(refusal(exc, request_id))]
+        connection.unsent = [memoryview(refusal(exc, connection.request, connection.began, environ))]
         self._finish(connection, False, time.monotonic() + WRITE_SECONDS)
 
     def _linger(self, connection: Connection) -> None:
@@ -349,6 +346,5 @@ class Loop:
     def stop(self, idle_seconds: float = STOP_SECONDS) -> None:
         """Ends each connection after its current request, idle ones within `idle_seconds`."""
         self._stopping = True
-        deadline = time.monotonic() + idle_seconds
         for connection, _ in self._waiting(lambda c: c.idle and c.environ is None):
-            connection.deadline = min(connection.deadline, deadline)
+            connection.deadline = min(connection.deadline, time.monotonic() + idle_seconds)

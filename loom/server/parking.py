@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn.http.message import Request
 
-from loom.http import request_log
-from loom.http.pollers import PARKED, Wait, client_gone
+from loom.http.pollers import PARKED, Wait
+from loom.http.request_log import abandoned
 from loom.server.connection import Connection, Run
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
 
     def hung_up(connection: Connection, run: Run) -> None:
         nonlocal arming
-        if client_gone(environ):
+        if abandoned(environ):
             wait.poller.remove(wait.waiter)
-            request_log.client_gone(environ)
             loop.close(connection)
         else:  # the client has closed its side after it had sent another request
             arming = loop.arm(connection, 0, hung_up, wait.waiter.ends, time_over)
