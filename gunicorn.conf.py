@@ -32,7 +32,7 @@ def pre_fork(server, worker):
 
 
 def post_fork(server, worker):
-    log.follow_syslog()
+    log.start_threads()
     worker.cfg.set("graceful_timeout", 17)  # the worker's own: it must leave the registry before the master's SIGKILL
     worker.upkeep = upkeep.Upkeep(settings, hooks.after_fork(worker, settings))
     worker.upkeep.start()

@@ -5,7 +5,8 @@
 (a) Loom: one instance with its gunicorn.conf.py;
 (b) pgbench with the same two statements: the database's limit;
 (c) bench/bare.py with the same gunicorn settings: the framework's limit.
-(a) and (c) run in turns on one PostgreSQL, `--rounds` times; the medians are compared.
+(d) Loom with a log line for each request, which (a) has not.
+(a), (c) and (d) run in turns on one PostgreSQL, `--rounds` times; the medians are compared.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from pathlib import Path
 from bench.programs import gunicorn, pgbench
 from loom import config, db, embedded
 
-LOOM, BARE = "loom", "bare"
+LOOM, LOGGED, BARE = "loom", "logged", "bare"
 RELEASE = {LOOM: "/api/v1/locks/{name}?fencing_token={token}", BARE: "/api/v1/locks/{name}/{token}"}
+RELEASE[LOGGED] = RELEASE[LOOM]
 TOKEN = re.compile(rb'"fencing_token": ?([0-9]+)')
 PGBENCH = """
 \\set name random(1, 1000000000)
@@ -127,13 +129,14 @@ def main() -> None:
         row("(b) pgbench, 8 connections", [rate], [])
         for threads in map(int, given.threads.split(",")):
             print(f"{given.connections} connections, {threads} threads, {given.worker or 'our worker'}")
-            rates: dict[str, list[float]] = {LOOM: [], BARE: []}
-            latencies: dict[str, list[float]] = {LOOM: [], BARE: []}
+            rates: dict[str, list[float]] = {LOOM: [], LOGGED: [], BARE: []}
+            latencies: dict[str, list[float]] = {LOOM: [], LOGGED: [], BARE: []}
             with (
                 gunicorn("app:app", dsn, threads, given.worker, folder) as loom,
+                gunicorn("app:app", dsn, threads, given.worker, folder, "all") as logged,
                 gunicorn("bench.bare:app", dsn, threads, given.worker, folder) as bare,
             ):
-                ports = {LOOM: loom, BARE: bare}
+                ports = {LOOM: loom, LOGGED: logged, BARE: bare}
                 for kind, port in ports.items():
                     load(kind, port, given.connections, 1)
                 for _ in range(given.rounds):
@@ -142,10 +145,13 @@ def main() -> None:
                         rates[kind].append(len(taken) / given.seconds)
                         latencies[kind] += taken
             row("  (a) Loom, acquire + release", rates[LOOM], latencies[LOOM])
+            row("  (d) Loom, a log line for each", rates[LOGGED], latencies[LOGGED])
             row("  (c) bare Flask, same statements", rates[BARE], latencies[BARE])
             ratios = [a / c for a, c in zip(rates[LOOM], rates[BARE], strict=True)]
+            logged_ratios = [d / a for d, a in zip(rates[LOGGED], rates[LOOM], strict=True)]
             print(
-                f"  a/c {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                f"  d/a {statistics.median(logged_ratios):.2f} ({min(logged_ratios):.2f} to {max(logged_ratios):.2f})"
+                f"   a/c {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 f"   a/b {statistics.median(rates[LOOM]) / rate:.2f}"
             )
 

@@ -17,12 +17,18 @@ from loom import config, embedded
 
 
 @contextlib.contextmanager
-def gunicorn(application: str, dsn: str, threads: int, worker: str | None, folder: Path) -> Iterator[int]:
-    """Runs one gunicorn with the settings of gunicorn.conf.py, for the bare application without our hooks."""
+def gunicorn(
+    application: str, dsn: str, threads: int, worker: str | None, folder: Path, requests: str = "off"
+) -> Iterator[int]:
+    """Runs one gunicorn with the settings of gunicorn.conf.py, for the bare application without our hooks.
+
+    `requests`: of which of them a line is logged, to a file.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = folder / "config.yaml"
-    settings.write_text(f"server:\n  threads: {threads}\nlogging:\n  level: warning\n")
+    settings = folder / f"{port}.yaml"
+    logging = f"output: {folder}/{port}.log\n  requests: {requests}"
+    settings.write_text(f"server:\n  threads: {threads}\nlogging:\n  {logging}\n")
     arguments = [sys.executable, "-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), application]
     if application != "app:app":
         plain = folder / "bare.conf.py"

@@ -93,11 +93,12 @@ class SyslogConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """`output` is stdout, stderr or the path of a file."""
+    """`output` is stdout, stderr or the path of a file; `requests`: of which requests a line is logged."""
 
     level: Annotated[Level, Meta(description="debug, info, warning or error")] = "info"
     format: Annotated[Literal["json", "text"], Meta(description="json or text")] = "json"
     output: Text = "stdout"
+    requests: Annotated[Literal["all", "errors", "off"], Meta(description="all, errors or off")] = "all"
     syslog: SyslogConfig = SyslogConfig()
 
 
@@ -198,6 +199,8 @@ def _read(path: str, environ: Mapping[str, str]) -> dict[str, _Setting]:
                 read_section(value_node, key)
             else:
                 value = loader.construct_object(value_node, deep=True)
+                if isinstance(value, bool) and value_node.value in allowed(key):  # in YAML, off is false
+                    value = value_node.value
                 expanded = _expand(value, f"{source}: {key}", environ) if isinstance(value, str) else value
                 given[key] = _Setting(expanded, source, textual=expanded != value)
 

@@ -140,6 +140,13 @@ def _syntax_problem(dsn: str, said: str) -> str:
     )
 
 
+def may_hold_secret(text: str) -> bool:
+    """Whether `mask` could find something to mask in a part of the text. Quick, for the log line of a request."""
+    low = text.lower()
+    words = "postgres" in low or "password" in low or "secret" in low or "scram_" in low
+    return words or "invalid dsn" in low or "percent-encoded" in low
+
+
 def mask(text: str) -> str:
     """Return a DSN, or any text that may contain one, with *** in place of each password.
 

@@ -5,29 +5,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import logging
 import logging.config
-import socket
-import subprocess
-import sys
+import os
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+import msgspec
+
 from loom.config import ConfigError, LoggingConfig
-from loom.dsn import mask
+from loom.dsn import mask, may_hold_secret
+from loom.log_writer import Handler, Line
+from loom.syslog import Destination, look_up_in_process
 
 log = logging.getLogger("loom.log")
-
-FACILITY_DAEMON = 3 << 3
-LOOK_UP_SECONDS = 2.0  # for which setup() waits for the address of the syslog server
-LOOK_UP_PERIOD = 60.0  # seconds between two look-ups of that address in a worker
-RETRY_PERIOD = 2.0  # seconds, after a look-up that failed
-
-Destination = tuple[int, tuple[Any, ...]]  # an address family, and an address for sendto()
 
 
 def setup(config: LoggingConfig) -> dict[str, Any]:
@@ -37,7 +33,7 @@ def setup(config: LoggingConfig) -> dict[str, Any]:
     """
     destination, reason = None, ""
     if config.syslog.enabled:
-        destination, reason = _look_up_in_process(config.syslog.address)
+        destination, reason = look_up_in_process(config.syslog.address)
     settings = dict_config(config, destination)
     try:
         logging.config.dictConfig(settings)
@@ -48,11 +44,35 @@ def setup(config: LoggingConfig) -> dict[str, Any]:
     return settings
 
 
-def follow_syslog() -> None:
-    """In a worker, after its fork: look up the address of the syslog server from time to time."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, SyslogHandler):
-            handler.follow()
+class _ThisThread(threading.local):
+    request_id: str | None = None
+
+
+this_thread = _ThisThread()  # the request that it works on, whose id each line gets
+
+
+def start_threads() -> None:
+    """In a worker, after its fork: write the lines in threads, so that nobody who logs waits."""
+    for handler in _handlers():
+        handler.start()
+
+
+def usage() -> dict[str, dict[str, int]]:
+    """By target (`output`, `syslog`): the log lines that wait (`queued`), and those that were lost (`dropped`)."""
+    return {str(handler.name): handler.usage() for handler in _handlers()}
+
+
+def _handlers() -> list[Handler]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, Handler)]
+
+
+def write(event: str, level: int, fields: dict[str, Any]) -> None:
+    """Log an event to our handlers alone; a LogRecord, and the search for its line, would take longer than the rest."""
+    name, created = logging.getLevelName(level), time.time()
+    for handler in _handlers():
+        if handler.has_room() and isinstance(handler.formatter, Formatter):
+            text = handler.formatter.line(created, name, event, {"pid": os.getpid(), **fields})
+            handler.put(Line(name, created, text))
 
 
 def set_level(level: str) -> None:
@@ -62,13 +82,12 @@ def set_level(level: str) -> None:
 
 def dict_config(config: LoggingConfig, syslog_destination: Destination | None = None) -> dict[str, Any]:
     """Return settings for logging.config.dictConfig, for our loggers and gunicorn's; without a line per request."""
-    handler: dict[str, Any] = {"class": "logging.StreamHandler", "stream": f"ext://sys.{config.output}"}
-    if config.output not in ("stdout", "stderr"):
-        handler = {"class": "logging.handlers.WatchedFileHandler", "filename": config.output, "encoding": "utf-8"}
-    handlers = {"output": handler | {"formatter": "line"}}
+    handlers: dict[str, Any] = {
+        "output": {"()": "loom.log_writer.OutputHandler", "output": config.output, "formatter": "line"}
+    }
     if config.syslog.enabled:
         handlers["syslog"] = {
-            "()": "loom.log.SyslogHandler",
+            "()": "loom.syslog.SyslogHandler",
             "address": config.syslog.address,
             "destination": syslog_destination,
             "formatter": "line",
@@ -86,6 +105,9 @@ def dict_config(config: LoggingConfig, syslog_destination: Destination | None = 
     }
 
 
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
 class Formatter(logging.Formatter):
     """Formats a record as one line of ASCII: time (RFC 3339, UTC), level, event, pid, then its fields."""
 
@@ -94,12 +116,22 @@ class Formatter(logging.Formatter):
         self.join = _as_json if style == "json" else _as_text
 
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        head = {"time": when.replace("+00:00", "Z"), "level": record.levelname.lower(), "event": record.getMessage()}
         fields = {"pid": record.process, **getattr(record, "fields", {})}
+        if this_thread.request_id is not None:
+            fields.setdefault("request_id", this_thread.request_id)
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return self.join(_clean({**head, **fields, **head}))
+        return self.line(record.created, record.levelname, record.getMessage(), fields)
+
+    def line(self, created: float, level: str, event: str, fields: dict[str, Any]) -> str:
+        seconds, milliseconds = divmod(int(created * 1000), 1000)
+        head = {"time": f"{_until_second(seconds)}.{milliseconds:03}Z", "level": level.lower(), "event": event}
+        return self.join({**head, **fields, **head})
+
+
+@functools.lru_cache(2)
+def _until_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _clean(value: Any, name: str = "") -> Any:
@@ -114,7 +146,13 @@ def _clean(value: Any, name: str = "") -> Any:
 
 
 def _as_json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields)
+    try:  # for the lines of requests, most of which need no masking
+        line = _encode(fields).decode()
+    except (TypeError, ValueError):  # half a surrogate pair, for example
+        line = ""
+    if line and line.isascii() and not may_hold_secret(line):
+        return line
+    return json.dumps(_clean(fields), separators=(",", ":"))
 
 
 def _as_text(fields: dict[str, Any]) -> str:
@@ -124,110 +162,7 @@ def _as_text(fields: dict[str, Any]) -> str:
         plain = isinstance(value, str) and value.isascii() and value.isprintable() and not set(value) & set(' "=')
         return str(value) if plain and value else json.dumps(value)
 
+    fields = _clean(fields)
     when, level, what = fields.pop("time"), fields.pop("level"), fields.pop("event")
     sentence = what if what.isascii() and what.isprintable() else json.dumps(what)
     return " ".join([when, level, sentence, *(f"{name}={word(value)}" for name, value in fields.items())])
-
-
-LOOK_UP_ERRORS = (OSError, OverflowError, UnicodeError)  # raised for an address that does not resolve
-
-
-def look_up(address: str, flags: int = 0) -> Destination:
-    """Resolve `host:port`. Raises one of LOOK_UP_ERRORS."""
-    host, _, port = address.rpartition(":")
-    family, _, _, _, sockaddr = socket.getaddrinfo(host.strip("[]"), int(port), 0, socket.SOCK_DGRAM, 0, flags)[0]
-    return family, sockaddr
-
-
-# The same, for another process, without Loom's code.
-_LOOK_UP = """
-import json, socket, sys
-host, port = sys.argv[1:]
-family, _, _, _, sockaddr = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-print(json.dumps([family, sockaddr]))
-"""
-
-
-def _look_up_in_process(address: str) -> tuple[Destination | None, str]:
-    """Resolve `host:port` within LOOK_UP_SECONDS; return None and the reason if that fails.
-
-    getaddrinfo() can take half a minute if a name server does not answer. It runs in another process, which can be
-    killed: a thread would go on, and a gunicorn master must have none (see SyslogHandler).
-    """
-    with contextlib.suppress(*LOOK_UP_ERRORS):
-        return look_up(address, socket.AI_NUMERICHOST), ""
-    host, _, port = address.rpartition(":")
-    command = [sys.executable, "-I", "-S", "-c", _LOOK_UP, host.strip("[]"), port]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_UP_SECONDS, check=True)
-        family, sockaddr = json.loads(run.stdout)
-        return (family, tuple(sockaddr)), ""
-    except subprocess.TimeoutExpired:
-        return None, f"no name server answered within {LOOK_UP_SECONDS:.0f} s"
-    except subprocess.CalledProcessError as exc:
-        return None, exc.stderr.strip().rpartition("\n")[2]
-    except OSError as exc:
-        return None, str(exc)
-
-
-class SyslogHandler(logging.Handler):
-    """Sends RFC 5424 lines by UDP, and never waits: a line that cannot be sent at once does not reach the server.
-
-    Only the look-up of the server's address can take long. setup() does it once, and a worker repeats it in a thread.
-    A gunicorn master must not have a thread: if it forks while the thread imports a module, for instance, the import
-    stays half done in the worker for ever.
-    """
-
-    def __init__(self, address: str, destination: Destination | None = None) -> None:
-        super().__init__()
-        self.address = address
-        self.head = f"{socket.gethostname()} loom"
-        self.closed = threading.Event()
-        self.reported: set[int | None] = set()  # errno of each kind of failure that has been logged
-        self.destination: Destination | None = None
-        self.send: Callable[[bytes], object] | None = None
-        if destination is not None:
-            self._send_to(destination)
-
-    def follow(self) -> None:
-        """Look up the address from time to time, in a thread. Not in a process that forks."""
-        threading.Thread(target=self._follow, name="syslog-address", daemon=True).start()
-
-    def _follow(self) -> None:
-        failed = self.destination is None
-        while not self.closed.wait(RETRY_PERIOD if failed else LOOK_UP_PERIOD):
-            try:
-                self._send_to(look_up(self.address))
-                failed = False
-            except LOOK_UP_ERRORS:  # the last address, if any, stays in use
-                failed = True
-
-    def _send_to(self, destination: Destination) -> None:
-        if destination != self.destination:
-            family, sockaddr = destination
-            udp = socket.socket(family, socket.SOCK_DGRAM)
-            udp.setblocking(False)
-            self.destination, self.send = destination, lambda line: udp.sendto(line, sockaddr)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            severity = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
-            when = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
-            line = f"<{FACILITY_DAEMON | severity}>1 {when} {self.head} {record.process} - - {self.format(record)}"
-            if self.send is not None:
-                self.send(line.encode())
-        except OSError as exc:
-            self._report(exc)
-        except Exception:  # as in each logging handler: a line that cannot be formatted must not stop the program
-            self.handleError(record)
-
-    def _report(self, exc: OSError) -> None:
-        """Log once for each kind of failure that lines do not reach the syslog server."""
-        if exc.errno not in self.reported:
-            self.reported.add(exc.errno)
-            log.warning("syslog-unreachable", extra={"fields": {"address": self.address, "reason": str(exc)}})
-
-    def close(self) -> None:
-        self.closed.set()
-        self.send = None
-        super().close()

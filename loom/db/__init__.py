@@ -53,6 +53,11 @@ def default() -> Database:
     return _default
 
 
+def seconds_spent() -> float:
+    """How long the statements of this thread's request have taken since `start_request`."""
+    return 0.0 if _default is None else _default.seconds_spent
+
+
 def connection() -> contextlib.AbstractContextManager[Connection]:
     return default().connection()
 

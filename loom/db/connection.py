@@ -140,6 +140,7 @@ class Connection:
         self._names: dict[str, list[str]] = {}  # column names of recent statements: the cursor takes 6 us for them
         self.was_cut = False
         self.last_used = self.seconds_taken = 0.0  # when the last statement ended, and how long it took
+        self.seconds_spent = 0.0  # by all statements since it was lent
         self.cut_at: float | None = None
         self.began: float | None = None  # the statement that is running now
         self.deadline = time.monotonic() + timeout
@@ -201,6 +202,7 @@ class Connection:
             self.cut_at = self.began = None
             self.last_used = time.monotonic()
             self.seconds_taken = self.last_used - (self.deadline - left)
+            self.seconds_spent += self.seconds_taken
 
     def begin(self) -> None:
         """Begins a transaction: BEGIN is sent together with the next statement."""
@@ -213,7 +215,8 @@ class Connection:
         if self._prefix:
             self._prefix = ""
         elif begun and not self.raw.closed:
-            self.cut_at = max(self.deadline, time.monotonic() + SLACK)
+            began = time.monotonic()
+            self.cut_at = max(self.deadline, began + SLACK)
             try:
                 with self.raw.cursor() as cursor:
                     cursor.execute(how)
@@ -221,6 +224,7 @@ class Connection:
                         raise psycopg2.InternalError("a statement of the transaction failed: rolled back")
             finally:
                 self.cut_at = None
+                self.seconds_spent += time.monotonic() - began
 
     @property
     def lost(self) -> bool:

@@ -87,11 +87,17 @@ class Database:
         """
         self._thread_state.deadline = (received or time.monotonic()) + self.timeout - SLACK
         self._thread_state.repeatable = True
+        self._thread_state.seconds_spent = 0.0
 
     @property
     def request_deadline(self) -> float:
         """When the time of this thread's request is over, on the monotonic clock."""
         return self._thread_state.deadline or time.monotonic() + self.timeout - SLACK
+
+    @property
+    def seconds_spent(self) -> float:
+        """How long the statements of this thread's request have taken."""
+        return self._thread_state.seconds_spent
 
     @property
     def repeatable(self) -> bool:
@@ -280,11 +286,13 @@ class Database:
 
 
 class ThreadState(threading.local):
-    """Of each thread: its deadline, its open transaction, and whether its request may be repeated."""
+    """Of each thread: its deadline, its open transaction, whether its request may be repeated, and its statements'
+    time."""
 
     deadline: float | None = None
     transaction: Connection | None = None
     repeatable = True
+    seconds_spent = 0.0
 
 
 class ConnectionWaiter:
@@ -316,6 +324,8 @@ class BorrowedConnection:
     def __enter__(self) -> Connection:
         self._joined = self._database._thread_state.transaction
         self._conn = self._joined or self._database.take()
+        if self._joined is None:
+            self._conn.seconds_spent = 0.0
         return self._conn
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -324,6 +334,7 @@ class BorrowedConnection:
             self._database.note_failure(self._conn, exc)
             refused = translate(exc)
         if self._joined is None:
+            self._database._thread_state.seconds_spent += self._conn.seconds_spent
             if isinstance(exc.__cause__ if isinstance(exc, errors.Busy) else exc, pg.LockNotAvailable):
                 refused = errors.Busy(self._database.lock_waits.describe_blocker(self._conn))
             self._database.give_back(self._conn)

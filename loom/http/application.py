@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from flask import Flask, request
+from flask.globals import request_ctx
 from flask.wrappers import Request, Response
 from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.routing import MapAdapter
@@ -16,9 +17,10 @@ from loom import instances as registry
 from loom.bounds import bounds
 from loom.config import Config
 from loom.db.connection import REPEATS
-from loom.http import metrics, problems
+from loom.http import metrics, problems, request_log
 from loom.http.parse import NameConverter, check_query
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, WAITER, Pollers, Wait, before_view
+from loom.log import this_thread
 
 API = "/api/v1/"
 ALWAYS_SERVED = ("/health", "/metrics", "/api/v1/health", "/api/openapi.yaml")
@@ -42,12 +44,14 @@ class Application(Flask):
     def full_dispatch_request(self) -> Response:
         """Relies on the rule that each view and each error handler returns a Response."""
         metrics.start()
+        line = request_log.begin(request_ctx.request)
         while True:
             try:
                 self.preprocess_request()
                 answer = self.dispatch_with_retries()
                 break
             except Wait as wait:
+                line.wait()
                 environ = request.environ
                 environ[WAITER] = wait.waiter
                 if CAN_PARK in environ:
@@ -84,7 +88,7 @@ class Application(Flask):
         return func
 
     def do_teardown_request(self, exc: BaseException | None = None) -> None:
-        pass
+        this_thread.request_id = None
 
     def do_teardown_appcontext(self, exc: BaseException | None = None) -> None:
         pass
@@ -122,9 +126,7 @@ class Application(Flask):
 
     def process_response(self, response: Response) -> Response:
         metrics.count(response.status_code)
-        request_id = request.environ.get("HTTP_X_REQUEST_ID")
-        if request_id:
-            response.headers["X-Request-ID"] = request_id
+        request_log.end(request_ctx.request, response)
         if response.is_sequence and not any(cast(list[bytes], response.response)):
             response.headers.pop("Content-Type", None)  # of nothing
         return response

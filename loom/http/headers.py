@@ -13,7 +13,7 @@ from loom.http.settings import settings
 from loom.state.entities import Conditions, Versions
 from loom.state.writer import Writer
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx accepts it from a client
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx accepts it from a client
 _FENCE = r'\s*([1-9][0-9]{0,15})\s*(?:;\s*lock\s*=\s*("[^"]*")\s*)?'
 _FENCES = re.compile(f"{_FENCE}(?:,{_FENCE})*")
 
@@ -75,7 +75,7 @@ def _versions(header: str) -> Versions | None:
 def _request_id(header: str) -> str | None:
     """The id in that header, or None if it is absent or malformed."""
     value = request.environ.get(header, "")
-    return value if _REQUEST_ID.fullmatch(value) else None
+    return value if REQUEST_ID.fullmatch(value) else None
 
 
 def _fences(text: str, own: str | None) -> dict[str, int]:

@@ -22,8 +22,10 @@ def initial() -> Config:
 
 
 def own() -> Config:
-    """The settings with which this instance was started."""
-    return current_app.config["LOOM"] if _inherited is None else _inherited
+    """The settings with which this instance was started; the defaults outside an application."""
+    if _inherited is not None:
+        return _inherited
+    return current_app.config["LOOM"] if current_app else Config()
 
 
 def settings() -> Config:

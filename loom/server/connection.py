@@ -122,6 +122,11 @@ class Connection:
         return self.request is None and not self._input
 
     @property
+    def began(self) -> float:
+        """When the first byte of the current request arrived."""
+        return self.read_deadline - READ_SECONDS
+
+    @property
     def buffered(self) -> int:
         """The bytes that this connection keeps in memory."""
         arriving = 0 if self._chunks is None else len(self._chunks.body)

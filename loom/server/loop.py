@@ -27,7 +27,8 @@ from gunicorn.http.message import Request
 
 from loom import errors
 from loom.bounds import bounds
-from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, client_gone
+from loom.http.pollers import CAN_PARK, PARKED, RECEIVED
+from loom.http.request_log import abandoned
 from loom.server.connection import LINGER_SECONDS, READ_SECONDS, STOP_SECONDS, WRITE_SECONDS, Connection, Output, Run
 from loom.server.invalid import refusal
 from loom.server.listener import Listeners
@@ -237,8 +238,7 @@ class Loop:
     def _run(self, connection: Connection, request: Request) -> bool:
         """Runs the request and sends the response; true if the next request may follow at once."""
         self.served += 1
-        output, environ = Output(connection), connection.environ
-        has_waited = environ is not None
+        output, environ, has_waited = Output(connection), connection.environ, connection.environ is not None
         if environ is None:
             response, environ = wsgi.create(request, output, connection.client, connection.server, self._cfg)
             environ |= {"wsgi.multithread": True, "gunicorn.socket": connection.sock, CAN_PARK: True}
@@ -248,7 +248,7 @@ class Loop:
         if not has_waited:  # many may be woken at once; the time for their answers begins when they are run
             environ[RECEIVED] = connection.ready_at
         # After a second in the queue the client may have given up, and nobody would read the response.
-        if (has_waited or time.monotonic() - connection.ready_at > 1) and client_gone(environ):
+        if (has_waited or time.monotonic() - connection.ready_at > 1) and abandoned(environ):
             self.close(connection)
             return False
         if self._stopping:
@@ -267,11 +267,12 @@ class Loop:
         except (ConnectionError, TimeoutError):
             raise
         except (Exception, SystemExit):
-            log.exception("request-failed", extra={"fields": {"method": request.method, "path": request.path}})
+            about = {"method": request.method, "path": request.path, "request_id": environ.get("HTTP_X_REQUEST_ID")}
+            log.exception("request-failed", extra={"fields": about})
             if response.headers_sent:
                 self.close(connection)
             else:
-                self._refuse(connection, errors.Error())
+                self._refuse(connection, errors.Error(), environ)
             return False
         finally:
             getattr(chunks, "close", lambda: None)()
@@ -293,9 +294,9 @@ class Loop:
             connection.read_deadline = time.monotonic() + READ_SECONDS
             self._proceed(connection, run)
 
-    def _refuse(self, connection: Connection, exc: Exception) -> None:
+    def _refuse(self, connection: Connection, exc: Exception, environ: dict[str, Any] | None = None) -> None:
         """Answers a request that the application does not get to see, or has failed to answer; then closes."""
-        connection.unsent = [memoryview(refusal(exc))]
+        connection.unsent = [memoryview(refusal(exc, connection.request, connection.began, environ))]
         self._finish(connection, False, time.monotonic() + WRITE_SECONDS)
 
     def _linger(self, connection: Connection) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn.http.message import Request
 
-from loom.http.pollers import PARKED, Wait, client_gone
+from loom.http.pollers import PARKED, Wait
+from loom.http.request_log import abandoned
 from loom.server.connection import Connection, Run
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
             run_again(connection)
 
     def on_hang_up(connection: Connection, run: Run) -> None:
-        if client_gone(environ):
+        if abandoned(environ):
             loop.close(connection)
         else:
             # The client sent more before it closed its side, and may still read. EPOLLRDHUP would fire again at once.

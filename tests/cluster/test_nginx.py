@@ -159,6 +159,7 @@ def test_a_request_line_or_header_that_is_too_long_is_refused_as_a_problem(nginx
     ]:
         assert (answer.status, answer.json["status"]) == (status, status)
         assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.headers["X-Request-ID"]
 
 
 def raw(port: int, text: bytes) -> bytes:

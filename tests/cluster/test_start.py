@@ -129,7 +129,7 @@ def test_a_master_with_threads_is_logged(start_cluster: Callable[..., Cluster], 
     )
     env = {"PYTHONPATH": str(tmp_path), "GUNICORN_CMD_ARGS": "--preload"}
     cluster = start_cluster(1, app="threaded:app", env=env)
-    assert '"event": "master-has-threads"' in cluster.masters[0].log.read_text()
+    assert '"event":"master-has-threads"' in cluster.masters[0].log.read_text()
 
 
 WITH_MODULES = """

@@ -230,13 +230,15 @@ def test_requests_are_counted_by_route_method_and_status_never_by_what_clients_s
 
 
 def test_labels_have_few_values_whatever_clients_send(client: AppClient, app: Flask) -> None:
+    of_other_tests = {sample.labels["route"] for sample in families(client)["loom_http_requests"].samples}
     for number in range(30):
         for method in ("GET", "POST", f"M{number}", "\u00e9"):
             for path in (f"/api/v1/beads/{number}/x?{number}=1", f"/api/v1/beads/{number}", f"{LOCKS}%00{number}"):
                 client.request(method, path)
     routes = {re.sub("<[^>]*>", "{}", rule.rule) for rule in app.url_map.iter_rules()} | {UNMATCHED}
     for sample in families(client)["loom_http_requests"].samples:
-        assert re.sub("{[^}]*}", "{}", sample.labels["route"]) in routes
+        route = sample.labels["route"]
+        assert route in of_other_tests or re.sub("{[^}]*}", "{}", route) in routes
         assert sample.labels["method"] in {*METHODS, OTHER}
         assert 200 <= int(sample.labels["status"]) < 600
 

@@ -100,6 +100,11 @@ def test_the_guides_logging_works_as_written():
     assert logging.syslog.address == "logs.example.com:514"
 
 
+def test_off_needs_no_quotes_although_yaml_takes_it_for_a_boolean(tmp_path):
+    (tmp_path / "config.yaml").write_text("logging:\n  requests: off\n")
+    assert load(str(tmp_path / "config.yaml"), {}).logging.requests == "off"
+
+
 def test_the_guides_tuning_sizes_the_pool_and_is_hidden_from_libpq():
     config = read(TUNING)
     assert (config.database.pool_min, config.database.pool_max) == (5, 25)

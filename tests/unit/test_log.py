@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import select
 import shlex
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from harness import MARGIN, program
 
 from loom import log
 from loom.config import ConfigError, LoggingConfig, SyslogConfig
+from loom.syslog import LOOK_UP_SECONDS
 
 logger = logging.getLogger("loom.test")
 
@@ -240,7 +242,7 @@ names.bind(("127.0.0.1", 53))  # never answers
 start = time.monotonic()
 setup("logs.example.com:514")
 took = time.monotonic() - start
-log.follow_syslog()
+log.start_threads()
 start = time.monotonic()
 for _ in range(100):
     logging.getLogger("x").info("line")
@@ -249,7 +251,7 @@ print(json.dumps({"asked": len(names.recv(1000)), "took": took, "lines": time.mo
         (tmp_path / "resolv.conf", "/etc/resolv.conf"),
     )
     assert said["asked"] > 0
-    assert log.LOOK_UP_SECONDS <= said["took"] < log.LOOK_UP_SECONDS + MARGIN
+    assert LOOK_UP_SECONDS <= said["took"] < LOOK_UP_SECONDS + MARGIN
     assert said["lines"] < MARGIN
 
 
@@ -262,7 +264,7 @@ server = socket.socket(type=socket.SOCK_DGRAM)
 server.bind(("127.0.0.9", 5140))
 server.settimeout(0.1)
 setup("logs.example.com:5140")
-log.follow_syslog()
+log.start_threads()
 open("/etc/hosts", "a").write("127.0.0.9 logs.example.com\\n")
 deadline = time.monotonic() + 20
 got = b""
@@ -276,10 +278,107 @@ print(json.dumps({"got": got.decode()}))
 """,
         (tmp_path / "hosts", "/etc/hosts"),
     )
-    assert '"event": "line"' in said["got"]
+    assert '"event":"line"' in said["got"]
 
 
 def test_a_line_that_cannot_be_formatted_does_not_raise_in_its_caller(lines, capsys):
     lines(syslog=syslog(9))
     logger.info("%d", "text")
     assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unread(tmp_path):
+    """A named pipe that is open, and from which nobody reads until the test does: its path, and what reads it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def read() -> list[dict[str, Any]]:
+        text = b""
+        while select.select([reader], [], [], 0.5)[0]:
+            text += os.read(reader, 1 << 20)
+        return [json.loads(line) for line in text.splitlines()]
+
+    yield str(path), read
+    os.close(reader)
+
+
+def test_nobody_waits_for_a_log_that_nobody_reads_and_the_lost_lines_are_counted(unread):
+    path, read = unread
+    log.setup(LoggingConfig(output=path))
+    log.start_threads()
+    sent = 10_000
+    start = time.monotonic()
+    for number in range(sent):
+        logger.info("line", extra={"fields": {"number": number, "text": "x" * 100}})
+    assert time.monotonic() - start < MARGIN
+    dropped = log.usage()["output"]["dropped"]
+    assert 0 < dropped < sent
+    lines = read()
+    numbers = [line["number"] for line in lines if line["event"] == "line"]
+    assert numbers == sorted(numbers)
+    (told,) = [line for line in lines if line["event"] == "log-lines-dropped"]
+    assert (told["target"], told["count"], dropped) == ("output", dropped, sent - len(numbers))
+    logger.info("again")
+    assert [line["event"] for line in read()] == ["again"]
+
+
+STUCK_STDOUT = """
+import json, logging, sys, time
+from loom import log
+from loom.config import LoggingConfig
+log.setup(LoggingConfig())
+if sys.argv[1] == "threads":
+    log.start_threads()
+start = time.monotonic()
+for number in range(int(sys.argv[2])):
+    logging.getLogger("x").info("x" * 1000)
+print(json.dumps([time.monotonic() - start, log.usage()["output"]["dropped"]]), file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("mode", "lines", "most"), [("threads", 10_000, 0.0), ("master", 70, 1.0)])
+def test_a_process_ends_although_nobody_reads_its_stdout(mode, lines, most):
+    """`most`: seconds for which the loop may take; a master has no thread and waits a little for each line."""
+    command = [sys.executable, "-c", STUCK_STDOUT, mode, str(lines)]
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        took, dropped = json.loads(process.stderr.read())
+        assert process.wait(10) == 0
+        assert time.monotonic() - start < 5 + MARGIN
+        assert took < most + MARGIN
+        assert dropped > 0
+        lines_read = process.stdout.read().splitlines()
+        assert len(lines_read) + dropped <= lines + 1
+        assert all(json.loads(line) for line in lines_read)
+
+
+def test_a_log_whose_folder_is_removed_stops_nobody_and_goes_on_when_it_is_back(tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    log.setup(LoggingConfig(output=str(folder / "log")))
+    logger.info("before")
+    (folder / "log").unlink()
+    folder.rmdir()
+    logger.info("lost")
+    logger.info("lost too")
+    folder.mkdir()
+    logger.info("after")
+    lines = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["after", "log-lines-dropped"]
+    assert lines[1]["count"] == 2
+
+
+def test_a_process_that_ends_has_written_its_last_lines(tmp_path):
+    code = "import logging, sys; from loom import log; from loom.config import LoggingConfig\n"
+    code += "log.setup(LoggingConfig(output=sys.argv[1])); log.start_threads(); log.log.info('last')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "log")], check=True, timeout=30)
+    assert json.loads((tmp_path / "log").read_text())["event"] == "last"
+
+
+def test_a_critical_line_is_written_before_the_process_ends_at_once(tmp_path):
+    code = "import logging, os, sys; from loom import log; from loom.config import LoggingConfig\n"
+    code += "log.setup(LoggingConfig(output=sys.argv[1])); log.start_threads(); log.log.critical('last'); os._exit(3)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "log")], check=False, timeout=30)
+    assert json.loads((tmp_path / "log").read_text())["event"] == "last"

@@ -5,4 +5,4 @@ from __future__ import annotations
 from app import app as app
 from loom.server import loop, parking
 
-loop.client_gone = parking.client_gone = lambda environ: False
+loop.abandoned = parking.abandoned = lambda environ: False

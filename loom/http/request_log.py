@@ -1,0 +1,143 @@
+"""The log line of each request, and the id that leads from an answer to its log lines and events."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from flask import Request, Response
+
+from loom import db, instances, log
+from loom.http import settings
+from loom.http.headers import REQUEST_ID
+from loom.http.idempotency import caller
+from loom.http.pollers import RECEIVED, client_gone
+
+STATE = "loom.request"  # in the environ: the RequestLog, also while the request waits
+CLIENT_GONE = 499  # nginx's status for a request whose client has hung up
+MOST_CHARACTERS = 500  # of a path that are logged
+QUIET = ("/health", "/metrics", "/api/v1/health", "/api/openapi.yaml")  # logged at debug
+NAMED = {"locks": "lock", "beads": "bead", "agents": "agent", "providers": "provider", "projects": "project"}
+PARAMETERS = {"locks": "{name}", "file-locks": "{project_id}/{path}", "config": "{key}"}  # in the contract; else {id}
+
+logger = logging.getLogger("loom.http")
+
+
+class Route(NamedTuple):
+    """`template`: as in the contract. `named`: the field for the name or id in the path, if it has one."""
+
+    template: str | None
+    named: str | None
+    level: int
+
+
+@functools.cache
+def route(rule: str | None) -> Route:
+    """What is logged of a rule of the application; None: no route fits the path."""
+    if rule is None:
+        return Route(None, None, logging.INFO)
+    word = rule.removeprefix("/api/v1/").partition("/")[0]
+    template = re.sub("<[^>]*>", PARAMETERS.get(word, "{id}"), rule)
+    level = logging.DEBUG if rule.startswith(QUIET) else logging.INFO
+    return Route(template, NAMED.get(word) if "<" in rule else None, level)
+
+
+class RequestLog:
+    """One request from its arrival to its end. If it waits, it is run several times in between."""
+
+    __slots__ = ("_args", "_database", "_environ", "_rule", "_started", "_written", "request_id")
+
+    def __init__(self, environ: dict[str, Any], rule: str | None, args: Mapping[str, Any]) -> None:
+        """Gives the request its id, as nginx does: the client's if it is harmless, else a new one."""
+        self.request_id = environ["HTTP_X_REQUEST_ID"] = request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self._environ, self._rule, self._args = environ, rule, args
+        self._started: float = environ.get(RECEIVED) or time.monotonic()
+        self._database = 0.0
+        self._written = False
+
+    def wait(self) -> None:
+        """Called when the request ends to be run again."""
+        self._database += db.seconds_spent()
+
+    def write(self, status: int, database: float = 0.0) -> None:
+        """Writes the line, unless it is written. `database`: seconds that statements have taken in the last run."""
+        if self._written:
+            return
+        self._written = True
+        about = route(self._rule)
+        config = settings.own()
+        if not logger.isEnabledFor(about.level) or not _wanted(config.logging.requests, status):
+            return
+        fields = {
+            "request_id": self.request_id,
+            "instance_id": instances.own_id(),
+            "port": config.server.http_port,
+            "method": self._environ["REQUEST_METHOD"],
+            "route": about.template,
+            "path": self._environ["PATH_INFO"].encode("latin-1").decode(errors="replace")[:MOST_CHARACTERS],
+            "status": status,
+            "duration_ms": round((time.monotonic() - self._started) * 1000, 2),
+            "database_ms": round((self._database + database) * 1000, 2),
+            "caller": caller(),
+        }
+        if about.named is not None:
+            fields[about.named] = next(iter(self._args.values()))[:MOST_CHARACTERS]
+        log.write("request", about.level, fields)
+
+
+def begin(request: Request) -> RequestLog:
+    """The RequestLog of a request that is run now, perhaps not for the first time."""
+    found: RequestLog | None = request.environ.get(STATE)
+    if found is None:
+        rule = request.url_rule
+        found = RequestLog(request.environ, None if rule is None else rule.rule, request.view_args or {})
+        request.environ[STATE] = found
+    log.this_thread.request_id = found.request_id
+    return found
+
+
+def end(request: Request, response: Response) -> None:
+    """Adds the id to the answer, and writes the line."""
+    found = begin(request)
+    response.headers.add("X-Request-ID", found.request_id)  # no answer has one yet
+    found.write(response.status_code, db.seconds_spent())
+
+
+def abandoned(environ: dict[str, Any]) -> bool:
+    """Whether the client has hung up, so that the request gets no answer; then writes its line."""
+    gone = client_gone(environ)
+    if gone:
+        (environ.get(STATE) or RequestLog(environ, None, {})).write(CLIENT_GONE)
+    return gone
+
+
+def refused(status: int, head: Any, started: float, environ: dict[str, Any] | None) -> str:
+    """Writes the line of a request that the application has not seen, or has failed to answer. Returns its id.
+
+    `head`: gunicorn's request, if the server could read it; `environ`: if the application was called.
+    """
+    if environ is None:
+        environ = {"REQUEST_METHOD": None, "PATH_INFO": "", RECEIVED: started}
+        if head is not None:
+            environ |= {"REQUEST_METHOD": head.method, "PATH_INFO": unquote_to_bytes(head.path).decode("latin-1")}
+            environ |= {f"HTTP_{name.replace('-', '_')}": value for name, value in head.headers}
+    found = environ.get(STATE) or RequestLog(environ, None, {})
+    found.write(status)
+    return found.request_id
+
+
+def request_id(given: str | None) -> str:
+    """The id that a client has chosen, or a new one if there is none, or a malformed one."""
+    if given and REQUEST_ID.fullmatch(given):
+        return given
+    return f"{random.getrandbits(128):032x}"  # not a secret; os.urandom() would release the interpreter's lock
+
+
+def _wanted(which: str, status: int) -> bool:
+    return which == "all" or (which == "errors" and status >= 400)
