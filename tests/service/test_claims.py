@@ -814,7 +814,7 @@ def test_who_claimed_and_finished_stands_in_the_events(work: AppClient, sql: Sql
     assert sql(
         "SELECT type, version, actor, request_id, project_id, instance_id IS NOT NULL FROM events"
         " WHERE entity_id = 'x' AND version > 1 ORDER BY place"
-    ) == [("bead.assigned", 2, "a", "r-1", PROJECT, True), ("bead.completed", 3, "a", None, PROJECT, True)]
+    ) == [("bead.assigned", 2, "a", "r-1", PROJECT, True), ("bead.completed", 3, "a", "r-2", PROJECT, True)]
     assert sql("SELECT agent_id, ended_how FROM claims WHERE fencing_token = %s", token) == [("a", "completed")]
 
 

@@ -17,7 +17,6 @@ from flask import Blueprint, Flask, Response, request
 from harness import AppClient, wait_until
 from harness.client import Answer
 from harness.locks import (
-from werkzeug.datastructures import Headers
     BUILD,
     LOCKS,
     Sql,
@@ -30,6 +29,7 @@ from werkzeug.datastructures import Headers
     seconds,
     wait_expired,
 )
+from werkzeug.datastructures import Headers
 
 from loom import db, errors
 from loom.config import Config
