@@ -33,7 +33,8 @@ def prometheus(cluster: Cluster, tmp_path: Path) -> Iterator[Prometheus]:
 
 
 def test_the_three_most_important_alerts_fire(cluster: Cluster, prometheus: Prometheus, postgres: Postgres) -> None:
-    assert prometheus.firing() == set()
+    # Its first look at the alerts may come before its first look at the instances.
+    wait_until(lambda: prometheus.firing() == set(), 40, 0.2)
 
     cluster.kill(0)
     wait_until(lambda: prometheus.firing() == {"LoomInstanceDied"}, 40, 0.2)

@@ -36,6 +36,13 @@ class Answer:
     def json(self) -> Any:
         return json.loads(self.body)
 
+    def repeats(self, first: Answer) -> bool:
+        """Whether it is the answer `first` again, but for the id of its own request."""
+        mine, others = Headers(self.headers), Headers(first.headers)
+        for headers in (mine, others):
+            headers.remove("X-Request-ID")
+        return (self.status, self.body, mine) == (first.status, first.body, others)
+
 
 class Methods:
     """One function for each HTTP method."""
