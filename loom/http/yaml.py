@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from loom import errors
 from loom.bounds import bounds
 from loom.http.values import object_of, shown
 
+# A document takes ten times its length while it is read, and hardly any other thread runs: so one at a time is read.
+_reading = threading.Lock()
+READING_SECONDS = 2  # that a request waits for another one's
 MAX_NUMBER = 400  # characters; the time to read a number such as 1:30:00 grows with their square
 _TAG = "tag:yaml.org,2002:"
 _BREAK = re.compile("[\r\n\x85\u2028\u2029]")
@@ -37,7 +41,19 @@ class _Loader(_Parser):
 
 
 def read(raw: bytes) -> dict[str, Any]:
-    """The keys and values of a document that is a mapping or empty. Raises Invalid, which names the key."""
+    """The keys and values of a document that is a mapping or empty.
+
+    Raises Invalid, which names the key, and Busy when others are being read.
+    """
+    if not _reading.acquire(timeout=READING_SECONDS):
+        raise errors.Busy("Other imports are being read.")
+    try:
+        return _read(raw)
+    finally:
+        _reading.release()
+
+
+def _read(raw: bytes) -> dict[str, Any]:
     try:
         loader = _Loader(raw.decode("utf-8-sig"))
         loader.get_event()  # start of the stream

@@ -199,8 +199,12 @@ class Connection:
             return b""
         if len(self._input) < length:
             return None
-        body = bytes(self._input[:length])
-        del self._input[:length]
+        with memoryview(self._input) as arrived:  # a slice of the array itself would be one copy more
+            body = bytes(arrived[:length])
+        if length == len(self._input):
+            self._input = bytearray()
+        else:
+            del self._input[:length]
         return body
 
     def _take_chunks(self, request: Request) -> bytes | None:
