@@ -10,7 +10,7 @@ MIB = 1024 * KIB
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is not a number of things is in bytes.
+    """Sizes are in bytes; all other bounds are numbers of things.
 
     bound() in loom/sql/pages.sql has those that the database checks; a test compares them.
     """

@@ -33,13 +33,18 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
         if loop.own(connection, step=on_hang_up):
             run_again(connection)
 
+    def keep(events: int) -> None:
+        """Arms the connection. The wait may have ended while it was not armed, and finished() could not take it."""
+        loop.arm(connection, events, on_hang_up, wait.waiter.ends, on_timeout)
+        if is_finished:
+            finished()
+
     def on_hang_up(connection: Connection, run: Run) -> None:
         if abandoned(environ):
             loop.close(connection)
         else:
             # The client sent more before it closed its side, and may still read. EPOLLRDHUP would fire again at once.
-            events = 0 if connection.has_input() else select.EPOLLRDHUP
-            loop.arm(connection, events, on_hang_up, wait.waiter.ends, on_timeout)
+            keep(0 if connection.has_input() else select.EPOLLRDHUP)
 
     def on_timeout(connection: Connection) -> None:
         wait.poller.remove(wait.waiter)
@@ -48,7 +53,6 @@ def park(loop: Loop, connection: Connection, request: Request, environ: dict[str
     # Added first: once the connection is armed, it may be closed at any time, which removes the waiter.
     wait.waiter.on_finish = finished
     connection.on_close = lambda: wait.poller.remove(wait.waiter)
-    is_finished = not wait.poller.add(wait.waiter) or is_finished
-    loop.arm(connection, select.EPOLLRDHUP, on_hang_up, wait.waiter.ends, on_timeout)
-    if is_finished:  # before it was armed
-        finished()
+    if not wait.poller.add(wait.waiter):
+        is_finished = True
+    keep(select.EPOLLRDHUP)
