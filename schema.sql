@@ -463,3 +463,4 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 \ir loom/sql/file_locks.sql
 \ir loom/sql/deletions.sql
 \ir loom/sql/idempotency.sql
+\ir loom/sql/privileges.sql

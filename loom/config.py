@@ -22,6 +22,8 @@ Text = Annotated[str, Meta(min_length=1, description="text")]
 Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
 Level = Literal["debug", "info", "warning", "error"]
 Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
+Host = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,253}$")]
+Origin = Annotated[str, Meta(pattern=r"^https?://[a-z0-9._-]{1,253}(:[0-9]{1,5})?$")]
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,24 @@ class DatabaseConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where an instance listens; `drain_seconds` is how long it still accepts connections after SIGTERM."""
+    """Where an instance listens, and under which names; `drain_seconds`: how long it still accepts after SIGTERM."""
 
     host: Text = "127.0.0.1"
+    allowed_hosts: Annotated[tuple[Host, ...], Meta(description="a list of host names")] = ()
     http_port: Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")] = 8080
     enable_http: Annotated[bool, Meta(description="true")] = True
     threads: Count = 8
     workers: Count = 1
     drain_seconds: Annotated[float, Meta(ge=0, le=300, description="seconds from 0 to 300")] = 0.0
+
+
+@dataclass(frozen=True)
+class SecurityConfig:
+    """`allowed_origins`: of pages that may use the interface from a browser."""
+
+    allowed_origins: Annotated[
+        tuple[Origin, ...], Meta(description="a list of origins such as https://ui.example.com")
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class Config:
 
     database: DatabaseConfig = DatabaseConfig()
     server: ServerConfig = ServerConfig()
+    security: SecurityConfig = SecurityConfig()
     agents: AgentsConfig = AgentsConfig()
     beads: BeadsConfig = BeadsConfig()
     locks: LocksConfig = LocksConfig()

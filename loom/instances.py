@@ -212,13 +212,15 @@ class Instance:
             log.warning("heartbeat-failed", extra={"fields": {"missed": self.missed, "reason": str(exc)}})
 
     def _warn_of_settings(self, conn: db.Connection) -> None:
-        """Warns of settings without which acknowledged writes can be lost when the database crashes."""
+        """Warns of settings without which a crash can lose acknowledged writes, or a stranger's functions be called."""
         for row in db.rows(
             conn,
             "SELECT name, setting FROM pg_settings"
             " WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes') AND setting = 'off'",
         ):
             log.warning("database-may-lose-writes", extra={"fields": {"setting": row["name"], "value": "off"}})
+        if db.value(conn, "SELECT has_schema_privilege('public', current_schema, 'CREATE')"):
+            log.warning("schema-is-open", extra={"fields": {"remedy": "REVOKE CREATE ON SCHEMA public FROM PUBLIC"}})
 
 
 ACTIVE = "status = 'active' AND last_heartbeat > clock_timestamp() - INTERVAL '60 seconds'"

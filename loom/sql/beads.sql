@@ -3,7 +3,7 @@
 -- Adds dependencies between existing beads in one transaction at a time: two could close a cycle together. Taken after
 -- names and before rows. Closing a bead does not take it: the locks of the two rows keep the counters right.
 CREATE OR REPLACE FUNCTION lock_bead_graph() RETURNS void LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(hashtextextended('loom:bead-graph', 0));
+    SELECT pg_advisory_xact_lock(own_locks(), 2);
 $$;
 
 -- The beads whose blocked_by or parent names this one.

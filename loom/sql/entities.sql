@@ -144,7 +144,7 @@ BEGIN
     IF proxy_request IS NOT NULL THEN
         -- With the names locked, since the first time may still be under way. Before the grants that the request
         -- presents: one of them may have ended with what the first time did.
-        PERFORM pg_advisory_xact_lock(hashtextextended(n, 0))
+        PERFORM pg_advisory_xact_lock(name_key(n))
            FROM (SELECT DISTINCT u COLLATE "C" AS n FROM unnest(names) AS u WHERE u IS NOT NULL ORDER BY 1) AS sorted;
         IF (SELECT e.proxy_request_id = proxy_request AND (e.type = kind || '.deleted') = deletes FROM events e
              WHERE e.entity_type = kind AND e.entity_id = key ORDER BY e.place DESC LIMIT 1) THEN

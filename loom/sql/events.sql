@@ -14,7 +14,7 @@ DECLARE
 BEGIN
     -- Our xid must be greater than that of each transaction that has inserted into a gap; so it must be assigned now. A
     -- snapshot's xmax cannot be used, since a running transaction may have that xid.
-    IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(hashtextextended('loom:events', 0)) THEN
+    IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(own_locks(), 1) THEN
         RETURN 0;
     END IF;
     set_back := (SELECT fencing_identity FROM cluster) IS DISTINCT FROM fencing_identity_now();
