@@ -81,6 +81,7 @@ def test_any_path_is_stored_and_no_secret(client: AppClient, rows: RequestRows) 
     ]
     for path in paths:
         client.get("/" + "".join(f"%{byte:02x}" for byte in path[1:].encode()))
+    rows.write()
     client.get("/postgresql:%2F%2Fu:hunter22@h/d?password=hunter22")
     rows.write()
     secret, *stored = [row["path"] for row in client.get(LOGS).json]
@@ -132,6 +133,8 @@ def test_pages_filters_and_times_find_every_row_once(
     }
     for query, fits in wanted.items():
         assert follow(query) == [row for row in everything if fits(row)], query
+    nothing = client.get(f"{LOGS}?bead_id=other")
+    assert (nothing.json, "Link" in nothing.headers) == ([], True), "it has looked at seven rows"
     middle = everything[40]["timestamp"]
     newer, older = follow(f"since={middle}&limit=9"), follow(f"until={middle}&limit=9")
     assert (newer + older, len(newer)) == (everything, 41)
@@ -246,6 +249,13 @@ def test_requests_are_served_and_their_rows_kept_while_the_table_is_locked(
     assert caplog.text.count("request-rows-failed") == 1
 
 
+def test_an_orderly_end_writes_what_waits(client: AppClient, rows: RequestRows, sql: Sql) -> None:
+    rows.start()
+    client.get("/api/v1/beads/b-1")
+    rows.stop()
+    assert sql("SELECT count(*) FROM request_logs") == [(1,)]
+
+
 def test_rows_beyond_the_bound_are_dropped_counted_and_told(
     client: AppClient, rows: RequestRows, sql: Sql, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +293,13 @@ def fill(sql: Sql, days: int, rows: int) -> None:
     )
 
 
+def large_day(sql: Sql) -> None:
+    """More than a megabyte of rows of today."""
+    sql("SELECT open_request_logs('0', 0)")
+    many = "generate_series(1, 3000)"
+    sql(f"INSERT INTO request_logs (timestamp, id, path) SELECT now(), i, repeat('x', 500) FROM {many} AS i")
+
+
 def test_days_older_than_the_setting_are_removed_and_the_next_ones_made(sql: Sql, cleaner: Upkeep) -> None:
     fill(sql, 40, 1)
     assert len(partitions(sql)) == 43
@@ -309,18 +326,16 @@ def test_the_oldest_days_are_removed_when_all_are_too_large_but_not_today(sql: S
     cleaner = Upkeep(Config(logging=LoggingConfig(max_gb=2.5 * day / 1e9)), instance)
     cleaner.clean()
     assert sql("SELECT count(DISTINCT timestamp::date) FROM request_logs") == [(2,)]
-    sql("INSERT INTO request_logs (timestamp, id) VALUES (clock_timestamp(), 1)")
+    large_day(sql)
     Upkeep(Config(logging=LoggingConfig(max_gb=0.001)), instance).clean()
-    assert sql("SELECT id FROM request_logs") == [(1,)]
+    assert sql("SELECT count(*), min(timestamp) > now() - INTERVAL '1 day' FROM request_logs") == [(3000, True)]
 
 
 def test_a_day_that_is_too_large_takes_only_reports(
     client: AppClient, rows: RequestRows, sql: Sql, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows._settings = lambda: Config(logging=LoggingConfig(max_gb=0.001))
-    sql("SELECT open_request_logs('0', 0)")
-    many = "generate_series(1, 3000)"
-    sql(f"INSERT INTO request_logs (timestamp, id, path) SELECT now(), i, repeat('x', 500) FROM {many} AS i")
+    large_day(sql)
     for _ in range(3):
         client.get("/api/v1/beads/b-1")
         rows.write()
