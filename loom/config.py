@@ -105,12 +105,18 @@ class SyslogConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """`output` is stdout, stderr or the path of a file; `requests`: of which requests a line is logged."""
+    """`output` is stdout, stderr or the path of a file.
+
+    `requests`: of which requests a line is logged, and a row written to request_logs. Rows are kept for
+    `retention_days`, and the oldest are removed if all of them have more than `max_gb` (10^9 bytes).
+    """
 
     level: Annotated[Level, Meta(description="debug, info, warning or error")] = "info"
     format: Annotated[Literal["json", "text"], Meta(description="json or text")] = "json"
     output: Text = "stdout"
     requests: Annotated[Literal["all", "errors", "off"], Meta(description="all, errors or off")] = "all"
+    retention_days: Days = 30
+    max_gb: Annotated[float, Meta(ge=0.001, le=100_000, description="a number from 0.001 to 100000")] = 10.0
     syslog: SyslogConfig = SyslogConfig()
 
 
@@ -154,7 +160,9 @@ SECTIONS = frozenset(key for key, kind in _KEYS.items() if is_dataclass(kind))  
 SETTINGS = _KEYS.keys() - SECTIONS - {"sources"}
 # The settings that instances can share: a shared value overrides the one with which an instance was started.
 SHAREABLE = frozenset(
-    key for key in SETTINGS if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level"))
+    key
+    for key in SETTINGS
+    if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level", "logging.retention", "logging.max"))
 )
 _VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
 

@@ -19,6 +19,7 @@ from loom.routes import (
     health,
     instances,
     locks,
+    logs,
     metrics,
     openapi,
     projects,
@@ -34,7 +35,7 @@ def create_app(given: Config | None = None) -> Application:
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(config, events, metrics, openapi),
+        *(config, events, logs, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
     prepare()
