@@ -14,7 +14,7 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS a_config_written ON config;
 CREATE TRIGGER a_config_written BEFORE INSERT OR UPDATE OF value ON config FOR EACH ROW
-    EXECUTE FUNCTION on_config_written();
+    WHEN (NOT importing()) EXECUTE FUNCTION on_config_written();
 
 CREATE OR REPLACE FUNCTION on_config_grown() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

@@ -16,7 +16,8 @@ BEGIN
     RETURN NEW;
 END $$;
 DROP TRIGGER IF EXISTS a_provider_inserted ON providers;
-CREATE TRIGGER a_provider_inserted BEFORE INSERT ON providers FOR EACH ROW EXECUTE FUNCTION on_provider_inserted();
+CREATE TRIGGER a_provider_inserted BEFORE INSERT ON providers FOR EACH ROW WHEN (NOT importing())
+    EXECUTE FUNCTION on_provider_inserted();
 
 -- Emptied by hand, too, a table leaves nothing behind that depends on its rows.
 CREATE OR REPLACE FUNCTION on_entities_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -43,7 +44,7 @@ BEGIN
                    columns, tbl, on_update, kind, silent);
     EXECUTE format('DROP TRIGGER IF EXISTS entity_created_or_deleted ON %s', tbl);
     EXECUTE format('CREATE TRIGGER entity_created_or_deleted AFTER INSERT OR DELETE ON %s FOR EACH ROW'
-                   ' EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
+                   ' WHEN (NOT importing()) EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
     EXECUTE format('DROP TRIGGER IF EXISTS entities_truncated ON %s', tbl);
     EXECUTE format('CREATE TRIGGER entities_truncated BEFORE TRUNCATE ON %s FOR EACH STATEMENT'
                    ' EXECUTE FUNCTION on_entities_truncated()', tbl);
