@@ -143,7 +143,10 @@ class Instance:
         found, order = order is not None, order or "active"
         if self.status == "active" and order != self._order:
             self._order = order
-            log.warning("drain-ordered" if order == "draining" else "drain-revoked")
+            if order == "draining":
+                log.warning("drain-ordered")
+            else:
+                log.warning("drain-revoked")
         return found
 
     def _call(self, conn: db.Connection, function: str, **params: Any) -> Any:
