@@ -50,6 +50,19 @@ CREATE TABLE IF NOT EXISTS instances (
     metadata       jsonb       NOT NULL DEFAULT '{}'
 ) WITH (fillfactor = 50);
 
+-- What each instance has answered in each minute, for the charts of the operator's page. Written every few seconds, kept
+-- for a day. kind: acquire, events (these two may wait), or request. counts: by duration, see loom/http/metrics.py.
+CREATE TABLE IF NOT EXISTS traffic (
+    minute      timestamptz NOT NULL,
+    instance_id uuid        NOT NULL,
+    kind        text        NOT NULL,
+    requests    bigint      NOT NULL,
+    errors      bigint      NOT NULL,
+    seconds     float8      NOT NULL,
+    counts      bigint[]    NOT NULL,
+    PRIMARY KEY (minute, instance_id, kind)
+) WITH (fillfactor = 50);
+
 
 -- Locks -----------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,11 @@ class InstanceRow:
     metadata: dict[str, Any]
     heartbeat_age_seconds: float
 
+    @property
+    def active(self) -> bool:
+        """As ACTIVE below says it of a row."""
+        return self.status == "active" and self.heartbeat_age_seconds < 60
+
 
 class Instance:
     """This process in the registry."""

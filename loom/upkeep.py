@@ -79,6 +79,7 @@ PARTS = [
         "instance_id",
         "instance_id <> %(me)s AND last_heartbeat < {now} - INTERVAL '5 minutes' AND heartbeats_count()",
     ),
+    Part("traffic", "traffic", "minute || ' ' || instance_id", "minute < {now} - INTERVAL '1 day'"),
     _history("grants"),
     _history("claims"),
     Part(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 
+from loom import page
 from loom.config import Config
 from loom.http import settings
 from loom.http.application import Application
@@ -38,6 +39,7 @@ def create_app(given: Config | None = None) -> Application:
         *(config, events, logs, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
+    page.register(app)
     prepare()
     for name in CODECS:  # so that no request has to import one
         codecs.lookup(name)

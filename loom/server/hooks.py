@@ -103,8 +103,11 @@ def after_fork(worker: Any, config: Config) -> instances.Instance:
 def after_load(worker: Any) -> None:
     """post_worker_init, in the worker."""
     from loom.http.application import Application  # here, since the master does not load the application
+    from loom.http.metrics import traffic
     from loom.routes.metrics import share_regularly
+    from loom.traffic import Recorder
 
+    Recorder(traffic).start()
     if siblings.shared() and isinstance(worker.wsgi, Application):
         share_regularly(worker.wsgi)
 
