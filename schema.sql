@@ -379,14 +379,13 @@ END $$;
 CREATE SEQUENCE IF NOT EXISTS bead_numbers;
 
 -- The best ready bead is the first of these: the free ones (without assigned_to) and those reserved for one agent, the
--- free ones of one project, of one type; beads_ready_tags finds tags that few have. Narrow on purpose: a claim steps
--- over the entries that those before it have left, until a vacuum comes.
-CREATE INDEX IF NOT EXISTS beads_ready ON beads (assigned_to, priority, COALESCE(due_date, 'infinity'), created_at)
+-- free ones of one project, of one type; no due date sorts last. beads_ready_tags finds tags that few have. Narrow on
+-- purpose: a claim steps over the entries that those before it have left, until a vacuum comes.
+CREATE INDEX IF NOT EXISTS beads_ready ON beads (assigned_to, priority, due_date, created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before);
-CREATE INDEX IF NOT EXISTS beads_ready_project
-    ON beads (project_id, priority, COALESCE(due_date, 'infinity'), created_at)
+CREATE INDEX IF NOT EXISTS beads_ready_project ON beads (project_id, priority, due_date, created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
-CREATE INDEX IF NOT EXISTS beads_ready_type ON beads (type, priority, COALESCE(due_date, 'infinity'), created_at)
+CREATE INDEX IF NOT EXISTS beads_ready_type ON beads (type, priority, due_date, created_at)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL;
 CREATE INDEX IF NOT EXISTS beads_ready_tags ON beads USING gin (tags) WITH (fastupdate = off)
     WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL AND tags <> '{}';

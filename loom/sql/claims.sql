@@ -128,35 +128,29 @@ RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT id <> ALL (skipped) AND (types IS NULL OR type = ANY (types)) AND (with_tags IS NULL OR tags @> with_tags);
 $$;
 
--- Locks the best ready bead that is reserved for nobody, and not worse than `other`; skips locked rows. With a filter
+-- Locks the best ready bead that is reserved for nobody; skips locked rows. No due date sorts last. With a filter
 -- by types or tags it looks at the first 200 beads, and if none fits, for the best of each type or for all with the
 -- tags: to read on in order took 300 ms for a type that few of 500,000 beads have. One statement for a project and for
 -- all cannot use the index of a project.
-CREATE OR REPLACE FUNCTION pick_free_bead(other beads, project text, skipped text[], types text[], with_tags text[])
+CREATE OR REPLACE FUNCTION pick_free_bead(project text, skipped text[], types text[], with_tags text[])
 RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     best text;
-    worst_priority smallint := COALESCE(other.priority, 32767);
-    worst_due timestamptz := COALESCE(other.due_date, 'infinity');
-    worst_created_at timestamptz := COALESCE(other.created_at, 'infinity');
     fitting text[];
     more boolean := true;
 BEGIN
     IF types IS NULL AND with_tags IS NULL AND project IS NULL THEN
         SELECT id INTO best FROM beads
          WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-           AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (worst_priority, worst_due, worst_created_at)
            AND id <> ALL (skipped)
-         ORDER BY assigned_to, priority, COALESCE(due_date, 'infinity'), created_at
-         LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
+         ORDER BY assigned_to, priority, due_date, created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         RETURN best;
     ELSIF types IS NULL AND with_tags IS NULL THEN
         SELECT id INTO best FROM beads
          WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
            AND project_id = project
-           AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (worst_priority, worst_due, worst_created_at)
            AND id <> ALL (skipped)
-         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
+         ORDER BY priority, due_date, created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         RETURN best;
     END IF;
     FOR attempt IN 1 .. 2 LOOP
@@ -165,14 +159,14 @@ BEGIN
               INTO fitting, more FROM (
                 SELECT id, type, tags FROM beads
                  WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-                 ORDER BY assigned_to, priority, COALESCE(due_date, 'infinity'), created_at LIMIT 200) AS b;
+                 ORDER BY assigned_to, priority, due_date, created_at LIMIT 200) AS b;
         ELSIF attempt = 1 THEN
             SELECT array_agg(id) FILTER (WHERE fits(id, type, tags, skipped, types, with_tags)), count(*) = 200
               INTO fitting, more FROM (
                 SELECT id, type, tags FROM beads
                  WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                    AND project_id = project
-                 ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 200) AS b;
+                 ORDER BY priority, due_date, created_at LIMIT 200) AS b;
         ELSIF with_tags IS NOT NULL THEN
             fitting := ARRAY(
                 SELECT id FROM ( -- unordered: with an order it might read all beads; the best of the first 2000 will do
@@ -180,20 +174,19 @@ BEGIN
                      WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                        AND tags <> '{}' AND tags @> with_tags AND (project IS NULL OR project_id = project)
                        AND fits(id, type, tags, skipped, types, NULL) LIMIT 2000) AS b
-                 ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 100);
+                 ORDER BY priority, due_date, created_at LIMIT 100);
         ELSE
             fitting := ARRAY(
                 SELECT b.id FROM unnest(types) AS kind CROSS JOIN LATERAL (
                     SELECT id FROM beads
                      WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
                        AND type = kind AND (project IS NULL OR project_id = project) AND id <> ALL (skipped)
-                     ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 100) AS b);
+                     ORDER BY priority, due_date, created_at LIMIT 100) AS b);
         END IF;
         SELECT id INTO best FROM beads
          WHERE id = ANY (fitting) AND is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-           AND (priority, COALESCE(due_date, 'infinity'), created_at) <= (worst_priority, worst_due, worst_created_at)
            AND (project IS NULL OR project_id = project) AND fits(id, type, tags, skipped, types, with_tags)
-         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
+         ORDER BY priority, due_date, created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         EXIT WHEN best IS NOT NULL OR NOT more;
     END LOOP;
     RETURN best;
@@ -208,7 +201,8 @@ CREATE OR REPLACE FUNCTION claim_next(
 RETURNS json LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     busy jsonb;
-    mine beads;
+    mine text;
+    free text;
     best text;
     bead json;
     skipped text[]; -- ids of beads whose names are held from outside, or locked by other transactions
@@ -221,10 +215,9 @@ BEGIN
             -- pick_free_bead() for this case, without the call: 5 % of a claim
             SELECT id INTO best FROM beads
              WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to IS NULL
-             ORDER BY assigned_to, priority, COALESCE(due_date, 'infinity'), created_at
-             LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
+             ORDER BY assigned_to, priority, due_date, created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         ELSE
-            best := pick_free_bead(NULL, project, '{}', types, with_tags);
+            best := pick_free_bead(project, '{}', types, with_tags);
         END IF;
         -- A transaction that holds row locks only tries a name: if it waited, it would deadlock with one that holds the
         -- name and waits for the row.
@@ -247,22 +240,20 @@ BEGIN
     skipped := ARRAY(SELECT substr(lock_name, 6) FROM distributed_locks
                       WHERE lock_name >= 'bead:' AND lock_name < 'bead;' AND expires_at > clock_timestamp());
     FOR n IN 1 .. 100 LOOP
-        -- The best that is reserved for the agent; not locked yet, since a free one may be better.
-        SELECT * INTO mine FROM beads
+        SELECT id INTO mine FROM beads -- the best that is reserved for the agent
          WHERE is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent
            AND (project IS NULL OR project_id = project) AND fits(id, type, tags, skipped, types, with_tags)
-         ORDER BY priority, COALESCE(due_date, 'infinity'), created_at LIMIT 1;
-        best := pick_free_bead(mine, project, skipped, types, with_tags);
-        IF best IS NULL AND mine.id IS NOT NULL THEN
-            SELECT id INTO best FROM beads
-             WHERE id = mine.id AND is_ready(status, open_blockers, open_children, not_before) AND assigned_to = agent
-               FOR NO KEY UPDATE SKIP LOCKED;
-        END IF;
-        EXIT WHEN best IS NULL AND mine.id IS NULL;
+         ORDER BY priority, due_date, created_at LIMIT 1;
+        free := pick_free_bead(project, skipped, types, with_tags);
+        EXIT WHEN mine IS NULL AND free IS NULL;
+        SELECT id INTO best FROM beads
+         WHERE id IN (mine, free) AND is_ready(status, open_blockers, open_children, not_before)
+           AND (assigned_to IS NULL OR assigned_to = agent)
+         ORDER BY priority, due_date, created_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED;
         IF best IS NOT NULL AND try_name('bead:' || best) THEN
             RETURN json_build_object('outcome', 'claimed', 'bead', start_claim(best, agent, lease));
         END IF;
-        skipped := skipped || COALESCE(best, mine.id);
+        skipped := skipped || COALESCE(best, mine);
     END LOOP;
     RETURN json_build_object('outcome', CASE WHEN project IS NULL OR EXISTS (SELECT 1 FROM projects WHERE id = project)
                                              THEN 'nothing' ELSE 'unknown-project' END);

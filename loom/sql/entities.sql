@@ -25,35 +25,34 @@ BEGIN
     RETURN NULL;
 END $$;
 
-DO $$
+-- Creates the triggers that write versions and events. silent: columns whose change makes neither. on_update: what
+-- BEFORE UPDATE calls.
+CREATE OR REPLACE FUNCTION create_entity_triggers(
+    kind text, tbl regclass, silent text[] DEFAULT '{}', on_update text DEFAULT 'on_entity_changed') RETURNS void
+LANGUAGE plpgsql AS $$
 DECLARE
-    kind text;
-    tbl text;
-    silent text[];
+    columns text;
 BEGIN
-    FOR kind, tbl, silent IN VALUES
-        ('project', 'projects', '{}'::text[]),
-        ('provider', 'providers', '{}'),
-        ('agent', 'agents', '{current_bead, open_claims, last_active, heartbeat_at}'),
-        ('bead', 'beads', '{lease_seconds, lease_expires_at, claimed_at, not_before, open_blockers, open_children}'),
-        ('config', 'config', '{}'),
-        ('comment', 'comments', '{}')
-    LOOP
-        silent := silent || '{version, updated_at}';
-        EXECUTE format('DROP TRIGGER IF EXISTS entity_updated ON %I', tbl);
-        EXECUTE format('CREATE TRIGGER entity_updated BEFORE UPDATE OF %s ON %I FOR EACH ROW'
-                       ' WHEN (OLD.version = NEW.version) EXECUTE FUNCTION on_entity_changed(%L, %L)',
-                       (SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
-                         WHERE attrelid = tbl::regclass AND attnum > 0 AND NOT attisdropped
-                           AND attname <> ALL (silent)),
-                       tbl, kind, array_remove(silent, 'not_before')); -- it is in the events of other changes
-        EXECUTE format('DROP TRIGGER IF EXISTS entity_created_or_deleted ON %I', tbl);
-        EXECUTE format('CREATE TRIGGER entity_created_or_deleted AFTER INSERT OR DELETE ON %I FOR EACH ROW'
-                       ' EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, array_remove(silent, 'not_before'));
-        EXECUTE format('DROP TRIGGER IF EXISTS entities_truncated ON %I', tbl);
-        EXECUTE format('CREATE TRIGGER entities_truncated BEFORE TRUNCATE ON %I FOR EACH STATEMENT'
-                       ' EXECUTE FUNCTION on_entities_truncated()', tbl);
-    END LOOP;
+    silent := silent || '{version, updated_at}';
+    SELECT string_agg(quote_ident(attname), ', ') INTO columns FROM pg_attribute
+     WHERE attrelid = tbl AND attnum > 0 AND NOT attisdropped AND attname <> ALL (silent);
+    silent := array_remove(silent, 'not_before'); -- it is in the events of other changes
+    EXECUTE format('DROP TRIGGER IF EXISTS entity_updated ON %s', tbl);
+    EXECUTE format('CREATE TRIGGER entity_updated BEFORE UPDATE OF %s ON %s FOR EACH ROW'
+                   ' WHEN (OLD.version = NEW.version) EXECUTE FUNCTION %I(%L, %L)',
+                   columns, tbl, on_update, kind, silent);
+    EXECUTE format('DROP TRIGGER IF EXISTS entity_created_or_deleted ON %s', tbl);
+    EXECUTE format('CREATE TRIGGER entity_created_or_deleted AFTER INSERT OR DELETE ON %s FOR EACH ROW'
+                   ' EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
+    EXECUTE format('DROP TRIGGER IF EXISTS entities_truncated ON %s', tbl);
+    EXECUTE format('CREATE TRIGGER entities_truncated BEFORE TRUNCATE ON %s FOR EACH STATEMENT'
+                   ' EXECUTE FUNCTION on_entities_truncated()', tbl);
+END $$;
+DO $$
+BEGIN
+    PERFORM create_entity_triggers('project', 'projects'), create_entity_triggers('provider', 'providers'),
+            create_entity_triggers('agent', 'agents', '{current_bead, open_claims, last_active, heartbeat_at}'),
+            create_entity_triggers('config', 'config'), create_entity_triggers('comment', 'comments');
 END $$;
 
 -- An entity as it is answered.

@@ -143,30 +143,15 @@ BEGIN
     END IF;
 END $$;
 
--- Sets the new version of a changed entity and writes its event. Arguments: the kind, and the columns that are in no
--- event.
-CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
+-- Writes the event of a change: of an INSERT, `was` is empty; of a DELETE, `becomes`; both with times in UTC. silent:
+-- columns that are in no event.
+CREATE OR REPLACE FUNCTION note_change(kind text, op text, was jsonb, becomes jsonb, silent text[]) RETURNS void
+LANGUAGE plpgsql AS $$
 DECLARE
-    kind text := TG_ARGV[0];
-    silent text[] := TG_ARGV[1]::text[];
-    was jsonb := '{}';
-    becomes jsonb := '{}';
-    entity jsonb;
-    key text;
+    entity jsonb := was || becomes;
+    key text := COALESCE(entity ->> 'id', entity ->> 'key');
     changes jsonb;
 BEGIN
-    IF TG_OP = 'UPDATE' THEN
-        NEW.version := OLD.version + 1;
-        NEW.updated_at := clock_timestamp();
-    END IF;
-    IF TG_OP <> 'INSERT' THEN
-        was := to_jsonb(OLD);
-    END IF;
-    IF TG_OP <> 'DELETE' THEN
-        becomes := to_jsonb(NEW);
-    END IF;
-    entity := was || becomes;
-    key := COALESCE(entity ->> 'id', entity ->> 'key');
     SELECT COALESCE(jsonb_object_agg(
                e.key, CASE kind WHEN 'config' THEN e.value ELSE patch_between(was -> e.key, e.value) END), '{}')
       INTO changes FROM jsonb_each(becomes) AS e
@@ -176,10 +161,22 @@ BEGIN
         PERFORM refuse_too_large(kind, key, was - silent, becomes - silent);
     END IF;
     PERFORM write_event(
-        event_type(kind, TG_OP, was, becomes), key,
-        (entity ->> 'version')::bigint + (TG_OP = 'DELETE')::int,
+        event_type(kind, op, was, becomes), key,
+        (entity ->> 'version')::bigint + (op = 'DELETE')::int,
         CASE kind WHEN 'project' THEN entity ->> 'id' ELSE entity ->> 'project_id' END,
-        CASE TG_OP WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END, changes);
+        CASE op WHEN 'DELETE' THEN clock_timestamp() ELSE (entity ->> 'updated_at')::timestamptz END, changes);
+END $$;
+
+-- Sets the new version of a changed entity and writes its event. Arguments: the kind, and the columns that are in no
+-- event.
+CREATE OR REPLACE FUNCTION on_entity_changed() RETURNS trigger LANGUAGE plpgsql SET timezone = 'UTC' AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        NEW.version := OLD.version + 1;
+        NEW.updated_at := clock_timestamp();
+    END IF;
+    PERFORM note_change(TG_ARGV[0], TG_OP, CASE WHEN TG_OP <> 'INSERT' THEN to_jsonb(OLD) ELSE '{}' END,
+                        CASE WHEN TG_OP <> 'DELETE' THEN to_jsonb(NEW) ELSE '{}' END, TG_ARGV[1]::text[]);
     RETURN NEW;
 END $$;
 
