@@ -234,6 +234,12 @@ def some(conn: db.Connection, *, after: tuple[str, str] | None, limit: int) -> d
     return db.Page(conn, InstanceRow, sql, limit, started_at=started_at, id=instance_id)
 
 
+def registry(conn: db.Connection, most: int = 1000) -> list[InstanceRow]:
+    """The first rows of the registry, oldest instance first."""
+    sql = f"SELECT {_COLUMNS} FROM instances ORDER BY started_at, instance_id LIMIT %(most)s"
+    return [InstanceRow(**row) for row in db.rows(conn, sql, most=most)]
+
+
 def get(conn: db.Connection, instance_id: str) -> InstanceRow:
     """One instance. Raises NotFound."""
     sql = f"SELECT {_COLUMNS} FROM instances WHERE instance_id::text = %(id)s"

@@ -8,12 +8,14 @@ from loom.instances import ACTIVE
 MOST = 100_000  # each total is counted up to here; 17 ms for all, with 300,000 ready beads and 150,000 locks
 
 
+def count(rows: str) -> str:
+    """The expression that counts such rows, `FROM ...`, up to MOST."""
+    return f"(SELECT count(*) FROM (SELECT FROM {rows} LIMIT {MOST}) AS t)"
+
+
 def totals(conn: db.Connection) -> db.Row:
     """One row of numbers; `dead_instances` is a list of ids, `event_lag` the age in seconds of an event that is not yet
     in the feed."""
-
-    def count(rows: str) -> str:
-        return f"(SELECT count(*) FROM (SELECT FROM {rows} LIMIT {MOST}) AS t)"
 
     return db.row(
         conn,

@@ -7,7 +7,7 @@ from typing import Any
 
 from loom import errors
 from loom.db.connection import Connection, Row, Time
-from loom.db.dedicated import DedicatedConnection
+from loom.db.dedicated import DedicatedConnection, session
 from loom.db.pages import Page, begin_large_page, end_of_answer
 from loom.db.pool import Database
 from loom.db.schema import migrate
