@@ -77,7 +77,7 @@ def read(conn: db.Connection) -> Overview:
 
 def _problems(registry: list[instances.InstanceRow], event_lag: float) -> list[str]:
     found = [
-        f"{row.hostname}:{row.metadata.get('port', '?')} is dead, silent for {row.heartbeat_age_seconds:.0f} s"
+        f"{row.hostname}:{row.metadata.get('port', '?')} is dead, silent for {span(row.heartbeat_age_seconds)}"
         for row in registry
         if row.status == "dead"
     ]
@@ -85,13 +85,21 @@ def _problems(registry: list[instances.InstanceRow], event_lag: float) -> list[s
     if found and draining:
         found.append(f"{_number(draining, 'instance')} {_are(draining)} draining")
     if event_lag > EVENTS_LATE:
-        found.append(f"events have been missing from the feed for {event_lag:.0f} s")
+        found.append(f"events have been missing from the feed for {span(event_lag)}")
     return found
 
 
 def shown(number: int) -> str:
     """A count that stops at MOST, as text."""
     return f"{number:,}" if number < MOST else f"{MOST:,} or more"
+
+
+def span(seconds: float) -> str:
+    """A time span as text, such as 12 s, 3 min, 5 h or 4 d."""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _number(number: int, noun: str) -> str:
