@@ -124,6 +124,14 @@ def shown(number: int) -> str:
     return f"{number:,}" if number < MOST else f"{MOST:,} or more"
 
 
+def span(seconds: float) -> str:
+    """A time span as text, such as 12 s, 3 min, 5 h or 4 d."""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
 def _number(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 

@@ -47,7 +47,7 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
             )
         conn.begin()
         conn.execute(f"SELECT pg_advisory_xact_lock({KEY})")
-        found = _found(conn)
+        found = applied(conn)
         if found is not None and found[0] > VERSION:
             raise errors.SchemaError(
                 f"the database has schema version {found[0]}, this Loom knows {VERSION}: upgrade this Loom"
@@ -65,7 +65,8 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
     return VERSION
 
 
-def _found(conn: Connection) -> tuple[int, str] | None:
+def applied(conn: Connection) -> tuple[int, str | None] | None:
+    """The version and the checksum of the database's schema, or None. Without a checksum it was applied by hand."""
     if not conn.execute("SELECT to_regclass('schema_version') IS NOT NULL AS it")[0]["it"]:
         return None
     rows = conn.execute("SELECT version, checksum FROM schema_version")
