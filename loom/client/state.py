@@ -89,7 +89,7 @@ class State(Base):
         return (of_json(Event, row) for row in self.rows(path_of("config", key, "history")))
 
     def list_logs(self, **filters: Any) -> Iterator[Json]:
-        """Requests of all instances and uses of models, newest first. Filters as in the contract: `since`, `user_id`."""
+        """Requests of all instances and uses of models, newest first. Filters as in the contract, such as `since`."""
         return self.rows(f"{V1}/logs", **filters)
 
     def list_recent_logs(self, **filters: Any) -> list[Json]:
