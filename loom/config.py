@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -322,12 +321,13 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def resource(name: str) -> Path:
-    """Find a file that is shipped with the package: in the checkout, or where an installation puts it.
+    """Find a file that is shipped with the package: in the checkout, or in the share/loom of an installation.
 
-    Raises ConfigError when it is in neither.
+    An installation may be a virtual environment, the user's or the system's: the nearest folder counts.
+    Raises ConfigError when there is none.
     """
-    folders = Path(__file__).resolve().parent.parent, Path(sys.prefix, "share", "loom")
-    for folder in folders:
+    checkout, *above = Path(__file__).resolve().parents[1:]
+    for folder in (checkout, *(base / "share" / "loom" for base in (checkout, *above))):
         if (folder / name).exists():
             return folder / name
-    raise ConfigError(f"{name}: in neither {folders[0]} nor {folders[1]}; install Loom again")
+    raise ConfigError(f"{name}: neither in {checkout} nor in a share/loom above it; install Loom again")

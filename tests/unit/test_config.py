@@ -409,5 +409,5 @@ def test_a_child_process_gets_the_environment_with_changes(monkeypatch):
 
 
 def test_a_missing_file_of_the_installation_is_named():
-    with pytest.raises(ConfigError, match=r"nothing\.sql: in neither "):
+    with pytest.raises(ConfigError, match=r"nothing\.sql: neither in "):
         resource("nothing.sql")
