@@ -142,7 +142,10 @@ SETTINGS = _KEYS.keys() - SECTIONS - {"sources"}
 SHAREABLE = frozenset(
     key for key in SETTINGS if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level"))
 )
-_VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
+# For every key of the file: LOOM_LOGGING__SYSLOG__ENABLED. The short names are those that platforms and people expect.
+_LONG = {f"LOOM_{key.upper().replace('.', '__')}": key for key in _IN_FILE if key not in SECTIONS}
+_SHORT = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
+_VARIABLES = {**_LONG, **_SHORT}  # in this order: the last one that is set counts
 
 
 def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -153,6 +156,10 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
     environ = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
     path = path or environ.get("LOOM_CONFIG") or ("config.yaml" if Path("config.yaml").exists() else None)
     given = _read(path, environ) if path else {}
+    for variable in environ:  # others may be Kubernetes', as LOOM_PORT is: it names them after a service
+        if variable.startswith("LOOM_") and "__" in variable and variable not in _LONG:
+            near = nearest(variable, _LONG)
+            raise ConfigError(f"environment {_shown(variable)}: unknown variable, the nearest valid one is {near}")
     for variable, key in _VARIABLES.items():
         if variable in environ:
             given[key] = _Setting(environ[variable], f"environment {variable}", textual=True)
