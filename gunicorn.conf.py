@@ -10,7 +10,7 @@ settings, logconfig_dict, dsn = hooks.read_settings()
 
 host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
 bind = f"{host}:{settings.server.http_port}"
-wsgi_app = "app:app"
+wsgi_app = "loom.routes:create_app()"  # not app:app: another app.py may be in the working folder
 worker_class = "loom.server.worker.Worker"
 workers = settings.server.workers
 threads = settings.server.threads

@@ -193,7 +193,10 @@ def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> 
 
 
 def _welcome(config: Config, members: list[Member]) -> str:
-    where = "your database" if config.database.dsn else f"PostgreSQL in {config.database.folder}"
+    where = "your database"
+    if not config.database.dsn:
+        folder = Path(config.database.folder)
+        where = f"PostgreSQL in {folder}, the programs in {embedded.binaries(folder / 'data')}"
     urls = [f"http://{_netloc(_reachable(config.server.host), member.port)}" for member in members]
     front = members[-1].kind == "nginx"
     lines = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -164,7 +163,10 @@ SHAREABLE = frozenset(
     for key in SETTINGS
     if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level", "logging.retention", "logging.max"))
 )
-_VARIABLES = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
+# For every key of the file: LOOM_LOGGING__SYSLOG__ENABLED. The short names are those that platforms and people expect.
+_LONG = {f"LOOM_{key.upper().replace('.', '__')}": key for key in _IN_FILE if key not in SECTIONS}
+_SHORT = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
+_VARIABLES = {**_LONG, **_SHORT}  # in this order: the last one that is set counts
 
 
 def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -175,6 +177,10 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
     environ = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
     path = path or environ.get("LOOM_CONFIG") or ("config.yaml" if Path("config.yaml").exists() else None)
     given = _read(path, environ) if path else {}
+    for variable in environ:  # others may be Kubernetes', as LOOM_PORT is: it names them after a service
+        if variable.startswith("LOOM_") and "__" in variable and variable not in _LONG:
+            near = nearest(variable, _LONG)
+            raise ConfigError(f"environment {_shown(variable)}: unknown variable, the nearest valid one is {near}")
     for variable, key in _VARIABLES.items():
         if variable in environ:
             given[key] = _Setting(environ[variable], f"environment {variable}", textual=True)
@@ -343,12 +349,13 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def resource(name: str) -> Path:
-    """Find a file that is shipped with the package: in the checkout, or where an installation puts it.
+    """Find a file that is shipped with the package: in the checkout, or in the share/loom of an installation.
 
-    Raises ConfigError when it is in neither.
+    An installation may be a virtual environment, the user's or the system's: the nearest folder counts.
+    Raises ConfigError when there is none.
     """
-    folders = Path(__file__).resolve().parent.parent, Path(sys.prefix, "share", "loom")
-    for folder in folders:
+    checkout, *above = Path(__file__).resolve().parents[1:]
+    for folder in (checkout, *(base / "share" / "loom" for base in (checkout, *above))):
         if (folder / name).exists():
             return folder / name
-    raise ConfigError(f"{name}: in neither {folders[0]} nor {folders[1]}; install Loom again")
+    raise ConfigError(f"{name}: neither in {checkout} nor in a share/loom above it; install Loom again")

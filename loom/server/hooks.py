@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gunicorn
 import psycopg2
 
 from loom import db, embedded, errors, instances, metrics
@@ -25,6 +26,7 @@ from loom.http import settings, siblings
 log = logging.getLogger("loom.server")
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
+TRIED_GUNICORN = "27.0."  # the worker builds on inner classes of gunicorn
 
 
 class MasterSettings(NamedTuple):
@@ -49,6 +51,9 @@ def read_settings() -> MasterSettings:
         config = load()
         handlers = logs.setup(config.logging)
         database = config.database
+        if not gunicorn.__version__.startswith(TRIED_GUNICORN):
+            versions = {"version": gunicorn.__version__, "tried": TRIED_GUNICORN}
+            log.warning("gunicorn-not-tried", extra={"fields": versions})
         if database.pool_max > config.server.threads and config.sources["database.pool_max"] != "default":
             more = {"pool_max_conns": database.pool_max, "threads": config.server.threads}
             log.warning("pool-exceeds-threads", extra={"fields": more})
