@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -278,7 +278,12 @@ def _convert(key: str, setting: _Setting) -> Any:
 
 
 def check(key: str, value: Any, *, textual: bool = False) -> Any:
-    """The checked value of a setting; if `textual`, converted from text. Raises ValueError with what is expected."""
+    """The checked value of a setting; if `textual`, converted from text, where a list is separated by commas.
+
+    Raises ValueError with what is expected.
+    """
+    if textual and get_origin(get_args(_KEYS[key])[0]) is tuple:
+        value = [part.strip() for part in value.split(",")]
     try:
         return msgspec.convert(value, _KEYS[key], strict=not textual)
     except msgspec.ValidationError:
