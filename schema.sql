@@ -508,6 +508,19 @@ CREATE TABLE IF NOT EXISTS model_usage (
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
 
 
+-- Imports ---------------------------------------------------------------------------------------------------------
+
+-- How far an import with --resume has come: up to which row of each kind, in the order of writing. Written by
+-- loom/transfer in the transaction of each batch, and removed once both sides were compared.
+CREATE TABLE IF NOT EXISTS imports (
+    source text    NOT NULL,
+    kind   text    NOT NULL,
+    level  integer NOT NULL,
+    n      bigint  NOT NULL,
+    PRIMARY KEY (source, kind)
+);
+
+
 -- What is decided in the database --------------------------------------------------------------------------------
 
 \ir loom/sql/tokens.sql
