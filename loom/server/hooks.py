@@ -47,7 +47,7 @@ def read_settings() -> MasterSettings:
     global _last
     try:
         config = load()
-        handlers = logs.setup(config.logging)
+        handlers = _open_log(config)
         database = config.database
         if database.pool_max > config.server.threads and config.sources["database.pool_max"] != "default":
             more = {"pool_max_conns": database.pool_max, "threads": config.server.threads}
@@ -57,7 +57,7 @@ def read_settings() -> MasterSettings:
     except (ConfigError, embedded.ServerError) as exc:
         if _last is None:
             raise SystemExit(f"Error: {exc}") from None
-        logs.setup(_last.settings.logging)
+        _open_log(_last.settings)
         log.error("settings-kept", extra={"fields": {"reason": str(exc)}})
     else:
         _last = MasterSettings(config, handlers, dsn)
@@ -65,6 +65,12 @@ def read_settings() -> MasterSettings:
             siblings.open_folder()
         settings.inherit(config)
     return _last
+
+
+def _open_log(config: Config) -> dict[str, Any]:
+    """A format that somebody has chosen is the one on a terminal, too."""
+    chosen = config.sources["logging.format"] != "default"
+    return logs.setup(config.logging, None if chosen else config.server.http_port)
 
 
 # The master creates a worker's identity before the fork, so that it can always mark the worker dead. Both see it in
