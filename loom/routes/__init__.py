@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 
 from loom.config import Config
-from loom.http import settings
+from loom.http import permissions, settings
 from loom.http.application import Application
 from loom.http.parse import prepare
 from loom.routes import (
@@ -18,6 +18,7 @@ from loom.routes import (
     grants,
     health,
     instances,
+    keys,
     locks,
     logs,
     metrics,
@@ -35,9 +36,10 @@ def create_app(given: Config | None = None) -> Application:
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(config, events, logs, metrics, openapi),
+        *(config, events, keys, logs, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
+    permissions.check(app.url_map.iter_rules())
     prepare()
     for name in CODECS:  # so that no request has to import one
         codecs.lookup(name)
