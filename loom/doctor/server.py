@@ -11,8 +11,8 @@ from loom.db import Row
 from loom.doctor.look import Look, Result, ok, unchecked, wrong
 from loom.overview import span
 
-# Connections of an instance beside its pool: heartbeat, upkeep, its lock, metrics, waiters for locks and for events.
-DEDICATED = 6
+# The connections of an instance beside its pool; the last two are for requests that wait.
+DEDICATED = ("heartbeat", "upkeep", "hold", "metrics", "request logs", "waiters", "events")
 NO_RIGHT = "the role may not see other roles' sessions: GRANT pg_monitor TO {role}"
 
 
@@ -82,7 +82,7 @@ def connections(look: Look) -> Result:
     count = look.row("SELECT count(*) AS it FROM instances WHERE status <> 'dead'")["it"] if row["has_instances"] else 0
     count = max(count, look.config.server.workers)
     pool = min(look.config.database.pool_max, look.config.server.threads)
-    needed = count * (pool + DEDICATED)
+    needed = count * (pool + len(DEDICATED))
     rooms = {"max_connections": row["most"] - row["reserved"] - row["others"]}
     rooms |= {"the limit of the role": row["of_role"], "the limit of the database": row["of_database"]}
     name, room = min(((name, room) for name, room in rooms.items() if room is not None), key=lambda pair: pair[1])

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -65,17 +66,20 @@ class Prometheus:
 
     def firing(self) -> set[str]:
         """The names of the alerts that fire now; none before it answers."""
-        with contextlib.suppress(OSError), contextlib.closing(Client(self.port, 5)) as client:
-            alerts = client.get("/api/v1/alerts").json["data"]["alerts"]
-            return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
-        return set()
+        alerts = self._data("/api/v1/alerts").get("alerts", [])
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
     def query(self, text: str) -> list[float]:
-        """The values of a query, at most a few seconds old."""
+        """The values of a query, at most a few seconds old; none before it answers."""
+        found = self._data(f"/api/v1/query?query={quote(text)}").get("result", [])
+        return [float(series["value"][1]) for series in found]
+
+    def _data(self, path: str) -> dict[str, Any]:
         with contextlib.suppress(OSError), contextlib.closing(Client(self.port, 5)) as client:
-            answer = client.get(f"/api/v1/query?query={quote(text)}").json
-            return [float(series["value"][1]) for series in answer["data"]["result"]]
-        return []
+            answer = client.get(path)
+            if answer.status != 503:  # it is starting
+                return answer.json["data"]
+        return {}
 
     def close(self) -> None:
         self.process.stop(signal.SIGKILL, 10)

@@ -27,6 +27,7 @@ from loom import doctor
 from loom.cli import main
 from loom.config import load, resource
 from loom.doctor import Finding, Limits
+from loom.doctor.server import DEDICATED
 
 Session = Callable[[], psycopg2.extensions.connection]
 pytestmark = pytest.mark.usefixtures("instance")  # so that only the fault of the test is named
@@ -235,13 +236,18 @@ def test_a_server_without_room(start_postgres: Callable[..., Postgres]) -> None:
     dsn = server.dsn(server.database())
     found = faults(dsn)
     assert found.keys() == {"connections", "instances"}
-    assert "may open 14 connections; max_connections leaves room for 13" in found["connections"].text
+    assert "may open 15 connections; max_connections leaves room for 13" in found["connections"].text
     sessions = [psycopg2.connect(dsn) for _ in range(13)]
     try:
         assert "too many clients" in fault("connections", dsn).text
     finally:
         for conn in sessions:
             conn.close()
+
+
+def test_each_connection_beside_the_pool_is_counted() -> None:
+    source = "".join(file.read_text() for file in resource("loom").rglob("*.py"))
+    assert set(re.findall(r'\.dedicated\("([^"]+)"', source)) <= set(DEDICATED)
 
 
 @pytest.mark.parametrize("whose", ["ROLE {role}", "DATABASE {database}"])
