@@ -508,6 +508,34 @@ CREATE TABLE IF NOT EXISTS model_usage (
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
 
 
+-- API keys --------------------------------------------------------------------------------------------------------
+
+-- One row per key. The key itself is kept nowhere: `hash` is its SHA-256. `principal` is who acts with it, and has
+-- another key after a rotation. By hand, `UPDATE api_keys SET revoked_at = now() WHERE ...` is in force within 6 s.
+CREATE TABLE IF NOT EXISTS api_keys (
+    id           text        COLLATE "C" PRIMARY KEY CHECK (id ~ '^[0-9a-f]{16}$'),
+    principal    text        COLLATE "C" NOT NULL,
+    role         text        NOT NULL CHECK (role IN ('reader', 'agent', 'admin')),
+    hash         bytea       NOT NULL CHECK (octet_length(hash) = 32),
+    note         text        NOT NULL DEFAULT '',
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by   text        NOT NULL DEFAULT 'sql:' || session_user,
+    expires_at   timestamptz,
+    revoked_at   timestamptz,
+    revoked_by   text,
+    last_used_at timestamptz -- to the minute
+);
+CREATE INDEX IF NOT EXISTS api_keys_principal ON api_keys (principal);
+CREATE INDEX IF NOT EXISTS api_keys_expires_at ON api_keys (expires_at) WHERE expires_at IS NOT NULL;
+
+-- One row: how often keys were created, changed or removed; see valid_keys().
+CREATE TABLE IF NOT EXISTS key_changes (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    number   bigint  NOT NULL DEFAULT 0
+);
+INSERT INTO key_changes DEFAULT VALUES ON CONFLICT DO NOTHING;
+
+
 -- What is decided in the database --------------------------------------------------------------------------------
 
 \ir loom/sql/tokens.sql
@@ -527,4 +555,5 @@ CREATE TABLE IF NOT EXISTS model_usage (
 \ir loom/sql/deletions.sql
 \ir loom/sql/idempotency.sql
 \ir loom/sql/logs.sql
+\ir loom/sql/keys.sql
 \ir loom/sql/privileges.sql

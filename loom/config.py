@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to
 Level = Literal["debug", "info", "warning", "error"]
 Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
 Host = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,253}$")]
+Network = Annotated[str, Meta(pattern=r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$")]
 Origin = Annotated[str, Meta(pattern=r"^https?://[a-z0-9._-]{1,253}(:[0-9]{1,5})?$")]
 
 
@@ -54,8 +56,14 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class SecurityConfig:
-    """`allowed_origins`: of pages that may use the interface from a browser."""
+    """`auth`: who needs a key: nobody on this host (local), everybody (on), nobody (off).
 
+    `allowed_origins`: of pages that may use the interface from a browser. `metrics_addresses`: those that need no key
+    for /metrics.
+    """
+
+    auth: Annotated[Literal["local", "on", "off"], Meta(description="local, on or off")] = "local"
+    metrics_addresses: Annotated[tuple[Network, ...], Meta(description="a list of IP addresses or networks")] = ()
     allowed_origins: Annotated[
         tuple[Origin, ...], Meta(description="a list of origins such as https://ui.example.com")
     ] = ()
@@ -191,6 +199,12 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> C
             f"{sources['server.enable_http']}: server.enable_http: expected true, since Loom has no other interface"
         )
     _choose_database(values, sources)
+    host = values.get("server.host", ServerConfig.host)
+    if values.get("security.auth", SecurityConfig.auth) == "local" and not is_loopback(host):
+        raise ConfigError(
+            f"{sources['server.host']}: server.host: other hosts can reach {host}: set security.auth to on, and create"
+            " a key by `loom keys create --role admin NAME`; off lets everybody do everything"
+        )
     tree: dict[str, Any] = {"sources": {key: sources.get(key, "default") for key in SETTINGS}}
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -307,6 +321,15 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         config = changed(config, key.split("."), value)
     return config
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach an address, or a listener on it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def _shown(text: str) -> str:

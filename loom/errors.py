@@ -44,6 +44,12 @@ class Invalid(Error):
         return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **named, **more}])
 
 
+class Unauthenticated(Error):
+    """A valid API key is needed."""
+
+    status = 401
+
+
 class Forbidden(Error):
     """You may not do this."""
 
@@ -150,6 +156,10 @@ class AgentBusy(Conflict):
 
 class ClaimLost(Conflict):
     """The claim is no longer yours."""
+
+
+class LastAdminKey(Conflict):
+    """No key of an administrator would be left."""
 
 
 class InProgress(Conflict):

@@ -24,6 +24,7 @@ from loom.db import Time
 from loom.db.connection import SLACK
 from loom.log import set_level
 from loom.state import config as shared_config
+from loom.state import keys
 
 log = logging.getLogger("loom.instances")
 
@@ -76,6 +77,7 @@ class Instance:
         self.missed = 0
         self._logged: set[str] = set()  # why heartbeats failed since the last good one
         self.shared = shared_config.Shared()
+        self.keys = keys.Keys()
         self.database, self._metadata, self._report_identity = database, metadata, report_identity
         self._config = config or Config()
         self._connection = database.dedicated("heartbeat")
@@ -135,6 +137,9 @@ class Instance:
                 self._registered = True
                 log.info("instance-registered", extra={"fields": {"instance_id": self.instance_id, **self._metadata}})
                 self._warn_of_settings(conn)
+            used = self.keys.take_used()
+            if used:
+                db.run(conn, "SELECT note_key_uses(%(ids)s)", ids=used)
         if self._logged:
             log.warning("heartbeat-back", extra={"fields": {"missed": self.missed}})
             self._logged.clear()
@@ -155,9 +160,11 @@ class Instance:
         return found
 
     def _call(self, conn: db.Connection, function: str, **params: Any) -> Any:
-        """Calls a function of the registry, and reads the shared settings in the same round trip."""
-        sql = f"SELECT {function} AS returned, {shared_config.COLUMN}"
-        row = db.row(conn, sql, id=self.instance_id, **params, **shared_config.PARAMETERS)
+        """Calls a function of the registry, and reads shared settings and keys in the same round trip."""
+        sent = keys.now()
+        sql = f"SELECT {function} AS returned, {shared_config.COLUMN}, valid_keys(%(known_keys)s) AS keys"
+        row = db.row(conn, sql, id=self.instance_id, known_keys=self.keys.state, **params, **shared_config.PARAMETERS)
+        self.keys.learn(row["keys"], sent)
         if self.shared.learn(row["shared"]):
             set_level(self.shared.over(self._config).logging.level)
         return row["returned"]
@@ -272,6 +279,12 @@ def get(conn: db.Connection, instance_id: str) -> InstanceRow:
 
 
 current: Instance | None = None
+_no_keys = keys.Keys()  # of a process that is no instance
+
+
+def known_keys() -> keys.Keys:
+    """The API keys as this process knows them."""
+    return _no_keys if current is None else current.keys
 
 
 def own_id() -> str | None:

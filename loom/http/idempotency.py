@@ -11,6 +11,7 @@ import msgspec
 from flask import Response, request
 
 from loom import db, errors
+from loom.http import auth
 from loom.http.answer import encoded
 from loom.state import idempotency
 from loom.state.idempotency import Answer, Asked
@@ -52,8 +53,8 @@ def once(work: Work, *, refresh: Refresh | None = None, in_transaction: bool = F
 
 
 def caller() -> str:
-    """The caller, in whose scope a key is unique. So far all clients are the same caller."""
-    return ""
+    """The principal that makes this request, in whose scope a key is unique."""
+    return auth.caller().principal
 
 
 def owner() -> str | None:

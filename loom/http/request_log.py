@@ -15,8 +15,8 @@ from flask import Request, Response
 
 from loom import db, instances, log
 from loom.http import settings
+from loom.http.auth import CALLER, STRANGER
 from loom.http.headers import REQUEST_ID
-from loom.http.idempotency import caller
 from loom.http.pollers import RECEIVED, client_gone
 from loom.state import request_rows
 from loom.state.request_rows import Row
@@ -84,7 +84,7 @@ class RequestLog:
         path = self._environ["PATH_INFO"].encode("latin-1").decode(errors="replace")[:MOST_CHARACTERS]
         duration = round((ended - self._started) * 1000, 2)
         spent = round((self._database + database) * 1000, 2)
-        who = caller()
+        who = self._environ.get(CALLER, STRANGER).principal
         name = next(iter(self._args.values()))[:MOST_CHARACTERS] if about.named is not None else None
         if rows is not None:
             about_row = (self.request_id, instance_id, who, method, about.template, path, status, duration, spent)

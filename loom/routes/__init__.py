@@ -6,7 +6,7 @@ import codecs
 
 from loom import page
 from loom.config import Config
-from loom.http import settings
+from loom.http import permissions, settings
 from loom.http.application import Application
 from loom.http.parse import prepare
 from loom.routes import (
@@ -19,6 +19,7 @@ from loom.routes import (
     grants,
     health,
     instances,
+    keys,
     locks,
     logs,
     metrics,
@@ -36,10 +37,11 @@ def create_app(given: Config | None = None) -> Application:
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(config, events, logs, metrics, openapi),
+        *(config, events, keys, logs, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
     page.register(app)
+    permissions.check(app.url_map.iter_rules())
     prepare()
     for name in CODECS:  # so that no request has to import one
         codecs.lookup(name)

@@ -9,7 +9,8 @@ from typing import Any
 from flask import Blueprint, Response
 
 from loom import __version__, db, errors, instances
-from loom.http import answer
+from loom.http import answer, auth
+from loom.http.permissions import READER
 
 bp = Blueprint("health", __name__)
 
@@ -30,17 +31,24 @@ def _database_health() -> tuple[int | None, dict[str, Any]]:
     return count, {"status": "healthy", "latency_ms": round((time.monotonic() - started) * 1000)}
 
 
+def _may_see_details() -> bool:
+    """Not strangers: a message of the database names hosts and roles."""
+    return auth.caller().rank >= READER
+
+
 @bp.get("/health")
 def health() -> Response:
     count, database = _database_health()
     healthy = count is not None
     me = instances.current
-    return answer.json(
-        {
-            "healthy": healthy,
-            "instance_id": me and me.instance_id,
-            "database": "connected" if healthy else "disconnected",
-            "active_instances": count,
+    body: dict[str, Any] = {
+        "healthy": healthy,
+        "instance_id": me and me.instance_id,
+        "database": "connected" if healthy else "disconnected",
+        "active_instances": count,
+    }
+    if _may_see_details():
+        body |= {
             "status": "healthy" if healthy else "unhealthy",
             "timestamp": _now(),
             "uptime_seconds": round(time.monotonic() - me.started) if me else 0,
@@ -48,10 +56,8 @@ def health() -> Response:
             "draining": me is not None and me.draining,
             "dependencies": {"database": database},
             "metrics": {"connections": db.default().usage()},
-        },
-        200 if healthy else 503,
-        {} if healthy else {"Retry-After": "1"},
-    )
+        }
+    return answer.json(body, 200 if healthy else 503, {} if healthy else {"Retry-After": "1"})
 
 
 @bp.get("/health/live")
@@ -64,6 +70,8 @@ def ready() -> Response:
     me = instances.current
     _, database = _database_health()
     is_ready = database["status"] == "healthy" and not (me and me.draining)
+    if not _may_see_details():
+        database = {"status": database["status"]}
     return answer.json(
         {
             "ready": is_ready,

@@ -189,7 +189,8 @@ def _simple(node: Any) -> Any:
 def _used(document: dict[str, Any]) -> dict[str, Any]:
     """The document without components that nothing refers to."""
     text = json.dumps(document)
-    for kind, components in document["components"].items():
+    for kind in document["components"].keys() - {"securitySchemes"}:
+        components = document["components"][kind]
         document["components"][kind] = {
             name: part for name, part in components.items() if f'"#/components/{kind}/{name}"' in text
         }

@@ -144,9 +144,9 @@ def _in_progress(answer: Answer) -> bool:
 class AppClient(Methods):
     """Calls the application in this process, with the environ that gunicorn would make."""
 
-    def __init__(self, app: Flask, sock: socket.socket | None = None) -> None:
-        """`sock`: passed to the application as the client's connection."""
-        self._app, self._sock = app, sock
+    def __init__(self, app: Flask, sock: socket.socket | None = None, **environ: str) -> None:
+        """`sock`: passed to the application as the client's connection; `environ`: of each request."""
+        self._app, self._sock, self._environ = app, sock, environ
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         target, _, query = path.partition("?")
@@ -160,6 +160,7 @@ class AppClient(Methods):
             "SERVER_NAME": "127.0.0.1",
             "SERVER_PORT": "80",
             "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "127.0.0.1",
             "CONTENT_LENGTH": str(len(raw)),
             "wsgi.url_scheme": "http",
             "wsgi.input": BytesIO(raw),
@@ -168,6 +169,7 @@ class AppClient(Methods):
             "wsgi.multiprocess": False,
             "wsgi.run_once": False,
             **{f"HTTP_{name.upper().replace('-', '_')}": value for name, value in (headers or {}).items()},
+            **self._environ,
         }
         if self._sock is not None:
             environ["gunicorn.socket"] = self._sock

@@ -48,7 +48,7 @@ def test_a_request_is_a_row_that_tells_what_it_was(client: AppClient, rows: Requ
         "level": "info",
         "request_id": "r-1",
         "instance_id": instances.own_id(),
-        "user_id": "",
+        "user_id": "local",
         "method": "POST",
         "route": "/api/v1/locks/{name}",
         "path": "/api/v1/locks/a b",

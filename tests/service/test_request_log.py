@@ -48,7 +48,7 @@ def test_each_request_is_one_line_with_what_it_was_and_how_long_it_took(client: 
         "route": "/api/v1/locks/{name}",
         "path": "/api/v1/locks/a b",
         "status": 201,
-        "caller": "",
+        "caller": "local",
         "lock": "a b",
     }
 

@@ -94,7 +94,7 @@ def test_serve_on_a_taken_port_says_who_has_it_on_one_line(taken: str) -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_serve_on_an_address_of_another_host_says_so_on_one_line(host: str) -> None:
-    Path("config.yaml").write_text(f"server: {{host: {host}}}")
+    Path("config.yaml").write_text(f"server: {{host: {host}}}\nsecurity: {{auth: on}}")
     result = serve()
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert result.stderr.startswith(f"Error: Port 8080 cannot be used on {host}: ")
