@@ -82,9 +82,11 @@ CREATE TABLE IF NOT EXISTS distributed_locks (
     acquired_at   timestamptz NOT NULL,
     expires_at    timestamptz NOT NULL,
     heartbeat_at  timestamptz NOT NULL,
-    metadata      jsonb       NOT NULL DEFAULT '{}'
+    metadata      jsonb       NOT NULL DEFAULT '{}',
+    principal     text        COLLATE "C" -- who acquired it, see acting_as(); null: by SQL
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000,
         autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 10000);
+ALTER TABLE distributed_locks ADD COLUMN IF NOT EXISTS principal text COLLATE "C";
 CREATE INDEX IF NOT EXISTS distributed_locks_owner ON distributed_locks (owner);
 
 -- The history: one row per grant that has ended. Written by the triggers alone; kept for locks.history_days.
@@ -101,8 +103,10 @@ CREATE TABLE IF NOT EXISTS grants (
     ended_at      timestamptz NOT NULL,
     ended_how     text        NOT NULL CHECK (ended_how IN ('released', 'expired', 'forced', 'owner-died')),
     reason        text,
-    proxy_request_id text     COLLATE "C" DEFAULT NULLIF(current_setting('loom.proxy_request_id', true), '')
+    proxy_request_id text     COLLATE "C" DEFAULT NULLIF(current_setting('loom.proxy_request_id', true), ''),
+    principal     text        COLLATE "C" -- who acquired it
 );
+ALTER TABLE grants ADD COLUMN IF NOT EXISTS principal text COLLATE "C";
 CREATE INDEX IF NOT EXISTS grants_lock_name ON grants (lock_name, fencing_token);
 CREATE INDEX IF NOT EXISTS grants_owner ON grants (owner, fencing_token);
 
@@ -126,6 +130,17 @@ $$;
 
 -- Events ----------------------------------------------------------------------------------------------------------
 
+-- Whose key the request bears that this transaction serves, see acting_as(); null by hand in psql.
+CREATE OR REPLACE FUNCTION current_principal() RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT NULLIF(current_setting('loom.principal', true), '');
+$$;
+
+-- Who acts in this transaction: an agent, or whom an administrator names; else the principal; by hand in psql, where
+-- nobody says so, the database's user.
+CREATE OR REPLACE FUNCTION current_actor() RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT COALESCE(NULLIF(current_setting('loom.actor', true), ''), current_principal(), 'sql:' || session_user);
+$$;
+
 -- One row per version of every entity of the shared state: the feed, and the entity's history. Written by
 -- write_event() alone; bounded by retention alone. Rows never change.
 CREATE TABLE IF NOT EXISTS events (
@@ -135,16 +150,18 @@ CREATE TABLE IF NOT EXISTS events (
     entity_id   text        COLLATE "C" NOT NULL,
     version     bigint      NOT NULL,
     project_id  text        COLLATE "C",
-    -- who did it, see acting_as(); by hand in psql nobody says so: then it is the database's user
-    actor       text        NOT NULL DEFAULT COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user),
+    actor       text        NOT NULL DEFAULT current_actor(), -- who did it
     instance_id uuid        DEFAULT NULLIF(current_setting('loom.instance_id', true), '')::uuid,
     -- the client's, for correlation: it decides nothing
     request_id  text        COLLATE "C" DEFAULT NULLIF(current_setting('loom.request_id', true), ''),
     -- the proxy's, by which a write that it repeats is known; answered to nobody
     proxy_request_id text   COLLATE "C" DEFAULT NULLIF(current_setting('loom.proxy_request_id', true), ''),
     timestamp   timestamptz NOT NULL,
-    changes     jsonb       NOT NULL -- the fields that changed, with their new values
+    changes     jsonb       NOT NULL, -- the fields that changed, with their new values
+    principal   text        COLLATE "C" DEFAULT current_principal() -- whose key it was; null: by SQL
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE events ALTER COLUMN actor SET DEFAULT current_actor(),
+    ADD COLUMN IF NOT EXISTS principal text COLLATE "C" DEFAULT current_principal();
 CREATE INDEX IF NOT EXISTS events_entity ON events (entity_type, entity_id, place);
 
 -- The feed's order, which is not that of `place`: what commits late comes late. Written by number_events() alone. (A
@@ -292,8 +309,10 @@ CREATE TABLE IF NOT EXISTS agents (
     heartbeat_at timestamptz,
     version      bigint      NOT NULL DEFAULT 1,
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
-    updated_at   timestamptz NOT NULL DEFAULT clock_timestamp()
+    updated_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    principal    text        COLLATE "C" DEFAULT current_principal() -- who registered it, and may act for it
 ) WITH (fillfactor = 50, autovacuum_analyze_threshold = 5000);
+ALTER TABLE agents ADD COLUMN IF NOT EXISTS principal text COLLATE "C" DEFAULT current_principal();
 CREATE INDEX IF NOT EXISTS agents_project ON agents (project_id, id);
 CREATE INDEX IF NOT EXISTS agents_role ON agents (role) WHERE role <> '';
 CREATE INDEX IF NOT EXISTS agents_provider ON agents (provider_id) WHERE provider_id IS NOT NULL;

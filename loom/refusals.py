@@ -53,6 +53,8 @@ def from_postgres(exc: psycopg2.Error) -> errors.Error | None:
     diag, code = exc.diag, exc.pgcode or ""
     if code == "L0004":
         return unknown_reference(**json.loads(diag.message_detail or "{}"))
+    if code == "L0011":
+        return errors.Forbidden(diag.message_primary)
     if code in SQLSTATES:
         return error(SQLSTATES[code], json.loads(diag.message_detail or "{}"))
     if code == "23503":  # a foreign key

@@ -297,4 +297,4 @@ class Upkeep:
 
     @property
     def _writer(self) -> Writer:
-        return Writer(self._config, "loom", self._instance.instance_id)
+        return Writer(self._config, "system:upkeep", self._instance.instance_id)

@@ -11,7 +11,7 @@ from flask import Request, request
 
 from loom import errors, instances
 from loom.config import Config, is_loopback
-from loom.http import origins, permissions
+from loom.http import origins, parse, permissions
 from loom.http.permissions import ADMIN, AGENT, OPEN, RANKS, READER
 from loom.state import keys
 
@@ -58,6 +58,12 @@ def require(rank: int) -> None:
     """For what only some requests of a route need. Raises Forbidden."""
     if caller().rank < rank:
         raise errors.Forbidden(f"This needs a key with the role {RANKS[rank]}.")
+
+
+def require_reason(reason: str | None) -> None:
+    """What is done by force with a key has a reason. Raises Invalid."""
+    if caller().has_key and not reason:
+        raise parse.missing("reason")
 
 
 def is_restricted() -> bool:

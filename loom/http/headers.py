@@ -8,11 +8,14 @@ from urllib.parse import unquote_to_bytes
 from flask import request
 
 from loom import errors, instances
+from loom.http import auth
 from loom.http.parse import MAX_TOKEN, check_name, plain, utf8
+from loom.http.permissions import ADMIN
 from loom.http.settings import settings
 from loom.state.entities import Conditions, Versions
 from loom.state.writer import Writer
 
+RESERVED_ACTORS = ("system:", "sql:")  # Loom itself, and who changes rows by hand
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")  # as nginx accepts it from a client
 _FENCE = r'\s*([1-9][0-9]{0,15})\s*(?:;\s*lock\s*=\s*("[^"]*")\s*)?'
 _FENCES = re.compile(f"{_FENCE}(?:,{_FENCE})*")
@@ -27,13 +30,20 @@ def writer(own: str | None, actor: str | None = None) -> Writer:
 
     `own`: the lock that a bare number in Loom-Lock-Token refers to, if any.
     `actor`: the actor if there is no Loom-Actor header.
-    Raises Invalid, which names the header.
+    Raises Invalid, which names the header, and Forbidden for an actor that the caller may not be.
     """
-    headers = request.environ
+    headers, caller = request.environ, auth.caller()
     named, fences = headers.get("HTTP_LOOM_ACTOR"), headers.get("HTTP_LOOM_LOCK_TOKEN")
+    if named is not None:
+        actor = plain(utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor")
+        auth.require(ADMIN)
+    if actor is not None and actor.startswith(RESERVED_ACTORS):
+        raise errors.Forbidden(f"Nobody may act as {actor}.")
     return Writer(
         settings(),
-        actor=actor if named is None else plain(utf8(named.encode("latin-1"), "Loom-Actor"), "Loom-Actor"),
+        actor=actor,
+        principal=caller.principal or None,
+        restricted=auth.is_restricted(),
         instance_id=instances.own_id(),
         request_id=_request_id("HTTP_X_REQUEST_ID"),
         proxy_request_id=_request_id("HTTP_LOOM_PROXY_REQUEST_ID"),

@@ -9,6 +9,7 @@ from loom.locks.grants import (
     get,
     held,
     history,
+    refuse_foreign,
     release,
     renew,
     waiters,

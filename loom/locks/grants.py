@@ -34,8 +34,12 @@ class Grant(msgspec.Struct, frozen=True):
 
 
 class PastGrant(Grant, frozen=True):
-    """A grant as the history shows it; `ended_at` and `ended_how` are None while it is held."""
+    """A grant as the history shows it; `ended_at` and `ended_how` are None while it is held.
 
+    `principal`: whose key acquired it; None if it was acquired by SQL.
+    """
+
+    principal: str | None
     ended_at: Time | None
     ended_how: str | None
     reason: str | None
@@ -67,40 +71,47 @@ def acquire(
     instance_id: str | None = None,
     metadata: dict[str, Any] | None = None,
     wait: bool = False,
+    principal: str | None = None,
 ) -> Attempt:
     """Takes the lock `name` for `owner` if it is free; with `wait`, takes a place in the queue if not.
 
-    An owner that already holds the lock gets its own grant, extended; it never ends earlier than before.
+    An owner that already holds the lock gets its own grant, extended; it never ends earlier than before. An owner is
+    one of its principal's: others may use the same name. None: a caller that needs no key, such as Loom itself.
     """
     row = db.row(
         conn,
-        "SELECT * FROM acquire_lock(%(name)s, %(owner)s, %(instance)s, %(ttl)s, %(metadata)s, %(wait)s)",
+        "SELECT * FROM acquire_lock(%(name)s, %(owner)s, %(instance)s, %(ttl)s, %(metadata)s, %(wait)s, %(principal)s)",
         name=name,
         owner=owner,
         instance=instance_id,
         ttl=ttl,
         metadata=None if metadata is None else json.dumps(metadata),
         wait=wait,
+        principal=principal,
     )
     outcome, waiting = row.pop("outcome"), row.pop("waiting")
     return Attempt(outcome, Grant(**row) if row["lock_name"] is not None else None, waiting)
 
 
-def renew(conn: Connection, name: str, token: int, ttl: timedelta, *, extend: bool = False) -> Grant:
+def renew(
+    conn: Connection, name: str, token: int, ttl: timedelta, *, extend: bool = False, principal: str | None = None
+) -> Grant:
     """Sets a new end for a grant that we hold, and returns it; with `extend`, the end never moves to an earlier time.
 
-    Raises LockLost when the token is no longer the holder's: expired, taken by another, or forced.
+    Raises LockLost when the token is no longer the holder's: expired, taken by another, or forced; or another
+    principal's.
     """
-    sql = "SELECT * FROM renew_lock(%(name)s, %(token)s, %(ttl)s, %(extend)s)"
-    row = db.one(conn, sql, name=name, token=token, ttl=ttl, extend=extend)
+    sql = "SELECT * FROM renew_lock(%(name)s, %(token)s, %(ttl)s, %(extend)s, %(principal)s)"
+    row = db.one(conn, sql, name=name, token=token, ttl=ttl, extend=extend, principal=principal)
     if row is None:
         raise _lock_lost(conn, name, token)
+    del row["principal"]
     return Grant(**row)
 
 
-def release(conn: Connection, name: str, token: int) -> None:
+def release(conn: Connection, name: str, token: int, *, principal: str | None = None) -> None:
     """Ends a grant that we hold; may be repeated. Raises LockLost when the grant has ended in any other way."""
-    if _end(conn, name, token, "released"):
+    if _end(conn, name, token, "released", principal=principal):
         return
     past = _past(conn, name, token)
     if past is None or past["ended_how"] != "released":
@@ -119,6 +130,11 @@ def force_release(conn: Connection, name: str, token: int, reason: str | None = 
         raise errors.LockHeld("Another grant holds the lock now.", holder=holder)
     if _past(conn, name, token) is None:
         raise errors.NotFound(refusals.UNKNOWN_GRANT, lock_name=name, fencing_token=token)
+
+
+def refuse_foreign(conn: Connection, name: str, principal: str) -> None:
+    """Raises Forbidden if the lock concerns an agent of another principal, or a bead that such an agent works on."""
+    db.run(conn, "SELECT refuse_foreign_lock(%(name)s, %(principal)s)", name=name, principal=principal)
 
 
 def check(conn: Connection, name: str, token: int) -> None:
@@ -198,9 +214,9 @@ def history(
         ORDER BY fencing_token DESC LIMIT %(most_rows)s + 1"""
     sql = f"""
         SELECT row_to_json(g)::text FROM (
-            (SELECT {COLUMNS}, ended_at, ended_how, reason FROM grants {filtered})
+            (SELECT {COLUMNS}, principal, ended_at, ended_how, reason FROM grants {filtered})
             UNION ALL
-            (SELECT {COLUMNS}, CASE WHEN expires_at <= clock_timestamp() THEN expires_at END,
+            (SELECT {COLUMNS}, principal, CASE WHEN expires_at <= clock_timestamp() THEN expires_at END,
                     CASE WHEN expires_at <= clock_timestamp() THEN 'expired' END, NULL
                FROM distributed_locks {filtered})
              ORDER BY fencing_token DESC LIMIT %(most_rows)s + 1) AS g
@@ -223,9 +239,11 @@ def _lock_lost(conn: Connection, name: str, token: int, past: db.Row | None = No
     )
 
 
-def _end(conn: Connection, name: str, token: int, how: str, reason: str | None = None) -> bool:
-    sql = "SELECT release_lock(%(name)s, %(token)s, %(how)s, %(reason)s)"
-    return db.value(conn, sql, name=name, token=token, how=how, reason=reason)
+def _end(
+    conn: Connection, name: str, token: int, how: str, reason: str | None = None, principal: str | None = None
+) -> bool:
+    sql = "SELECT release_lock(%(name)s, %(token)s, %(how)s, %(reason)s, %(principal)s)"
+    return db.value(conn, sql, name=name, token=token, how=how, reason=reason, principal=principal)
 
 
 def _past(conn: Connection, name: str, token: int) -> db.Row | None:

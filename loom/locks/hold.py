@@ -17,6 +17,7 @@ from loom.locks import grants
 
 log = logging.getLogger("loom.locks")
 
+PRINCIPAL = "system:hold"  # which no key has: over HTTP, nobody renews or releases what a program holds
 POLL_PERIOD = 0.1  # seconds between two attempts while it waits; its place in the queue lasts 2 s
 
 # A clock that keeps counting while the machine sleeps: a suspended holder must notice that its time has run out.
@@ -84,6 +85,7 @@ class Hold:
                     instance_id=self._instance_id,
                     metadata=self._metadata,
                     wait=self._wait > 0,
+                    principal=PRINCIPAL,
                 )
             if attempt.granted and attempt.grant is not None:
                 self.fencing_token, self._trusted_until = attempt.grant.fencing_token, sent + self._ttl
@@ -101,7 +103,7 @@ class Hold:
         if not was_lost:
             try:
                 with self._connection.use() as conn:
-                    grants.release(conn, self.name, self.fencing_token)
+                    grants.release(conn, self.name, self.fencing_token, principal=PRINCIPAL)
             except errors.LockLost:
                 was_lost = True
             except errors.Unavailable:
@@ -116,7 +118,8 @@ class Hold:
             sent = _clock()
             try:
                 with self._connection.use(max(0.1, min(4.0, self._trusted_until - sent))) as conn:
-                    grants.renew(conn, self.name, self.fencing_token, timedelta(seconds=self._ttl))
+                    ttl = timedelta(seconds=self._ttl)
+                    grants.renew(conn, self.name, self.fencing_token, ttl, principal=PRINCIPAL)
             except errors.LockLost:
                 self._report_lost()
                 return

@@ -11,9 +11,12 @@ from loom.waiting import Poller, Waiter
 class LockWaiter(Waiter):
     """A request that waits for a lock. Its result is True when the lock is free and it is the first in the queue."""
 
-    def __init__(self, name: str, owner: str, ends: float, client_gone: Callable[[], bool]) -> None:
+    def __init__(
+        self, name: str, owner: str, principal: str | None, ends: float, client_gone: Callable[[], bool]
+    ) -> None:
         super().__init__(ends, client_gone)
         self.name, self.owner = name, owner
+        self.waits_as = owner if principal in (None, "local") else f"{principal}/{owner}"  # see waits_as() in locks.sql
 
 
 class LockPoller(Poller[LockWaiter]):
@@ -31,7 +34,7 @@ class LockPoller(Poller[LockWaiter]):
             conn,
             "SELECT * FROM poll_waiters(%(names)s, %(owners)s)",
             names=[waiter.name for waiter in waiters],
-            owners=[waiter.owner for waiter in waiters],
+            owners=[waiter.waits_as for waiter in waiters],
         )
         first_in_queue = {(row["lock_name"], row["owner"]) for row in rows}
-        self.wake(lambda waiter: (waiter.name, waiter.owner) in first_in_queue, True)
+        self.wake(lambda waiter: (waiter.name, waiter.waits_as) in first_in_queue, True)

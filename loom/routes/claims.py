@@ -11,7 +11,7 @@ from flask import Blueprint, Response
 from msgspec import Meta
 
 from loom import db
-from loom.http import answer, entities, headers, idempotency, parse
+from loom.http import answer, auth, entities, headers, idempotency, parse
 from loom.http.parse import Key, Token
 from loom.state import claims
 from loom.state.writer import Writer
@@ -148,6 +148,7 @@ def _ended(key: str, token: int, how: claims.Ending, why: str | None, **more: An
 def redispatch(key: str) -> Response:
     """Opens the bead again; its holder loses it."""
     key, body = parse.key(key), parse.body(Redispatch)
+    auth.require_reason(body.reason)
     writer, reason = headers.writer(f"bead:{key}"), body.reason or ""
     return idempotency.once(lambda conn: entities.versioned(claims.redispatch(conn, writer, key, reason)))
 

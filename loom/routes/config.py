@@ -16,7 +16,8 @@ from loom import config as configuration
 from loom import db, errors
 from loom.bounds import KIB, bounds
 from loom.config import SECTIONS, SETTINGS, SHAREABLE, mask
-from loom.http import answer, entities, headers, idempotency, parse, yaml
+from loom.http import answer, auth, entities, headers, idempotency, parse, yaml
+from loom.http.permissions import ADMIN
 from loom.http.settings import own
 from loom.http.values import shown
 from loom.state import config
@@ -26,6 +27,7 @@ from loom.state.writer import Writer
 
 bp = Blueprint("config", __name__, url_prefix="/api/v1/config")
 
+HIDDEN = (("database", "dsn"), ("database", "folder"), ("server", "host"), ("logging", "output"))  # hosts and paths
 PER_INSTANCE = "server.http_port"  # differs between instances, so a snapshot's value is never meant to be shared
 # Keys of a snapshot, from Loom or from the original, that are not settings of Loom.
 IGNORED = frozenset(
@@ -60,6 +62,8 @@ bp.add_url_rule("/<key>/history", "history", parse.query(*parse.PAGE)(partial(en
 @bp.put("/<key>")
 def set_one(key: str) -> Response:
     value = _checked(parse.key(key), parse.body(Value, known=Config.__struct_fields__).value)
+    if key in SHAREABLE:
+        auth.require(ADMIN)
     writer, conditions = headers.writer(f"config:{key}"), headers.conditions()
     with db.connection() as conn:
         done = change(
@@ -113,7 +117,13 @@ def export_yaml() -> Response:
 def _snapshot(conn: db.Connection) -> Response:
     values = config.values(conn)
     shared = {key: msgspec.Raw(value.encode()) for key, value in values.items()}
-    return answer.json({**_shown(config.in_force(own(), values)), "shared": shared})
+    sections = _shown(config.in_force(own(), values))
+    if auth.caller().rank < ADMIN:
+        for section, name in HIDDEN:
+            sections[section][name] = "***"
+        sections["server"]["allowed_hosts"] = []
+        sections["logging"]["syslog"]["address"] = "***:0"
+    return answer.json({**sections, "shared": shared})
 
 
 def _share(conn: db.Connection, writer: Writer, sections: Mapping[str, Any], values: Mapping[str, Any]) -> Response:

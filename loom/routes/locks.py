@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from loom import db, errors, instances, locks
 from loom.bounds import bounds
-from loom.http import answer, idempotency, parse, problems
+from loom.http import answer, auth, idempotency, parse, problems
+from loom.http.permissions import ADMIN
 from loom.http.pollers import pollers, wait, waited
 from loom.locks.queue import LockWaiter
 
@@ -21,6 +22,8 @@ bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
 
 RESERVED_OWNER = "instance:"  # the owner of locks that an instance holds for itself
 RESERVED_NAME = "loom:"  # of those locks
+CONCERNING = ("agent:", "bead:")  # an agent may take these if they concern itself
+NOT_FOR_AGENTS = ("config:", "provider:", "project:", "file:")  # file: only by /api/v1/file-locks
 
 Ttl = Annotated[int, Meta(ge=1, le=86400)]
 
@@ -51,7 +54,11 @@ def acquire(_: str) -> Response:
     if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > bounds.lock_metadata:
         raise errors.Invalid.field("metadata", f"must have at most {bounds.lock_metadata} bytes")
 
+    principal = auth.caller().principal
+
     def ask(conn: db.Connection) -> Response:
+        if auth.is_restricted() and name.startswith(CONCERNING):
+            locks.refuse_foreign(conn, name, principal)
         attempt = locks.acquire(
             conn,
             name,
@@ -60,6 +67,7 @@ def acquire(_: str) -> Response:
             instance_id=instances.own_id(),
             metadata=body.metadata,
             wait=body.wait_seconds > 0,
+            principal=principal,
         )
         if attempt.granted:
             return answer.json(attempt.grant, 201 if attempt.outcome == "new" else 200)
@@ -76,19 +84,20 @@ def acquire(_: str) -> Response:
 
     def extended(conn: db.Connection, first: dict[str, Any]) -> locks.Grant:
         """The grant of this request's first answer, extended. Raises LockLost when it has ended."""
-        return locks.renew(conn, name, first["fencing_token"], ttl, extend=True)
+        return locks.renew(conn, name, first["fencing_token"], ttl, extend=True, principal=principal)
 
     response = idempotency.once(ask, refresh=extended, wait=True)
     if response.status_code == errors.LockHeld.status:
-        wait(pollers().locks, partial(LockWaiter, name, owner), body.wait_seconds)
+        wait(pollers().locks, partial(LockWaiter, name, owner, principal), body.wait_seconds)
     return response
 
 
 @bp.put("/<name:_>")
 def renew(_: str) -> Response:
     name, body = _name(), parse.body(RenewLock)
+    ttl = timedelta(seconds=body.ttl_seconds)
     with db.connection() as conn:
-        return answer.json(locks.renew(conn, name, body.fencing_token, timedelta(seconds=body.ttl_seconds)))
+        return answer.json(locks.renew(conn, name, body.fencing_token, ttl, principal=auth.caller().principal))
 
 
 @bp.delete("/<name:_>")
@@ -96,11 +105,14 @@ def renew(_: str) -> Response:
 def release(_: str) -> Response:
     name, token, force = _name(), parse.integer("fencing_token", most=parse.MAX_TOKEN), parse.flag("force")
     reason = parse.text("reason", 1000)
+    if force:
+        auth.require(ADMIN)
+        auth.require_reason(reason)
     with db.connection() as conn:
         if force:
             locks.force_release(conn, name, token, reason)
         else:
-            locks.release(conn, name, token)
+            locks.release(conn, name, token, principal=auth.caller().principal)
     pollers().locks.poll_soon(lambda waiter: waiter.name == name)
     return answer.nothing()
 
@@ -127,10 +139,12 @@ def held() -> Response:
 
 
 def _name() -> str:
-    """The name in the path. Raises Invalid for one of Loom's own locks, also to the holder of its token."""
+    """The name in the path. Raises Invalid for one of Loom's own locks, Forbidden for one that is not for agents."""
     name = parse.lock_name()
     if name.startswith(RESERVED_NAME):
         raise errors.Invalid.field("lock_name", f"must not begin with {RESERVED_NAME}, which is reserved for Loom")
+    if name.startswith(NOT_FOR_AGENTS) and auth.is_restricted():
+        raise errors.Forbidden(f"A lock of {name.partition(':')[0]} needs a key with the role admin.")
     return name
 
 

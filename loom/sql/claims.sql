@@ -351,7 +351,8 @@ BEGIN
     IF NOT FOUND THEN
         outcome := 'not-found';
         RETURN;
-    ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= clock_timestamp() THEN
+    ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= clock_timestamp()
+          OR NOT acts_for(b.assigned_to) THEN
         outcome := 'claim-lost';
         detail := claim_lost(b, token);
         RETURN;
@@ -379,7 +380,8 @@ DECLARE
 BEGIN
     -- Before the fences are checked: a repeated request may present one that ended when it was served the first time.
     IF EXISTS (SELECT 1 FROM claims c
-                WHERE c.fencing_token = token AND c.bead_id = end_claim.bead_id AND c.ended_how = how) THEN
+                WHERE c.fencing_token = token AND c.bead_id = end_claim.bead_id AND c.ended_how = how
+                   AND acts_for(c.agent_id)) THEN
         outcome := 'repeated';
         SELECT as_json(x) INTO bead FROM beads x WHERE x.id = end_claim.bead_id;
         RETURN;
@@ -392,7 +394,7 @@ BEGIN
     t := clock_timestamp();
     IF NOT FOUND THEN
         outcome := 'not-found';
-    ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= t THEN
+    ELSIF b.fencing_token IS DISTINCT FROM token OR b.lease_expires_at <= t OR NOT acts_for(b.assigned_to) THEN
         outcome := 'claim-lost';
         detail := claim_lost(b, token);
     ELSIF how = 'completed' AND b.open_children > 0 THEN

@@ -9,7 +9,7 @@ BEGIN
     ELSIF octet_length(NEW.value::text) > bound('shared_value') THEN -- as it is answered: 1e300 has 301 digits there
         RAISE EXCEPTION 'must have at most 64 KiB' USING ERRCODE = '23514', COLUMN = NEW.key;
     END IF;
-    NEW.updated_by := COALESCE(NULLIF(current_setting('loom.actor', true), ''), session_user);
+    NEW.updated_by := current_actor();
     RETURN NEW;
 END $$;
 DROP TRIGGER IF EXISTS a_config_written ON config;

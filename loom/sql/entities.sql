@@ -52,7 +52,7 @@ END $$;
 DO $$
 BEGIN
     PERFORM create_entity_triggers('project', 'projects'), create_entity_triggers('provider', 'providers'),
-            create_entity_triggers('agent', 'agents', '{current_bead, open_claims, last_active, heartbeat_at}'),
+            create_entity_triggers('agent', 'agents', '{current_bead, open_claims, last_active, heartbeat_at, principal}'),
             create_entity_triggers('config', 'config'), create_entity_triggers('comment', 'comments');
 END $$;
 

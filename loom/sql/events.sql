@@ -79,16 +79,21 @@ CREATE TRIGGER events_truncated BEFORE TRUNCATE ON events FOR EACH STATEMENT EXE
 -- Sets who acts in this transaction, for its events. proxy_request: the id that the proxy gave this request
 -- (Loom-Proxy-Request-ID); no client can choose it. A proxy that lost the answer to a write sends the write again with
 -- the same id. If that id is found in an event or a grant, the request gets its first answer again. settings: those in
--- force in the instance, for setting().
-CREATE OR REPLACE FUNCTION acting_as(actor text, instance uuid, request text, proxy_request text, settings json)
-RETURNS void
-LANGUAGE plpgsql AS $$
+-- force in the instance, for setting(). who: the principal; restricted: it may act only for itself, see acts_for().
+DROP FUNCTION IF EXISTS acting_as(text, uuid, text, text, json);
+CREATE OR REPLACE FUNCTION acting_as(
+    actor text, instance uuid, request text, proxy_request text, settings json,
+    who text DEFAULT NULL, restricted boolean DEFAULT false) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
+    IF restricted THEN
+        PERFORM set_config('loom.restricted', 'on', true);
+    END IF;
     PERFORM set_config('loom.actor', COALESCE(actor, ''), true),
             set_config('loom.instance_id', COALESCE(instance::text, ''), true),
             set_config('loom.request_id', COALESCE(request, ''), true),
             set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true),
-            set_config('loom.settings', settings::text, true);
+            set_config('loom.settings', settings::text, true),
+            set_config('loom.principal', COALESCE(who, ''), true);
 END $$;
 
 -- Whether this transaction is an import (loom/transfer), which writes thousands of rows by a statement, with their

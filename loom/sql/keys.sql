@@ -1,4 +1,60 @@
--- API keys: what instances read of them, and the promise that an administrator's key is left.
+-- API keys: what instances read of them, the promise that an administrator's key is left, and what is another's.
+
+-- Whether the caller may act for an agent: only one with the role agent is restricted, to the agent whose id is its
+-- principal, and to those that its principal has registered.
+CREATE OR REPLACE FUNCTION acts_for(agent text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN COALESCE(current_setting('loom.restricted', true), '') = ''
+        OR EXISTS (SELECT 1 FROM agents WHERE id = agent AND current_principal() IN (id, principal))
+        OR COALESCE(agent = current_principal(), false);
+END $$;
+
+CREATE OR REPLACE FUNCTION raise_forbidden(problem text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '%', problem USING ERRCODE = 'L0011';
+END $$;
+
+-- Raises L0011 (forbidden) unless the caller may act for the agent.
+CREATE OR REPLACE FUNCTION refuse_other_agent(agent text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT acts_for(agent) THEN
+        PERFORM raise_forbidden(format('This key may not act for %s: its principal has not registered that agent.',
+                                       agent));
+    END IF;
+END $$;
+
+-- Raises L0011 for a change by a restricted caller of what is another's: an agent, a bead that somebody works on, or
+-- one of `others` that the change would link to it; or a new agent with another's name. The names are locked.
+CREATE OR REPLACE FUNCTION refuse_foreign_change(kind text, key text, creates boolean, others text[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    held text;
+BEGIN
+    IF kind = 'agent' AND NOT creates THEN
+        PERFORM refuse_other_agent(key);
+    ELSIF kind = 'agent' AND EXISTS (SELECT 1 FROM api_keys WHERE principal = key AND key <> current_principal()) THEN
+        PERFORM raise_forbidden(format('The agent %s is registered with a key of its own.', key));
+    ELSIF kind = 'bead' THEN
+        SELECT id INTO held FROM beads
+         WHERE id = ANY (others || key) AND status = 'in_progress' AND NOT acts_for(assigned_to)
+           AND (id = key OR NOT (key = ANY (blocked_by) OR COALESCE(parent = key, false))) LIMIT 1;
+        IF FOUND THEN
+            PERFORM raise_forbidden(format('Somebody else works on bead %s.', held));
+        END IF;
+    END IF;
+END $$;
+
+-- Raises L0011 if a restricted caller would take a lock that concerns another: agent:ID, or bead:ID that somebody works
+-- on. In a transaction of its own.
+CREATE OR REPLACE FUNCTION refuse_foreign_lock(name text, who text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('loom.principal', who, true), set_config('loom.restricted', 'on', true);
+    IF name LIKE 'agent:%' THEN
+        PERFORM refuse_other_agent(substr(name, 7));
+    ELSIF name LIKE 'bead:%' THEN
+        PERFORM refuse_foreign_change('bead', substr(name, 6), false, '{}');
+    END IF;
+END $$;
 
 -- Statement by statement, so that each change, also by hand, is seen by the instances with their next heartbeat.
 CREATE OR REPLACE FUNCTION on_keys_changed() RETURNS trigger LANGUAGE plpgsql AS $$

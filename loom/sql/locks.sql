@@ -18,9 +18,11 @@ CREATE OR REPLACE FUNCTION end_grant(g distributed_locks) RETURNS void LANGUAGE 
 DECLARE
     t timestamptz := clock_timestamp();
 BEGIN
-    INSERT INTO grants VALUES (
+    INSERT INTO grants (lock_name, instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata,
+                        principal, ended_at, ended_how, reason)
+    VALUES (
         g.lock_name, g.instance_id, g.owner, g.fencing_token, g.acquired_at, g.expires_at, g.heartbeat_at, g.metadata,
-        LEAST(t, g.expires_at),
+        g.principal, LEAST(t, g.expires_at),
         COALESCE(NULLIF(current_setting('loom.ended_how', true), ''),
                  CASE WHEN g.expires_at <= t THEN 'expired' ELSE 'forced' END),
         NULLIF(current_setting('loom.reason', true), ''));
@@ -67,36 +69,54 @@ BEGIN
      WHERE (l.lock_name, l.fencing_token) = (w.lock_name, w.fencing_token) AND l.expires_at > clock_timestamp();
 END $$;
 
+-- Whether a grant's principal may use it: a fencing token orders, and is no credential. SQL by hand, which has no
+-- principal, may use each, and everybody a grant that was made by hand. Inlined by the planner.
+CREATE OR REPLACE FUNCTION is_same(principal text, who text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT COALESCE(principal = who, true);
+$$;
+
+-- The name by which an owner waits: two principals may call their owners alike. As LockWaiter in loom/locks/queue.py.
+CREATE OR REPLACE FUNCTION waits_as(owner text, who text) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT COALESCE(NULLIF(who, 'local') || '/', '') || owner;
+$$;
+
 -- Takes the lock if it is free and no waiter comes before us. The order matters: lock the name, lock the row, read the
 -- clock. outcome: 'new': a new grant; 'same': the grant that this owner already holds, extended; 'held': another
 -- owner's grant, which is returned; 'promised': the lock is free, but a waiter comes first. A refused call does not
--- write to the row, nor wait for its lock.
+-- write to the row, nor wait for its lock. An owner is one of its principal's: `who`.
+DROP FUNCTION IF EXISTS acquire_lock(text, text, uuid, interval, jsonb, boolean);
 CREATE OR REPLACE FUNCTION acquire_lock(
-    name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean)
+    name text, new_owner text, instance uuid, ttl interval, about jsonb, wait boolean,
+    who text DEFAULT current_principal())
 RETURNS TABLE (outcome text, waiting bigint, lock_name text, instance_id uuid, owner text, fencing_token bigint,
                acquired_at timestamptz, expires_at timestamptz, heartbeat_at timestamptz, metadata jsonb)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     held distributed_locks;
+    mine boolean;
+    me text := waits_as(new_owner, who);
     first text;
     t timestamptz;
 BEGIN
     PERFORM pg_advisory_xact_lock(name_key(name));
     SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
-    IF held.owner = new_owner THEN
+    mine := held.owner = new_owner AND is_same(held.principal, who);
+    IF mine THEN
         -- NO KEY UPDATE, as in a renewal: it does not wait for the transactions that this grant fences.
         SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name FOR NO KEY UPDATE;
+        mine := held.owner = new_owner AND is_same(held.principal, who); -- it may be another's by now
     END IF;
     t := clock_timestamp();
 
-    IF held.owner = new_owner AND held.expires_at > t THEN
+    IF mine AND held.expires_at > t THEN
         RETURN QUERY
             UPDATE distributed_locks AS l
                SET expires_at = GREATEST(l.expires_at, t + ttl), heartbeat_at = t,
                    metadata = COALESCE(about, l.metadata)
              WHERE l.lock_name = name
-            RETURNING 'same', 0::bigint, l.*;
+            RETURNING 'same', 0::bigint, l.lock_name, l.instance_id, l.owner, l.fencing_token, l.acquired_at, l.expires_at, l.heartbeat_at,
+                      l.metadata;
         RETURN;
     END IF;
 
@@ -107,7 +127,7 @@ BEGIN
          WHERE w.lock_name = name AND keeps_place(w.asked_at, t) ORDER BY w.place LIMIT 1;
         -- An expired row is taken FOR UPDATE: the upsert's own row lock would not conflict with the KEY SHARE of
         -- loom_fence(). While a transaction that the grant fences is running, the lock is still held.
-        IF first <> new_owner THEN
+        IF first <> me THEN
             outcome := 'promised';
             held := NULL;
         ELSIF held.lock_name IS NOT NULL AND NOT EXISTS (
@@ -115,31 +135,33 @@ BEGIN
             outcome := 'held';
         ELSE
             IF first IS NOT NULL THEN
-                DELETE FROM lock_waiters w WHERE w.lock_name = name AND w.owner = new_owner;
+                DELETE FROM lock_waiters w WHERE w.lock_name = name AND w.owner = me;
             END IF;
             t := clock_timestamp();
             RETURN QUERY
                 INSERT INTO distributed_locks AS l
-                VALUES (name, instance, new_owner, next_fencing_token(), t, t + ttl, t, COALESCE(about, '{}'))
+                VALUES (name, instance, new_owner, next_fencing_token(), t, t + ttl, t, COALESCE(about, '{}'), who)
                     ON CONFLICT ON CONSTRAINT distributed_locks_pkey DO UPDATE
-                   SET (instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata)
+                   SET (instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata, principal)
                      = (excluded.instance_id, excluded.owner, excluded.fencing_token, excluded.acquired_at,
-                        excluded.expires_at, excluded.heartbeat_at, excluded.metadata)
+                        excluded.expires_at, excluded.heartbeat_at, excluded.metadata, excluded.principal)
                  WHERE l.expires_at <= excluded.acquired_at
-                RETURNING 'new', 0::bigint, l.*;
+                RETURNING 'new', 0::bigint, l.lock_name, l.instance_id, l.owner, l.fencing_token, l.acquired_at, l.expires_at, l.heartbeat_at,
+                      l.metadata;
             RETURN;
         END IF;
     END IF;
 
     IF wait THEN
         -- A place that has lapsed is lost: its owner gets a new one at the end of the queue.
-        INSERT INTO lock_waiters AS w (lock_name, owner, asked_at) VALUES (name, new_owner, t)
+        INSERT INTO lock_waiters AS w (lock_name, owner, asked_at) VALUES (name, me, t)
             ON CONFLICT ON CONSTRAINT lock_waiters_pkey DO UPDATE
                SET asked_at = t,
                    place = CASE WHEN keeps_place(w.asked_at, t) THEN w.place ELSE excluded.place END;
     END IF;
     SELECT count(*) INTO waiting FROM lock_waiters w WHERE w.lock_name = name AND keeps_place(w.asked_at, t);
-    RETURN QUERY SELECT outcome, waiting, held.*;
+    RETURN QUERY SELECT outcome, waiting, held.lock_name, held.instance_id, held.owner, held.fencing_token,
+                        held.acquired_at, held.expires_at, held.heartbeat_at, held.metadata;
 END $$;
 
 -- One poll for all requests that wait in one worker: keeps their places, and returns the first waiter of each of these
@@ -179,7 +201,9 @@ END $$;
 -- Extends or, without `extend`, also shortens a grant; never inserts one, never revives one that has ended. The order
 -- matters: lock the name, lock the row, read the clock. An UPDATE that waits for the row after it has read the clock
 -- would revive a lock that ended during the wait.
-CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, extend boolean)
+DROP FUNCTION IF EXISTS renew_lock(text, bigint, interval, boolean);
+CREATE OR REPLACE FUNCTION renew_lock(
+    name text, token bigint, ttl interval, extend boolean, who text DEFAULT current_principal())
 RETURNS SETOF distributed_locks
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -189,13 +213,16 @@ BEGIN
         UPDATE distributed_locks
            SET expires_at = GREATEST(CASE WHEN extend THEN expires_at END, clock_timestamp() + ttl),
                heartbeat_at = clock_timestamp()
-         WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp()
+         WHERE lock_name = name AND fencing_token = token AND is_same(principal, who)
+           AND expires_at > clock_timestamp()
         RETURNING *;
 END $$;
 
 -- Ends a grant that is still held; false if it is not. how: 'released' by its holder, or 'forced' by an operator.
 -- Raises 55P03 (lock_not_available) while a transaction that the grant fences is running.
-CREATE OR REPLACE FUNCTION release_lock(name text, token bigint, how text, why text) RETURNS boolean
+DROP FUNCTION IF EXISTS release_lock(text, bigint, text, text);
+CREATE OR REPLACE FUNCTION release_lock(
+    name text, token bigint, how text, why text, who text DEFAULT current_principal()) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
     done boolean;
@@ -209,7 +236,8 @@ BEGIN
     END IF;
     PERFORM set_config('loom.ended_how', how, true), set_config('loom.reason', COALESCE(why, ''), true);
     DELETE FROM distributed_locks
-     WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp();
+     WHERE lock_name = name AND fencing_token = token AND expires_at > clock_timestamp()
+       AND (how = 'forced' OR is_same(principal, who));
     done := FOUND;
     PERFORM set_config('loom.ended_how', '', true), set_config('loom.reason', '', true);
     RETURN done;
@@ -226,16 +254,18 @@ BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
         -- A new grant and a deletion of the row wait for this; renewals by the holder do not.
         SELECT expires_at INTO ends FROM distributed_locks
-         WHERE lock_name = name AND fencing_token = token FOR KEY SHARE;
+         WHERE lock_name = name AND fencing_token = token AND is_same(principal, current_principal()) FOR KEY SHARE;
         IF ends IS NULL AND name LIKE 'bead:%' THEN
             SELECT lease_expires_at INTO ends FROM beads
-             WHERE id = substr(name, 6) AND fencing_token = token FOR KEY SHARE;
+             WHERE id = substr(name, 6) AND fencing_token = token AND acts_for(assigned_to) FOR KEY SHARE;
         END IF;
     ELSE
         -- An older snapshot must not hide a changed end: after a renewal this raises 40001, and the caller tries again.
-        SELECT expires_at INTO ends FROM distributed_locks WHERE lock_name = name AND fencing_token = token FOR SHARE;
+        SELECT expires_at INTO ends FROM distributed_locks
+         WHERE lock_name = name AND fencing_token = token AND is_same(principal, current_principal()) FOR SHARE;
         IF ends IS NULL AND name LIKE 'bead:%' THEN
-            SELECT lease_expires_at INTO ends FROM beads WHERE id = substr(name, 6) AND fencing_token = token FOR SHARE;
+            SELECT lease_expires_at INTO ends FROM beads
+             WHERE id = substr(name, 6) AND fencing_token = token AND acts_for(assigned_to) FOR SHARE;
         END IF;
     END IF;
     IF ends IS NULL OR ends <= clock_timestamp() THEN

@@ -19,6 +19,8 @@ from loom.state.writer import Writer, call
 LINKS = ("blocked_by", "parent", "blocks", "children")
 Status = Literal["open", "in_progress", "blocked", "deferred", "closed"]
 
+FOREIGN = "SELECT refuse_foreign_change('bead', '', true, %(blocked)s::text[] || %(adopted)s::text[]);"
+
 
 class Bead(Entity, kw_only=True):
     """A unit of work. Its claim is `fencing_token` and the lease; `blocks` and `children` are derived."""
@@ -136,6 +138,7 @@ def _create(new: list[dict[str, Any]], conn: db.Connection, writer: Writer) -> l
         SELECT enter_names(%(names)s::text[] || ARRAY(
             SELECT 'agent:' || agent_named(a) FROM unnest(%(agents)s::text[]) AS a), %(fences)s);
         SELECT refuse_held(%(own_names)s::text[], %(fences)s);
+        {FOREIGN if writer.restricted else ""}
         {"SELECT lock_bead_graph();" if linked else ""}
         SELECT lock_beads(NULL, %(others)s::text[] || ARRAY(
             SELECT parent FROM beads WHERE id = ANY (%(adopted)s) AND parent IS NOT NULL), false);

@@ -54,7 +54,17 @@ class ProjectComment(Versioned, kw_only=True):
 def on_bead(conn: db.Connection, writer: Writer, bead_id: str, content: str, parent_id: str | None) -> Comment:
     """Adds one, by the writer. Raises NotFound for the bead, Invalid for a parent that is not there."""
     bead = get(conn, Bead, bead_id)
-    return _add(conn, writer, Comment, "bead", bead.id, bead.project_id, writer.actor or "", content, parent_id)
+    return _add(
+        conn,
+        writer,
+        Comment,
+        "bead",
+        bead.id,
+        bead.project_id,
+        writer.actor or (writer.principal if writer.restricted else None) or "",
+        content,
+        parent_id,
+    )
 
 
 def some(conn: db.Connection, kind: type[E], entity_id: str, *, after: Place | None, limit: int) -> db.Page[E]:

@@ -207,6 +207,7 @@ def _change(
     unchecked = action in ("put", "patch") and conditions == UNCONDITIONAL and written and not steps.after
     statements = [
         steps.enter,
+        "SELECT refuse_foreign_change(%(kind)s, entered(), %(creates)s, %(linked)s)" if writer.restricted else "",
         ""
         if unchecked
         else f"""
@@ -232,6 +233,8 @@ def _change(
         suffix="" if attempt == 1 else f"-{attempt}",
         action="create" if key is None else action,
         deletes=action == "delete",
+        creates=action == "create" or key is None,
+        linked=[*(patch.get("blocks") or ()), *(patch.get("children") or ())],
         if_match=_json(conditions.if_match),
         if_none_match=_json(conditions.if_none_match),
         merges=list(patch) if merge else None,

@@ -38,6 +38,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     project_id: str | None
     version: int
     actor: str
+    principal: str | None
     instance_id: str | None
     timestamp: Time
     request_id: str | None

@@ -10,7 +10,11 @@ import msgspec
 from loom import db, refusals
 from loom.config import Config
 
-ACTING = "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s, %(proxy_request_id)s, %(settings)s); "
+ACTING = (
+    "SELECT acting_as(%(actor)s, %(instance_id)s, %(request_id)s, %(proxy_request_id)s, %(settings)s, %(principal)s,"
+    " %(restricted)s); "
+)
+AS_AGENT = "SELECT refuse_other_agent(%(actor)s); "
 
 
 class Writer(msgspec.Struct, frozen=True):
@@ -18,7 +22,8 @@ class Writer(msgspec.Struct, frozen=True):
 
     config: the one in force in the instance that acts. request_id: the client's name for it, which decides nothing.
     proxy_request_id: the proxy's; see acting_as() in loom/sql/events.sql. fences: the grants that the request presents,
-    lock name -> fencing token; all must be held for it to write.
+    lock name -> fencing token; all must be held for it to write. principal: whose key the request bears. restricted: it
+    may act only for itself, and for agents that it has registered; `actor`, if given, is checked to be one of them.
     """
 
     config: Config
@@ -27,6 +32,8 @@ class Writer(msgspec.Struct, frozen=True):
     request_id: str | None = None
     proxy_request_id: str | None = None
     fences: dict[str, int] = {}
+    principal: str | None = None
+    restricted: bool = False
 
 
 class Answer(msgspec.Struct):
@@ -44,11 +51,13 @@ def call(conn: db.Connection, writer: Writer, sql: str, **params: Any) -> db.Row
     """
     row = db.row(
         conn,
-        ACTING + sql,
+        ACTING + (AS_AGENT if writer.restricted and writer.actor is not None else "") + sql,
         actor=writer.actor,
         instance_id=writer.instance_id,
         request_id=writer.request_id,
         proxy_request_id=writer.proxy_request_id,
+        principal=writer.principal,
+        restricted=writer.restricted,
         settings=json.dumps(_settings(writer.config)),
         fences=json.dumps(writer.fences) if writer.fences else None,
         **params,

@@ -167,7 +167,7 @@ def test_a_dead_agents_beads_come_back(work: AppClient, sql: Sql, cleaner: Upkee
     assert status(work) == "idle"
     assert sql(
         "SELECT type, actor, changes ->> 'status' FROM events WHERE entity_id = 'a' AND version > 1 ORDER BY place"
-    ) == [("agent.status_change", "loom", "dead"), ("agent.status_change", "a", "idle")]
+    ) == [("agent.status_change", "system:upkeep", "dead"), ("agent.status_change", "a", "idle")]
     assert_counted(sql)
 
 

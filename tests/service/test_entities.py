@@ -371,7 +371,7 @@ def test_what_is_changed_by_hand_is_a_version_and_an_event_too(client: AppClient
     assert client.get(kind.path).json["version"] == 3
     assert client.put(kind.path, {kind.text: "stale"}, headers={"If-Match": '"1"'}).json["changed"] == [kind.text]
     event = "SELECT version, type, actor, changes FROM events WHERE entity_type = %s AND entity_id = 'x' ORDER BY place"
-    (user,) = sql("SELECT session_user")[0]
+    (user,) = sql("SELECT 'sql:' || session_user")[0]
     assert sql(event, kind.name)[1] == (2, f"{kind.name}.updated", user, {kind.text: "by hand"})
     sql(f"DELETE FROM {kind.name}s WHERE id = 'x'")
     assert sql(event, kind.name)[-1] == (4, f"{kind.name}.deleted", user, {})

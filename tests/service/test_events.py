@@ -100,7 +100,11 @@ def test_a_change_by_hand_is_an_event_too(client: AppClient, cursor: int, sql: S
     sql("UPDATE projects SET description = 'by hand'")
     (event,), _ = read(client, cursor)
     assert (event["type"], event["changes"]) == ("project.updated", {"description": "by hand"})
-    assert (event["actor"], event["instance_id"], event["source"]) == (sql("SELECT session_user")[0][0], None, "loom")
+    assert (event["actor"], event["instance_id"], event["source"]) == (
+        sql("SELECT 'sql:' || session_user")[0][0],
+        None,
+        "loom",
+    )
 
 
 def test_the_oldest_the_latest_and_all_between(client: AppClient, sql: Sql) -> None:

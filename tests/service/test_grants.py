@@ -21,7 +21,7 @@ from loom import db, instances, locks
 Psql = Callable[[str], str]
 
 KEYS = ["lock_name", "owner", "instance_id", "fencing_token", "acquired_at", "expires_at", "heartbeat_at", "metadata"]
-KEYS += ["ended_at", "ended_how", "reason"]
+KEYS += ["principal", "ended_at", "ended_how", "reason"]
 
 # The guide's queries, to the letter.
 ACTIVE_INSTANCES = "SELECT * FROM instances WHERE last_heartbeat > NOW() - INTERVAL '60 seconds';"
@@ -76,7 +76,7 @@ def test_a_held_lock_is_in_the_history_without_an_end(client: AppClient) -> None
     grant = acquire(client, owner="a", metadata={"n": 1})
     (row,) = history(client)
     assert list(row) == KEYS
-    assert row == {**grant, "ended_at": None, "ended_how": None, "reason": None}
+    assert row == {**grant, "principal": "local", "ended_at": None, "ended_how": None, "reason": None}
 
 
 def test_a_released_grant_keeps_all_its_fields(client: AppClient) -> None:
@@ -84,7 +84,8 @@ def test_a_released_grant_keeps_all_its_fields(client: AppClient) -> None:
     renewed = client.put(BUILD, {"fencing_token": grant["fencing_token"], "ttl_seconds": 60}).json
     release(client, grant["fencing_token"])
     (row,) = history(client)
-    assert row == {**renewed, "ended_at": row["ended_at"], "ended_how": "released", "reason": None}
+    ended = {"ended_at": row["ended_at"], "ended_how": "released", "reason": None}
+    assert row == {**renewed, "principal": "local", **ended}
     assert instant(renewed["heartbeat_at"]) <= instant(row["ended_at"]) < instant(renewed["expires_at"])
 
 
@@ -245,7 +246,7 @@ def test_the_guides_queries_work_as_written(
     sql("UPDATE instances SET last_heartbeat = NOW() - INTERVAL '6 minutes' WHERE instance_id = %s", silent)
 
     header, *rows = psql(ACTIVE_LOCKS).splitlines()[:-1]
-    assert header == "lock_name|instance_id|owner|fencing_token|acquired_at|expires_at|heartbeat_at|metadata"
+    assert header == "lock_name|instance_id|owner|fencing_token|acquired_at|expires_at|heartbeat_at|metadata|principal"
     assert [row.split("|")[0] for row in rows] == ["held"]
     assert psql(CLEAN_UP_LOCKS).strip() == "DELETE 1"
     assert psql(SPLIT_BRAIN).splitlines() == ["lock_name|instances", "(0 rows)"]

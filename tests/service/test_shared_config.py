@@ -90,7 +90,7 @@ def test_updated_by_is_the_last_writer(client: AppClient, sql: Sql) -> None:
     assert client.get(f"{CONFIG}/k").json["updated_by"] == "bob"
     sql("UPDATE config SET value = '3'")
     made = client.get(f"{CONFIG}/k").json
-    assert (made["value"], made["version"], made["updated_by"]) == (3, 3, sql("SELECT session_user")[0][0])
+    assert (made["value"], made["version"], made["updated_by"]) == (3, 3, sql("SELECT 'sql:' || session_user")[0][0])
 
 
 def test_the_history_of_a_key_has_its_former_values(client: AppClient) -> None:

@@ -164,7 +164,9 @@ def test_a_row_that_fails_is_named_in_the_log_and_the_others_go(
 ) -> None:
     many_expired(sql, 10)
     sql("UPDATE distributed_locks SET expires_at = expires_at - INTERVAL '2 minutes'")
-    sql("INSERT INTO grants SELECT *, now(), 'expired' FROM distributed_locks WHERE lock_name = 'many 3'")
+    columns = "lock_name, instance_id, owner, fencing_token, acquired_at, expires_at, heartbeat_at, metadata"
+    held = f"SELECT {columns}, now(), 'expired' FROM distributed_locks WHERE lock_name = 'many 3'"
+    sql(f"INSERT INTO grants ({columns}, ended_at, ended_how) {held}")
     cleaner.clean()
     assert sql("SELECT lock_name FROM distributed_locks") == [("many 3",)]
     (skipped,) = (record.fields for record in caplog.records if record.msg == "upkeep-skipped")

@@ -10,13 +10,17 @@ from flask import Flask
 from loom import errors
 from loom.config import Config
 from loom.http import headers
+from loom.http.auth import CALLER, LOCAL, Caller
+from loom.http.permissions import AGENT
 from loom.state.writer import Writer
 
 CONFIG = Config()
 
 
-def writer(actor: str | None = None, **sent: str) -> Writer:
-    names = {f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in sent.items()}
+def writer(actor: str | None = None, caller: Caller = LOCAL, **sent: str) -> Writer:
+    names = {CALLER: caller} | {
+        f"HTTP_{name.upper()}": value.encode().decode("latin-1") for name, value in sent.items()
+    }
     with application().test_request_context(environ_overrides=names):
         return headers.writer("bead:bd-1", actor)
 
@@ -28,15 +32,29 @@ def application() -> Flask:
 
 
 def test_headers_name_the_actor_and_the_request_id() -> None:
-    assert writer() == Writer(CONFIG)
+    assert writer() == Writer(CONFIG, principal="local")
     assert writer("a 1").actor == "a 1"
-    assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer(CONFIG, "Jürgen (ops)", None, "r-1")
-    assert writer(loom_proxy_request_id="n-1") == Writer(CONFIG, proxy_request_id="n-1")
+    assert writer("a 1", loom_actor="Jürgen (ops)", x_request_id="r-1") == Writer(
+        CONFIG, "Jürgen (ops)", None, "r-1", principal="local"
+    )
+    assert writer(loom_proxy_request_id="n-1") == Writer(CONFIG, proxy_request_id="n-1", principal="local")
+
+
+def test_only_administrators_name_another_actor_and_nobody_loom_itself() -> None:
+    agent = Caller("agent-7", AGENT, True)
+    assert writer("a 1", agent) == Writer(CONFIG, "a 1", principal="agent-7", restricted=True)
+    with pytest.raises(errors.Forbidden):
+        writer(None, agent, loom_actor="ann")
+    for name in ("system:upkeep", "sql:loom"):
+        with pytest.raises(errors.Forbidden):
+            writer(name)
+        with pytest.raises(errors.Forbidden):
+            writer(loom_actor=name)
 
 
 def test_a_request_id_that_nginx_would_replace_is_ignored() -> None:
     for bad in ("", "a b", "x" * 129, "ü"):
-        assert writer(x_request_id=bad, loom_proxy_request_id=bad) == Writer(CONFIG)
+        assert writer(x_request_id=bad, loom_proxy_request_id=bad) == Writer(CONFIG, principal="local")
 
 
 @pytest.mark.parametrize(

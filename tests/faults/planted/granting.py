@@ -26,21 +26,28 @@ def grant(poller: LockPoller, conn: db.Connection, waiters: list[WaiterForGrant]
         conn,
         "SELECT * FROM poll_waiters(%(names)s, %(owners)s)",
         names=[waiter.name for waiter in waiters],
-        owners=[waiter.owner for waiter in waiters],
+        owners=[waiter.waits_as for waiter in waiters],
     )
     nobody_there = []
-    asking = {(waiter.name, waiter.owner): waiter for waiter in waiters}
+    asking = {(waiter.name, waiter.waits_as): waiter for waiter in waiters}
     for name, owner in asking.keys() & {(row["lock_name"], row["owner"]) for row in rows}:
         first = asking[name, owner]
         attempt = locks.acquire(
-            conn, name, owner, first.ttl, instance_id=instances.own_id(), metadata=first.metadata, wait=False
+            conn,
+            name,
+            first.owner,
+            first.ttl,
+            instance_id=instances.own_id(),
+            metadata=first.metadata,
+            wait=False,
+            principal="local",
         )
         if attempt.grant is None or not attempt.granted:
             continue
         poller.wake(
             lambda waiter, made=attempt.grant: (waiter.name, waiter.owner) == (made.lock_name, made.owner), True
         )
-        if not any((waiter.name, waiter.owner) == (name, owner) for waiter in list(poller._waiters)):
+        if not any((waiter.name, waiter.waits_as) == (name, owner) for waiter in list(poller._waiters)):
             nobody_there.append(attempt.grant)
     return nobody_there
 
