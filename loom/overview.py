@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loom import db, instances
-from loom.totals import MOST, count, totals
+from loom.totals import EVENT_LAG, MOST, count, totals
 
 LOCKS = LEASES = 20  # rows of each that are shown: the most contended locks, the leases that end first
 EVENTS_LATE = 60.0  # seconds; `LoomEventsLate` of deploy/monitoring/loom.rules.yml fires then, too
 STATUSES = ("open", "in_progress", "blocked", "deferred", "closed")
+
+
+@dataclass(frozen=True)
+class Health:
+    """level: well, degraded (some part is not), or down (nothing is served)."""
+
+    level: str
+    summary: str
+    instances: list[instances.InstanceRow]
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,7 @@ class Overview:
 def read(conn: db.Connection) -> Overview:
     """The cluster now."""
     registry, total = instances.registry(conn), totals(conn)
-    others = ", ".join(f"{count(f'beads WHERE status = {status!r}')} AS {status}" for status in ("deferred", "closed"))
-    total |= db.row(conn, f"SELECT {others}")
+    total |= db.row(conn, f"SELECT {_numbers('deferred', 'closed')}")
     locks = db.rows(
         conn,
         f"""
@@ -56,16 +64,10 @@ def read(conn: db.Connection) -> Overview:
          ORDER BY wakes_at(not_before, lease_expires_at) LIMIT {LEASES}
         """,
     )
-    problems = _problems(registry, total["event_lag"])
-    serving = f"{_number(total['active_instances'], 'instance')} {_are(total['active_instances'])} active"
-    if not total["active_instances"]:
-        problems.insert(0, "nothing is served: no instance is active")
-    else:
-        problems = problems and [serving, *problems]
-    sentence = "; ".join(problems) or f"all is well: {serving}"
+    health = _judged(registry, total["event_lag"])
     return Overview(
-        healthy=not problems,
-        summary=f"{sentence[0].upper()}{sentence[1:]}.",
+        healthy=health.level == "well",
+        summary=health.summary,
         instances=registry,
         locks_held=total["locks_held"],
         locks=locks,
@@ -73,6 +75,34 @@ def read(conn: db.Connection) -> Overview:
         leases=leases,
         event_lag_seconds=total["event_lag"],
     )
+
+
+def beads(conn: db.Connection) -> dict[str, int]:
+    """The numbers of beads by status, and `ready`, as in the overview."""
+    ready = count("beads WHERE is_ready(status, open_blockers, open_children, not_before)")
+    return db.row(conn, f"SELECT {_numbers(*STATUSES)}, {ready} AS ready")
+
+
+def _numbers(*statuses: str) -> str:
+    return ", ".join(f"{count(f'beads WHERE status = {status!r}')} AS {status}" for status in statuses)
+
+
+def health(conn: db.Connection) -> Health:
+    """Whether all is well, without the totals."""
+    return _judged(instances.registry(conn), db.value(conn, f"SELECT {EVENT_LAG}"))
+
+
+def _judged(registry: list[instances.InstanceRow], event_lag: float) -> Health:
+    problems = _problems(registry, event_lag)
+    active = sum(row.active for row in registry)
+    serving = f"{_number(active, 'instance')} {_are(active)} active"
+    if not active:
+        problems.insert(0, "nothing is served: no instance is active")
+    elif problems:
+        problems.insert(0, serving)
+    sentence = "; ".join(problems) or f"all is well: {serving}"
+    level = "down" if not active else "degraded" if problems else "well"
+    return Health(level, f"{sentence[0].upper()}{sentence[1:]}.", registry)
 
 
 def _problems(registry: list[instances.InstanceRow], event_lag: float) -> list[str]:
@@ -92,6 +122,14 @@ def _problems(registry: list[instances.InstanceRow], event_lag: float) -> list[s
 def shown(number: int) -> str:
     """A count that stops at MOST, as text."""
     return f"{number:,}" if number < MOST else f"{MOST:,} or more"
+
+
+def span(seconds: float) -> str:
+    """A time span as text, such as 12 s, 3 min, 5 h or 4 d."""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _number(number: int, noun: str) -> str:

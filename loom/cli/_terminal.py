@@ -24,11 +24,3 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))  # Text: without markup
     return [Text(f"\n{title}", "bold"), made if made.rows else Text("none", "dim")]
-
-
-def seconds(number: float) -> str:
-    """A time span for people, such as 12 s, 3 min, 5 h or 4 d."""
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if number >= 2 * size:
-            return f"{number / size:.0f} {unit}"
-    return f"{number:.0f} s"

@@ -20,6 +20,5 @@ def serve(port: int | None) -> None:
     environment = config.environment(**({} if port is None else {"PORT": str(port)}))
     server = config.load(environ=environment).server
     ports.check_free(server.host, server.http_port, "Choose another: loom serve --port 18080.", WAIT_SECONDS)
-    # Not app:app: gunicorn looks first in the current folder, which may contain another app.py.
-    gunicorn = ["-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), "loom.routes:create_app()"]
+    gunicorn = ["-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py"))]
     os.execve(sys.executable, [sys.executable, *gunicorn], environment)

@@ -16,7 +16,7 @@ from loom import config as configuration
 from loom import db, errors
 from loom.cli import _terminal as terminal
 from loom.cli._database import dsn_of
-from loom.overview import Overview, read, shown
+from loom.overview import Overview, read, shown, span
 
 PERIOD = 2.0  # seconds between two looks of --watch
 
@@ -97,7 +97,7 @@ def _drawn(seen: Overview) -> Group:
             row["owner"],
             row["fencing_token"],
             f"{row['acquired_at']:%Y-%m-%d %H:%M:%SZ}",
-            terminal.seconds(row["seconds_left"]),
+            span(row["seconds_left"]),
             row["waiting"] or "",
         )
         for row in seen.locks
@@ -117,5 +117,5 @@ def _drawn(seen: Overview) -> Group:
 
 def _end_of(seconds_left: float) -> Text:
     if seconds_left <= 0:
-        return Text(f"{terminal.seconds(-seconds_left)} ago", "bold red")
-    return Text(f"in {terminal.seconds(seconds_left)}", "yellow" if seconds_left < 60 else "")
+        return Text(f"{span(-seconds_left)} ago", "bold red")
+    return Text(f"in {span(seconds_left)}", "yellow" if seconds_left < 60 else "")

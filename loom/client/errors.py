@@ -70,6 +70,10 @@ class Forbidden(Problem):
     """The API key does not allow this."""
 
 
+class Misdirected(Problem):
+    """This server does not answer for that host name."""
+
+
 class NotFound(Problem):
     """There is no such thing."""
 

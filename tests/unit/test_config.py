@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from operator import attrgetter
 from pathlib import Path
 from urllib.parse import quote
 
@@ -147,6 +148,52 @@ def test_the_documentation_names_every_key():
     documented = dict(re.findall(r"^\| `([\w.]+)`( ✓)?", resource("docs/configuration.md").read_text(), re.MULTILINE))
     assert documented.keys() == load(environ={}).sources.keys() - {"database.pool_min", "database.pool_max"}
     assert {key for key, mark in documented.items() if mark} == SHAREABLE
+
+
+def test_every_key_of_the_file_has_a_variable_of_its_own():
+    file = re.findall(r"^( *)(?:# )?([a-z_]+):( .+)?$", resource("config.yaml.example").read_text(), re.MULTILINE)
+    path, keys = [], []
+    for indent, name, value in file:
+        path = [*path[: len(indent) // 2], name]
+        keys += [".".join(path)] if value else []
+    assert "logging.syslog.address" in keys
+    assert len(keys) > 20
+    special = {
+        "database.dsn": DSN,
+        "server.allowed_hosts": "a.example, b.example",
+        "security.allowed_origins": "https://a.example",
+    }
+    for key in keys:
+        value = special.get(key) or str(attrgetter(key)(Config())).lower()
+        variable = f"LOOM_{key.upper().replace('.', '__')}"
+        assert load(environ={variable: value}).sources[key] == f"environment {variable}"
+    hosts = load(environ={"LOOM_SERVER__ALLOWED_HOSTS": special["server.allowed_hosts"]}).server.allowed_hosts
+    assert hosts == ("a.example", "b.example")
+
+
+def test_variables_override_the_file_and_the_short_names_override_the_long():
+    config = read(
+        "server: {threads: 4, host: 10.0.0.1}\nlogging: {syslog: {enabled: false}}",
+        LOOM_SERVER__THREADS="16",
+        LOOM_LOGGING__SYSLOG__ENABLED="true",
+        LOOM_SERVER__HTTP_PORT="9000",
+        PORT="9001",
+        LOOM_DATABASE__DSN=DSN,
+        LOOM_SERVER__HOST="",
+    )
+    assert (config.server.threads, config.server.host, config.server.http_port) == (16, "10.0.0.1", 9001)
+    assert (config.logging.syslog.enabled, config.database.dsn, config.database.type) == (True, DSN, "postgres")
+    assert config.sources["server.threads"] == "environment LOOM_SERVER__THREADS"
+
+
+def test_the_variables_that_kubernetes_makes_of_a_service_called_loom_are_ignored():
+    made = {"LOOM_PORT": "tcp://10.0.0.1:80", "LOOM_SERVICE_HOST": "10.0.0.1", "LOOM_PORT_80_TCP_PORT": "80"}
+    assert load(environ=made) == load(environ={})
+
+
+def test_a_misspelt_variable_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"^environment LOOM_SERVER__THREAD: .* is LOOM_SERVER__THREADS$"):
+        load(environ={"LOOM_SERVER__THREAD": "1"})
 
 
 def test_loom_config_names_the_file_and_environment_variables_override_it(tmp_path):
@@ -409,5 +456,5 @@ def test_a_child_process_gets_the_environment_with_changes(monkeypatch):
 
 
 def test_a_missing_file_of_the_installation_is_named():
-    with pytest.raises(ConfigError, match=r"nothing\.sql: in neither "):
+    with pytest.raises(ConfigError, match=r"nothing\.sql: neither in "):
         resource("nothing.sql")
