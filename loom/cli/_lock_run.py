@@ -68,16 +68,17 @@ def _run(lock: Lock, grace: float, command: Sequence[str], pipe: int) -> int:
 
     for number in FORWARDED:
         signal.signal(number, forward)
-    for number in waiting:
-        forward(number, None)
+    for got in waiting:
+        forward(got, None)
     killed_at = None
     try:
         while True:
-            os.write(pipe, MESSAGE.pack(group, clock.now() + lock.left))
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            _tell(pipe, group, clock.now() + lock.left)
+            ended = True
+            try:
                 child.wait(min(0.5, max(0.02, lock.left)))
-                if not lock.lost or killed_at is None:
-                    break
+            except subprocess.TimeoutExpired:
+                ended = False
             if lock.lost and killed_at is None:
                 killed_at = time.monotonic() + grace
                 click.echo(f"loom: lock {lock.lock_name} is lost; ending the command", err=True)
@@ -86,8 +87,9 @@ def _run(lock: Lock, grace: float, command: Sequence[str], pipe: int) -> int:
                 _kill(group, signal.SIGKILL)
                 child.wait()
                 return _remote.LOST
-        if killed_at is None:
-            os.write(pipe, MESSAGE.pack(0, 0.0))
+            if ended and killed_at is None:
+                break
+        _tell(pipe, 0, 0.0)
     finally:
         if terminal is not None:
             _to_foreground(terminal, os.getpgrp())
@@ -109,6 +111,11 @@ def _start_guard(grace: float) -> int:
             os._exit(0)
     os.close(read)
     return write
+
+
+def _tell(pipe: int, group: int, until: float) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and has ended the command
+        os.write(pipe, MESSAGE.pack(group, until))
 
 
 def _guard(pipe: int, grace: float) -> None:

@@ -32,7 +32,7 @@ class Remote:
     """A server, and how to print what it answers."""
 
     def __init__(self, server: str, api_key: str | None, as_json: bool) -> None:
-        self.client, self.as_json = Client(server, api_key=api_key, timeout=15.0), as_json
+        self.client, self.as_json = Client(server, api_key=api_key, timeout=8.0), as_json
 
     def print(self, value: Any, text: str | None = None) -> None:
         """The value as JSON, or for people the text, or the members of an object, one a line."""
@@ -109,7 +109,8 @@ def _advice(exc: errors.Error) -> str:
     holder = exc.members.get("holder") if isinstance(exc, errors.Problem) else None
     if not holder:
         return ""
-    return f" Holder: {holder.get('owner') or holder.get('agent_id')}, until {list(holder.values())[-1] if 'agent_id' in holder else holder.get('expires_at')}."
+    end = holder.get("expires_at") or holder.get("lease_expires_at")
+    return f" Holder: {holder.get('owner') or holder.get('agent_id')}, until {end}."
 
 
 def confirm(question: str, yes: bool) -> None:

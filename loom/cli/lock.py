@@ -30,6 +30,9 @@ def run(asked: Remote, name: str, command: tuple[str, ...], ttl: int, wait: floa
     """
     from loom.cli import _lock_run
 
+    command = command[1:] if command[0] == "--" else command
+    if not command:
+        raise click.UsageError("COMMAND is missing")
     sys.exit(_lock_run.run(asked.client.lock(name, ttl, metadata={"command": command[0][:200]}), wait, ttl, command))
 
 
