@@ -37,7 +37,7 @@ class Remote:
     def print(self, value: Any, text: str | None = None) -> None:
         """The value as JSON, or for people the text, or the members of an object, one a line."""
         if self.as_json:
-            click.echo(json.dumps(value, default=_plain, ensure_ascii=False))
+            click.echo(json.dumps(value, default=plain, ensure_ascii=False))
         elif text is not None:
             click.echo(text)
         else:
@@ -50,15 +50,15 @@ class Remote:
         """A JSON array, or a table of these members."""
         found = list(rows)
         if self.as_json:
-            click.echo(json.dumps(found, default=_plain, ensure_ascii=False))
+            click.echo(json.dumps(found, default=plain, ensure_ascii=False))
             return
-        plain = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in found]
-        cells = [[_cell(row.get(column.lstrip(">"))) for column in columns] for row in plain]
+        shown = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in found]
+        cells = [[_cell(row.get(column.lstrip(">"))) for column in columns] for row in shown]
         for part in terminal.table(title, columns, cells):
             terminal.console().print(part)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     return asdict(value)
@@ -69,7 +69,7 @@ def _cell(value: Any) -> str:
         return value.strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
-    return json.dumps(value, ensure_ascii=False, default=_plain) if isinstance(value, dict) else str(value or "")
+    return json.dumps(value, ensure_ascii=False, default=plain) if isinstance(value, dict) else str(value or "")
 
 
 def remote(function: F) -> Callable[..., Any]:
