@@ -159,7 +159,7 @@ class Worker:
     def _take_over(self) -> list[Json]:
         """Give back what this agent held before it restarted: a process that was thought dead loses its claims so."""
         held = self._client.rows(path_of("beads"), assigned_to=self._agent, status="in_progress")
-        mine = [bead for bead in held if bead["fencing_token"] is not None and bead["id"] not in self._tasks]
+        mine = [bead for bead in held if bead.get("fencing_token") is not None and bead["id"] not in self._tasks]
         for bead in mine:
             try:
                 self._client.release_claim(bead["id"], bead["fencing_token"], reason="the worker restarts")
