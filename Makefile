@@ -20,7 +20,7 @@ run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NG
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
-test-all: .venv/all .venv/node_modules ## Run every test, also those that need Java, Node.js and Go
+test-all: .venv/all .venv/node_modules ## Run every test, also those that need Java, Node.js, Go and Chromium
 	$(BIN)/python -m pytest -n auto --dist worksteal --all $(PYTEST_ARGS)
 
 lint: .venv/test ## Check style, types, and which module imports which
@@ -67,7 +67,8 @@ help: ## List the targets
 
 .venv/node_modules: .venv/test
 	@command -v npm >/dev/null || { echo "npm is not installed: the tests that need it are skipped"; exit 0; }; \
-	npm install --silent --no-audit --no-fund --prefix .venv openapi-typescript@7.13.0 typescript@5.9.3
+	npm install --silent --no-audit --no-fund --prefix .venv openapi-typescript@7.13.0 typescript@5.9.3 \
+		axe-core@4.14.1
 
 # One stamp file for each set of extras; it is touched last, so that a failed installation is repeated.
 .venv/embedded .venv/test .venv/all .venv/bench: setup.cfg pyproject.toml constraints.txt

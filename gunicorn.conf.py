@@ -4,6 +4,7 @@ from loom import instances, log, upkeep
 from loom.bounds import bounds
 from loom.http import siblings
 from loom.server import hooks
+from loom.state import request_rows
 
 settings, logconfig_dict, dsn = hooks.read_settings()
 
@@ -34,8 +35,10 @@ def pre_fork(server, worker):
 def post_fork(server, worker):
     log.start_threads()
     worker.cfg.set("graceful_timeout", 17)  # the worker's own: it must leave the registry before the master's SIGKILL
-    worker.upkeep = upkeep.Upkeep(settings, hooks.after_fork(worker, settings))
+    instance = hooks.after_fork(worker, settings)
+    worker.upkeep = upkeep.Upkeep(settings, instance)
     worker.upkeep.start()
+    worker.request_rows = request_rows.start(instance.database, lambda: instance.shared.over(settings))
 
 
 def post_worker_init(worker):
@@ -46,6 +49,7 @@ def post_worker_init(worker):
 def worker_exit(server, worker):
     if hasattr(worker, "upkeep"):
         worker.upkeep.stop()
+        worker.request_rows.stop()
     instances.leave()
 
 

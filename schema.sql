@@ -50,6 +50,19 @@ CREATE TABLE IF NOT EXISTS instances (
     metadata       jsonb       NOT NULL DEFAULT '{}'
 ) WITH (fillfactor = 50);
 
+-- What each instance has answered in each minute, for the charts of the operator's page. Written every few seconds, kept
+-- for a day. kind: acquire, events (these two may wait), or request. counts: by duration, see loom/http/metrics.py.
+CREATE TABLE IF NOT EXISTS traffic (
+    minute      timestamptz NOT NULL,
+    instance_id uuid        NOT NULL,
+    kind        text        NOT NULL,
+    requests    bigint      NOT NULL,
+    errors      bigint      NOT NULL,
+    seconds     float8      NOT NULL,
+    counts      bigint[]    NOT NULL,
+    PRIMARY KEY (minute, instance_id, kind)
+) WITH (fillfactor = 50);
+
 
 -- Locks -----------------------------------------------------------------------------------------------------------
 
@@ -445,6 +458,56 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
 
+-- Request logs ----------------------------------------------------------------------------------------------------
+
+-- One row per HTTP request (written in batches by loom/state/request_rows.py) and per use of a model that an agent has
+-- reported (by loom/state/logs.py; only these have a provider_id). A partition for each day in UTC; made ahead and
+-- removed by loom/sql/logs.sql. The key makes it safe to write a batch again whose outcome is unknown.
+CREATE TABLE IF NOT EXISTS request_logs (
+    timestamp         timestamptz NOT NULL, -- when the request ended, on the database's clock
+    id                bigint      NOT NULL, -- random
+    request_id        text        COLLATE "C",
+    instance_id       uuid,
+    user_id           text        COLLATE "C",
+    method            text        COLLATE "C",
+    route             text        COLLATE "C", -- the path in the contract
+    path              text        COLLATE "C",
+    status_code       integer,
+    latency_ms        float8,
+    database_ms       float8,
+    lock_name         text        COLLATE "C",
+    bead_id           text        COLLATE "C",
+    agent_id          text        COLLATE "C",
+    project_id        text        COLLATE "C",
+    provider_id       text        COLLATE "C",
+    model_name        text        COLLATE "C",
+    prompt_tokens     bigint,
+    completion_tokens bigint,
+    cost_usd          numeric(20, 10),
+    error_message     text,
+    metadata          jsonb,
+    PRIMARY KEY (timestamp, id)
+) PARTITION BY RANGE (timestamp);
+CREATE INDEX IF NOT EXISTS request_logs_usage ON request_logs (timestamp, id) WHERE provider_id IS NOT NULL;
+
+-- The sums of the reported uses in each hour, so that totals over millions of them take no second. Written in the
+-- transaction of the report, and removed with the day's partition.
+CREATE TABLE IF NOT EXISTS model_usage (
+    hour              timestamptz NOT NULL,
+    provider_id       text        COLLATE "C" NOT NULL,
+    model_name        text        COLLATE "C" NOT NULL,
+    user_id           text        COLLATE "C" NOT NULL,
+    project_id        text        COLLATE "C" NOT NULL, -- '' without one
+    requests          bigint      NOT NULL,
+    errors            bigint      NOT NULL,
+    prompt_tokens     bigint      NOT NULL,
+    completion_tokens bigint      NOT NULL,
+    cost_usd          numeric(30, 10) NOT NULL,
+    latency_ms        float8      NOT NULL,
+    PRIMARY KEY (hour, provider_id, model_name, user_id, project_id)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
+
+
 -- What is decided in the database --------------------------------------------------------------------------------
 
 \ir loom/sql/tokens.sql
@@ -463,3 +526,5 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 \ir loom/sql/file_locks.sql
 \ir loom/sql/deletions.sql
 \ir loom/sql/idempotency.sql
+\ir loom/sql/logs.sql
+\ir loom/sql/privileges.sql

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
+
 from loom import db, embedded
 from loom.config import Config, environment, resource
 from loom.ports import check_free
@@ -193,6 +195,7 @@ def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> 
 
 
 def _welcome(config: Config, members: list[Member]) -> str:
+    """On a terminal, what to do next is bold."""
     where = "your database"
     if not config.database.dsn:
         folder = Path(config.database.folder)
@@ -202,9 +205,10 @@ def _welcome(config: Config, members: list[Member]) -> str:
     lines = [
         "",
         f"Loom runs on {where}:",
-        *(f"  {url}  {member.kind}" for url, member in zip(urls, members, strict=True)),
+        *(f"  {click.style(url, bold=True)}  {member.kind}" for url, member in zip(urls, members, strict=True)),
     ]
     if not front:
         lines.append("nginx is not installed. For one address in front of all instances: apt-get install nginx.")
-    lines += [f"Try: curl {urls[-1 if front else 0]}/health", "Ctrl-C stops everything.", ""]
+    curl = click.style(f"curl {urls[-1 if front else 0]}/health", fg="green", bold=True)
+    lines += ["Ctrl-C stops everything.", f"Try: {curl}", ""]
     return "\n".join(lines)

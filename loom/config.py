@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -21,6 +21,8 @@ Text = Annotated[str, Meta(min_length=1, description="text")]
 Count = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
 Level = Literal["debug", "info", "warning", "error"]
 Days = Annotated[int, Meta(ge=1, le=3650, description="days from 1 to 3650")]
+Host = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,253}$")]
+Origin = Annotated[str, Meta(pattern=r"^https?://[a-z0-9._-]{1,253}(:[0-9]{1,5})?$")]
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,24 @@ class DatabaseConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where an instance listens; `drain_seconds` is how long it still accepts connections after SIGTERM."""
+    """Where an instance listens, and under which names; `drain_seconds`: how long it still accepts after SIGTERM."""
 
     host: Text = "127.0.0.1"
+    allowed_hosts: Annotated[tuple[Host, ...], Meta(description="a list of host names")] = ()
     http_port: Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")] = 8080
     enable_http: Annotated[bool, Meta(description="true")] = True
     threads: Count = 8
     workers: Count = 1
     drain_seconds: Annotated[float, Meta(ge=0, le=300, description="seconds from 0 to 300")] = 0.0
+
+
+@dataclass(frozen=True)
+class SecurityConfig:
+    """`allowed_origins`: of pages that may use the interface from a browser."""
+
+    allowed_origins: Annotated[
+        tuple[Origin, ...], Meta(description="a list of origins such as https://ui.example.com")
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,18 @@ class SyslogConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """`output` is stdout, stderr or the path of a file; `requests`: of which requests a line is logged."""
+    """`output` is stdout, stderr or the path of a file.
+
+    `requests`: of which requests a line is logged, and a row written to request_logs. Rows are kept for
+    `retention_days`, and the oldest are removed if all of them have more than `max_gb` (10^9 bytes).
+    """
 
     level: Annotated[Level, Meta(description="debug, info, warning or error")] = "info"
     format: Annotated[Literal["json", "text"], Meta(description="json or text")] = "json"
     output: Text = "stdout"
     requests: Annotated[Literal["all", "errors", "off"], Meta(description="all, errors or off")] = "all"
+    retention_days: Days = 30
+    max_gb: Annotated[float, Meta(ge=0.001, le=100_000, description="a number from 0.001 to 100000")] = 10.0
     syslog: SyslogConfig = SyslogConfig()
 
 
@@ -107,6 +125,7 @@ class Config:
 
     database: DatabaseConfig = DatabaseConfig()
     server: ServerConfig = ServerConfig()
+    security: SecurityConfig = SecurityConfig()
     agents: AgentsConfig = AgentsConfig()
     beads: BeadsConfig = BeadsConfig()
     locks: LocksConfig = LocksConfig()
@@ -140,7 +159,9 @@ SECTIONS = frozenset(key for key, kind in _KEYS.items() if is_dataclass(kind))  
 SETTINGS = _KEYS.keys() - SECTIONS - {"sources"}
 # The settings that instances can share: a shared value overrides the one with which an instance was started.
 SHAREABLE = frozenset(
-    key for key in SETTINGS if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level"))
+    key
+    for key in SETTINGS
+    if key.startswith(("agents.", "beads.", "locks.", "events.", "logging.level", "logging.retention", "logging.max"))
 )
 # For every key of the file: LOOM_LOGGING__SYSLOG__ENABLED. The short names are those that platforms and people expect.
 _LONG = {f"LOOM_{key.upper().replace('.', '__')}": key for key in _IN_FILE if key not in SECTIONS}
@@ -257,7 +278,12 @@ def _convert(key: str, setting: _Setting) -> Any:
 
 
 def check(key: str, value: Any, *, textual: bool = False) -> Any:
-    """The checked value of a setting; if `textual`, converted from text. Raises ValueError with what is expected."""
+    """The checked value of a setting; if `textual`, converted from text, where a list is separated by commas.
+
+    Raises ValueError with what is expected.
+    """
+    if textual and get_origin(get_args(_KEYS[key])[0]) is tuple:
+        value = [part.strip() for part in value.split(",")]
     try:
         return msgspec.convert(value, _KEYS[key], strict=not textual)
     except msgspec.ValidationError:

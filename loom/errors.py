@@ -44,6 +44,18 @@ class Invalid(Error):
         return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **named, **more}])
 
 
+class Forbidden(Error):
+    """You may not do this."""
+
+    status = 403
+
+
+class Misdirected(Error):
+    """This server does not answer for that host name."""
+
+    status = 421
+
+
 class NotFound(Error):
     """Not found."""
 

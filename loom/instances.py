@@ -50,6 +50,11 @@ class InstanceRow:
     metadata: dict[str, Any]
     heartbeat_age_seconds: float
 
+    @property
+    def active(self) -> bool:
+        """As ACTIVE below says it of a row."""
+        return self.status == "active" and self.heartbeat_age_seconds < 60
+
 
 class Instance:
     """This process in the registry."""
@@ -66,6 +71,7 @@ class Instance:
         self.instance_id = instance_id or str(uuid.uuid4())
         self.hostname = socket.gethostname()
         self.status = "active"
+        self._order = "active"  # the status that the row has: an operator may write `draining` into it
         self.started = time.monotonic()
         self.missed = 0
         self._logged: set[str] = set()  # why heartbeats failed since the last good one
@@ -81,7 +87,8 @@ class Instance:
 
     @property
     def draining(self) -> bool:
-        return self.status == "draining"
+        """Whether it is about to leave, or an operator has ordered it to drain."""
+        return "draining" in (self.status, self._order)
 
     @property
     def fresh(self) -> bool:
@@ -115,7 +122,9 @@ class Instance:
         if not self._registered:
             db.migrate(self.database.dsn, timeout=left(2 * schema_timeout) / 2)  # to connect, and again for the rest
         with self._connection.use(left(self.database.timeout - SLACK)) as conn:
-            if self._registered and not self._call(conn, "heartbeat_instance(%(id)s, %(status)s)", status=self.status):
+            if self._registered and not self._obey(
+                self._call(conn, "heartbeat_instance(%(id)s, %(status)s)", status=self.status)
+            ):
                 log.warning("instance-removed", extra={"fields": {"instance_id": self.instance_id}})
                 self.instance_id, self._registered = str(uuid.uuid4()), False
                 self._report_identity(uuid.UUID(self.instance_id).bytes)
@@ -133,6 +142,17 @@ class Instance:
         if LATE < self.heartbeat_age < float("inf"):
             metrics.count_failover("heartbeat_late")
         self._last_good = sent
+
+    def _obey(self, order: str | None) -> bool:
+        """Takes the status that the row has, and whether there is one. A new identity has no order."""
+        found, order = order is not None, order or "active"
+        if self.status == "active" and order != self._order:
+            self._order = order
+            if order == "draining":
+                log.warning("drain-ordered")
+            else:
+                log.warning("drain-revoked")
+        return found
 
     def _call(self, conn: db.Connection, function: str, **params: Any) -> Any:
         """Calls a function of the registry, and reads the shared settings in the same round trip."""
@@ -200,13 +220,15 @@ class Instance:
             log.warning("heartbeat-failed", extra={"fields": {"missed": self.missed, "reason": str(exc)}})
 
     def _warn_of_settings(self, conn: db.Connection) -> None:
-        """Warns of settings without which acknowledged writes can be lost when the database crashes."""
+        """Warns of settings without which a crash can lose acknowledged writes, or a stranger's functions be called."""
         for row in db.rows(
             conn,
             "SELECT name, setting FROM pg_settings"
             " WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes') AND setting = 'off'",
         ):
             log.warning("database-may-lose-writes", extra={"fields": {"setting": row["name"], "value": "off"}})
+        if db.value(conn, "SELECT has_schema_privilege('public', current_schema, 'CREATE')"):
+            log.warning("schema-is-open", extra={"fields": {"remedy": "REVOKE CREATE ON SCHEMA public FROM PUBLIC"}})
 
 
 ACTIVE = "status = 'active' AND last_heartbeat > clock_timestamp() - INTERVAL '60 seconds'"
@@ -232,6 +254,12 @@ def some(conn: db.Connection, *, after: tuple[str, str] | None, limit: int) -> d
              ORDER BY started_at, instance_id LIMIT %(most_rows)s + 1) AS i
         """
     return db.Page(conn, InstanceRow, sql, limit, started_at=started_at, id=instance_id)
+
+
+def registry(conn: db.Connection, most: int = 1000) -> list[InstanceRow]:
+    """The first rows of the registry, oldest instance first."""
+    sql = f"SELECT {_COLUMNS} FROM instances ORDER BY started_at, instance_id LIMIT %(most)s"
+    return [InstanceRow(**row) for row in db.rows(conn, sql, most=most)]
 
 
 def get(conn: db.Connection, instance_id: str) -> InstanceRow:
@@ -281,6 +309,22 @@ def leave() -> None:
     """Removes this process's instance, if any, from the registry."""
     if current is not None:
         current.leave()
+
+
+def order(conn: db.Connection, instance_id: str, status: str, reason: str) -> None:
+    """Orders an instance to drain, or to be active again; it obeys with its next heartbeat. Raises NotFound."""
+    found = db.one(
+        conn,
+        """
+        UPDATE instances SET status = %(status)s, metadata = metadata || jsonb_build_object('order', %(reason)s::text)
+         WHERE instance_id::text = %(id)s AND status <> 'dead' RETURNING 1
+        """,
+        id=instance_id.lower(),
+        status=status,
+        reason=reason,
+    )
+    if found is None:
+        raise errors.NotFound("There is no such instance, or it is dead.")
 
 
 def mark_dead(conn: db.Connection, instance_id: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from loom.config import ConfigError, LoggingConfig
+from loom.config import ConfigError, LoggingConfig, environment
 from loom.dsn import mask, may_hold_secret
 from loom.log_writer import Handler, Line
 from loom.syslog import Destination, look_up_in_process
@@ -26,15 +26,19 @@ from loom.syslog import Destination, look_up_in_process
 log = logging.getLogger("loom.log")
 
 
-def setup(config: LoggingConfig) -> dict[str, Any]:
+def setup(config: LoggingConfig, terminal_port: int | None = None) -> dict[str, Any]:
     """Configure the root logger, and return the settings with which gunicorn does the same.
 
+    If the output is a terminal and `terminal_port` is given, the lines there are short, with this port in front.
     Raises ConfigError when the file can't be opened.
     """
     destination, reason = None, ""
     if config.syslog.enabled:
         destination, reason = look_up_in_process(config.syslog.address)
     settings = dict_config(config, destination)
+    if terminal_port is not None and on_terminal(config.output):
+        settings["formatters"]["short"] = {"()": "loom.log.ShortFormatter", "port": terminal_port}
+        settings["handlers"]["output"]["formatter"] = "short"
     try:
         logging.config.dictConfig(settings)
     except ValueError as exc:
@@ -42,6 +46,10 @@ def setup(config: LoggingConfig) -> dict[str, Any]:
     if config.syslog.enabled and destination is None:
         log.warning("syslog-unreachable", extra={"fields": {"address": config.syslog.address, "reason": reason}})
     return settings
+
+
+def on_terminal(output: str) -> bool:
+    return output in ("stdout", "stderr") and os.isatty({"stdout": 1, "stderr": 2}[output])
 
 
 class _ThisThread(threading.local):
@@ -158,11 +166,61 @@ def _as_json(fields: dict[str, Any]) -> str:
 def _as_text(fields: dict[str, Any]) -> str:
     """Return `time level event name=value ...`; a value that is not one plain word is quoted as in JSON."""
 
-    def word(value: Any) -> str:
-        plain = isinstance(value, str) and value.isascii() and value.isprintable() and not set(value) & set(' "=')
-        return str(value) if plain and value else json.dumps(value)
-
     fields = _clean(fields)
     when, level, what = fields.pop("time"), fields.pop("level"), fields.pop("event")
-    sentence = what if what.isascii() and what.isprintable() else json.dumps(what)
-    return " ".join([when, level, sentence, *(f"{name}={word(value)}" for name, value in fields.items())])
+    return " ".join([when, level, _sentence(what), *_pairs(fields)])
+
+
+def _sentence(event: str) -> str:
+    return event if event.isascii() and event.isprintable() else json.dumps(event)
+
+
+def _word(value: Any) -> str:
+    plain = isinstance(value, str) and value.isascii() and value.isprintable() and not set(value) & set(' "=')
+    return str(value) if plain and value else json.dumps(value)
+
+
+def _pairs(fields: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_word(value)}" for name, value in fields.items()]
+
+
+def coloured() -> bool:
+    """Whether the user of a terminal wants colours; see no-color.org."""
+    variables = environment()
+    return not variables.get("NO_COLOR") and variables.get("TERM") != "dumb"
+
+
+def painted(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if code else text
+
+
+class ShortFormatter(Formatter):
+    """For a terminal: port, time of day, the event, and of its fields those that people want. Clients may have chosen
+    some of them: they are printed without control characters.
+    """
+
+    LEVELS = {"DEBUG": "2", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+    STATUSES = {2: "32", 4: "33", 5: "31"}
+    HIDDEN = {"pid", "port", "instance_id", "request_id", "version", "exception"}
+
+    def __init__(self, port: int) -> None:
+        super().__init__("text")
+        self._paint = painted if coloured() else lambda text, _: text
+        self._port = self._paint(str(port), str(34 + port % 3))
+
+    def line(self, created: float, level: str, event: str, fields: dict[str, Any]) -> str:
+        fields = _clean(fields)
+        if event == "request":
+            words = self._of_request(fields)
+        else:
+            words = [_sentence(_clean(event)), *_pairs({k: v for k, v in fields.items() if k not in self.HIDDEN})]
+            if level in self.LEVELS:
+                words = [self._paint(" ".join([level.lower(), *words]), self.LEVELS[level])]
+        when = datetime.fromtimestamp(created).strftime("%H:%M:%S")
+        stack = ("".join(c if c.isprintable() else " " for c in row) for row in fields.get("exception", "").split("\n"))
+        return "\n    ".join([" ".join([self._port, when, *words]), *filter(None, stack)])
+
+    def _of_request(self, fields: dict[str, Any]) -> list[str]:
+        status = self._paint(str(fields["status"]), self.STATUSES.get(fields["status"] // 100, ""))
+        words = [_word(fields["method"] or "-"), _word(fields["path"]), status, f"{fields['duration_ms']} ms"]
+        return [*words, _word(fields["caller"])] if fields["caller"] else words

@@ -7,13 +7,21 @@ from loom.instances import ACTIVE
 
 MOST = 100_000  # each total is counted up to here; 17 ms for all, with 300,000 ready beads and 150,000 locks
 
+# The age in seconds of the oldest event that is not yet in the feed.
+EVENT_LAG = """
+    COALESCE((SELECT extract(epoch FROM clock_timestamp() - e.timestamp)::float FROM events e
+               WHERE e.place >= (SELECT first FROM event_gaps ORDER BY last DESC LIMIT 1)
+               ORDER BY e.place LIMIT 1), 0)"""
+
+
+def count(rows: str) -> str:
+    """The expression that counts such rows, `FROM ...`, up to MOST."""
+    return f"(SELECT count(*) FROM (SELECT FROM {rows} LIMIT {MOST}) AS t)"
+
 
 def totals(conn: db.Connection) -> db.Row:
     """One row of numbers; `dead_instances` is a list of ids, `event_lag` the age in seconds of an event that is not yet
     in the feed."""
-
-    def count(rows: str) -> str:
-        return f"(SELECT count(*) FROM (SELECT FROM {rows} LIMIT {MOST}) AS t)"
 
     return db.row(
         conn,
@@ -26,8 +34,6 @@ def totals(conn: db.Connection) -> db.Row:
                {count("beads WHERE status = 'in_progress'")} AS in_progress,
                {count("beads WHERE status = 'blocked'")} AS blocked,
                {count("beads WHERE is_ready(status, open_blockers, open_children, not_before)")} AS ready,
-               COALESCE((SELECT extract(epoch FROM clock_timestamp() - e.timestamp)::float FROM events e
-                          WHERE e.place >= (SELECT first FROM event_gaps ORDER BY last DESC LIMIT 1)
-                          ORDER BY e.place LIMIT 1), 0) AS event_lag
+               {EVENT_LAG} AS event_lag
         """,
     )

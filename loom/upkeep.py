@@ -1,4 +1,4 @@
-"""Clean-up by one elected instance: expired locks, lapsed claims, dead instances and agents, old history.
+"""Clean-up by one elected instance: expired locks, lapsed claims, dead instances and agents, old history and logs.
 
 The election is a Loom lock. Batches are small. What is locked is skipped, row by row, and reported when it stays so. A
 failure of one row stops no other row, and a failure of one part stops no other part.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from loom import db, errors, instances, locks
 from loom.config import Config
-from loom.state import claims, events
+from loom.state import claims, events, logs
 from loom.state.writer import Writer
 
 log = logging.getLogger("loom.upkeep")
@@ -79,6 +79,7 @@ PARTS = [
         "instance_id",
         "instance_id <> %(me)s AND last_heartbeat < {now} - INTERVAL '5 minutes' AND heartbeats_count()",
     ),
+    Part("traffic", "traffic", "minute || ' ' || instance_id", "minute < {now} - INTERVAL '1 day'"),
     _history("grants"),
     _history("claims"),
     Part(
@@ -147,6 +148,7 @@ class Upkeep:
             self._agents()
             self._claims()
             self._events()
+            self._request_logs()
 
     def _clean_part(self, part: Part) -> None:
         params = {"me": self._instance.instance_id, "keep": timedelta(days=self._config.locks.history_days)}
@@ -224,6 +226,19 @@ class Upkeep:
         self._in_batches("events", lambda conn: BATCH if events.number(conn) else 0)
         if self._in_batches("events", lambda conn: len(db.rows(conn, sql, keep=keep))):
             self._report_late("events", OLD_EVENTS, {}, keep=keep)
+
+    def _request_logs(self) -> None:
+        """Makes the partitions of the next days, and removes old ones: a long read of them may delay that."""
+        self._attempt("request logs", logs.open_days)
+        problems: dict[str, str] = {}
+        trim = partial(logs.trim, settings=self._config.logging)
+        for _ in range(100):
+            removed = self._attempt("request logs", trim, problems, "oldest day")
+            if removed is None:
+                break
+            log.info("request-logs-removed", extra={"fields": {"partition": removed}})
+        if problems and self._may_report("request logs"):
+            log.warning("upkeep-skipped", extra={"fields": {"part": "request logs", "rows": problems}})
 
     def _in_batches(self, part: str, work: Callable[[db.Connection], int]) -> bool:
         """Calls `work` at most a hundred times per round; whether it has come to an end: it did less than a batch."""

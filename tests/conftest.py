@@ -30,7 +30,7 @@ from loom.upkeep import Upkeep
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="also run the tests that need Java, Node.js or Go")
+    parser.addoption("--all", action="store_true", help="also run the tests that need Java, Node.js, Go or Chromium")
     parser.addoption("--long", action="store_true", help="run the long versions of the fault tests")
     parser.addoption("--seed", type=int, help="seed of the random tests; printed in the header")
 

@@ -1,4 +1,7 @@
-"""The `loom` command. Each module here is the command of the same name, imported only when it is called."""
+"""The `loom` command. Each module here is the command of the same name, imported only when it is called.
+
+A module whose name begins with _ is no command: the commands share it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from loom.ports import PortError
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(module.name for module in pkgutil.iter_modules(__path__))
+        names = (module.name for module in pkgutil.iter_modules(__path__))
+        return sorted(name for name in names if not name.startswith("_"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):

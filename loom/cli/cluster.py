@@ -6,6 +6,7 @@ import click
 
 from loom import cluster as running
 from loom import config as configuration
+from loom import log
 
 
 @click.command()
@@ -22,7 +23,11 @@ def cluster(instances: int, port: int, nginx_port: int) -> None:
     """Start several instances, each on its own port, nginx, and the embedded database if no other is configured."""
     if port <= nginx_port < port + instances:
         raise click.BadParameter(f"{nginx_port} is also the port of an instance", param_hint="--nginx-port")
+
+    def say(text: str) -> None:
+        click.echo(text, color=None if log.coloured() else False)  # None: only on a terminal
+
     try:
-        running.run(configuration.load(), instances, port, nginx_port, click.echo)
+        running.run(configuration.load(), instances, port, nginx_port, say)
     except running.ClusterError as exc:
         raise click.ClickException(str(exc)) from None

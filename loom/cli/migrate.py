@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from loom import config, db, embedded
+from loom import config, db
+from loom.cli._database import dsn_of
 
 
 @click.command()
 def migrate() -> None:
     """Apply schema.sql to the configured database; changes nothing if it is already applied."""
-    database = config.load().database
-    version = db.migrate(database.dsn or embedded.use(Path(database.folder)))
+    version = db.migrate(dsn_of(config.load().database))
     click.echo(f"schema version {version}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import click
 from psycopg2.extensions import make_dsn, parse_dsn
 
 from loom import config as configuration
 from loom import embedded
+from loom.cli._database import dsn_of
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -18,7 +18,7 @@ from loom import embedded
 def psql(arguments: tuple[str, ...]) -> None:
     """Open psql on the configured database; takes psql's own arguments."""
     database = configuration.load().database
-    dsn = database.dsn or embedded.use(Path(database.folder))
+    dsn = dsn_of(database)
     # The embedded psql has no TLS.
     program = (shutil.which("psql") if database.dsn else None) or str(embedded.binaries() / "psql")
     connection = parse_dsn(dsn)

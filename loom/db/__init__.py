@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import datetime, timezone
 from typing import Any
 
 from loom import errors
 from loom.db.connection import Connection, Row, Time
-from loom.db.dedicated import DedicatedConnection
+from loom.db.dedicated import DedicatedConnection, session
 from loom.db.pages import Page, begin_large_page, end_of_answer
 from loom.db.pool import Database
 from loom.db.schema import migrate
@@ -51,6 +52,13 @@ def default() -> Database:
     if _default is None:
         raise errors.Unavailable("No database has been opened in this process.")
     return _default
+
+
+def away() -> tuple[datetime | None, str | None]:
+    """Since when the database cannot be reached, by this host's clock, and why; None while it can be."""
+    if _default is None or _default.away_since is None:
+        return None, None
+    return datetime.fromtimestamp(_default.away_since, timezone.utc), _default.away
 
 
 def seconds_spent() -> float:

@@ -7,6 +7,7 @@ silence: statement_timeout, tcp_user_timeout and keepalives each miss a case whe
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import socket
@@ -203,6 +204,17 @@ class Connection:
             self.last_used = time.monotonic()
             self.seconds_taken = self.last_used - (self.deadline - left)
             self.seconds_spent += self.seconds_taken
+
+    def copy(self, sql: str, text: str) -> None:
+        """Runs COPY ... FROM STDIN in a transaction that an earlier statement has begun, and bounded."""
+        self.cut_at, self.began = self.deadline, time.monotonic()
+        try:
+            with self.raw.cursor() as cursor:
+                cursor.copy_expert(sql, io.BytesIO(text.encode()), 1 << 16)
+        finally:
+            self.last_used = time.monotonic()
+            self.seconds_taken = self.last_used - self.began
+            self.cut_at = self.began = None
 
     def begin(self) -> None:
         """Begins a transaction: BEGIN is sent together with the next statement."""

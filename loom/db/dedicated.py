@@ -1,4 +1,4 @@
-"""The connections of background threads, outside the pool that requests can use up."""
+"""The connections of background threads and of commands, outside the pool that requests can use up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import psycopg2
 import psycopg2.extensions as pgx
 from psycopg2 import errors as pg
 
+from loom import errors
 from loom.db.connection import SILENCE, SLACK, WRONG_SERVER, Connection, translate
+from loom.dsn import connect_problem
 
 if TYPE_CHECKING:
     from loom.db.pool import Database
@@ -52,3 +54,28 @@ class DedicatedConnection:
         if self._conn is not None:
             self._conn.close()
             self._conn = None
+
+
+NO_SUCH = (pg.UndefinedTable, pg.UndefinedFunction, pg.UndefinedColumn, pg.UndefinedObject)
+
+
+@contextlib.contextmanager
+def session(dsn: str, application_name: str, timeout: float) -> Iterator[Connection]:
+    """One connection, for a command. `timeout`: seconds to connect, and for each statement until it is closed.
+
+    Raises Unavailable with the reason, SchemaError when the database has not our tables and functions, and the error of
+    a statement that fails.
+    """
+    try:
+        conn = Connection(dsn, application_name, timeout)
+    except psycopg2.Error as exc:
+        raise errors.Unavailable(connect_problem(str(exc))) from exc
+    try:
+        conn.deadline = time.monotonic() + timeout
+        yield conn
+    except NO_SUCH as exc:
+        raise errors.SchemaError(f"{str(exc).splitlines()[0]}: run loom migrate") from exc
+    except psycopg2.Error as exc:
+        raise type(translate(exc))(connect_problem(str(exc))) from exc
+    finally:
+        conn.close()

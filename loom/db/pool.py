@@ -56,6 +56,7 @@ class Database:
         self._connecting_since: float | None = None
         self._lost_at: float | None = None  # a connection was lost then, and no new one has been opened since
         self._away: str | None = None
+        self.away_since: float | None = None  # time.time()
         self._closed = False
         self._lock = threading.Lock()
         self._connection_needed = threading.Condition(self._lock)  # wakes the connecting thread
@@ -229,6 +230,7 @@ class Database:
         if self._away is None:
             log.error("database-away", extra={"fields": {"reason": why}})
             metrics.count_failover("database_lost")
+            self.away_since = time.time()
         self._away = why
         self._drop_all()
 
@@ -278,7 +280,7 @@ class Database:
                     if self._away is not None:
                         log.warning("database-back")
                         metrics.count_failover("database_regained")
-                    self._away = self._lost_at = None
+                    self._away = self._lost_at = self.away_since = None
                     self._open += 1
                     self._pass_on(conn)
             if conn is None:

@@ -23,7 +23,7 @@ def read(file: Path) -> str:
 TEXT = read(config.resource("schema.sql"))
 VERSION = int(re.search(r"Schema version (\d+)", TEXT)[1])  # type: ignore[index]
 CHECKSUM = hashlib.sha256(TEXT.encode()).hexdigest()
-KEY = 0x4C6F6F6D  # of the advisory lock that is held while the schema changes: "Loom" in ASCII
+KEY = "1282371437, 0"  # of the advisory lock that is held while the schema changes; see own_locks()
 
 
 def migrate(dsn: str, timeout: float = 60.0) -> int:
@@ -47,7 +47,7 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
             )
         conn.begin()
         conn.execute(f"SELECT pg_advisory_xact_lock({KEY})")
-        found = _found(conn)
+        found = applied(conn)
         if found is not None and found[0] > VERSION:
             raise errors.SchemaError(
                 f"the database has schema version {found[0]}, this Loom knows {VERSION}: upgrade this Loom"
@@ -65,7 +65,8 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
     return VERSION
 
 
-def _found(conn: Connection) -> tuple[int, str] | None:
+def applied(conn: Connection) -> tuple[int, str | None] | None:
+    """The version and the checksum of the database's schema, or None. Without a checksum it was applied by hand."""
     if not conn.execute("SELECT to_regclass('schema_version') IS NOT NULL AS it")[0]["it"]:
         return None
     rows = conn.execute("SELECT version, checksum FROM schema_version")
@@ -79,10 +80,14 @@ def _remedy(conn: Connection, exc: psycopg2.Error) -> str:
         """
         SELECT current_user AS role, current_database() AS database,
                has_schema_privilege(coalesce(current_schema, 'public'), 'CREATE') AS may_create,
+               (SELECT tableowner FROM pg_tables WHERE tablename = 'schema_version' AND tableowner <> current_user
+                   AND schemaname = current_schema) AS owner,
                format('GRANT USAGE, CREATE ON SCHEMA %I TO %I', coalesce(current_schema, 'public'), current_user)
                    AS remedy
         """
     )[0]
+    if can["owner"] is not None:
+        return f"the schema of database {can['database']} must be upgraded: run loom migrate as role {can['owner']}"
     if can["may_create"]:
         return f"role {can['role']} may not apply the schema to {can['database']}: {str(exc).splitlines()[0]}"
     return (

@@ -17,7 +17,7 @@ from loom import instances as registry
 from loom.bounds import bounds
 from loom.config import Config
 from loom.db.connection import REPEATS
-from loom.http import metrics, problems, request_log
+from loom.http import metrics, origins, problems, request_log
 from loom.http.parse import NameConverter, check_query
 from loom.http.pollers import CAN_PARK, PARKED, RECEIVED, WAITER, Pollers, Wait, before_view
 from loom.log import this_thread
@@ -109,11 +109,13 @@ class Application(Flask):
         return answer
 
     def preprocess_request(self) -> None:
-        """Sets the request's deadline, and refuses unknown query parameters and methods.
+        """Sets the request's deadline, refuses other origins, unknown query parameters and methods.
 
         Refuses the request if this instance may have been declared dead and cannot confirm that it is registered.
         """
         db.default().start_request(request.environ.pop(RECEIVED, None))
+        origins.check_host(request.environ, self.config["LOOM"])
+        origins.check(request.environ, self.config["LOOM"])
         before_view()
         methods = self.static_paths.get(request.path)
         if methods is not None and request.method not in methods:
@@ -127,6 +129,7 @@ class Application(Flask):
     def process_response(self, response: Response) -> Response:
         metrics.count(response.status_code)
         request_log.end(request_ctx.request, response)
+        origins.add_headers(response, request.environ, self.config["LOOM"])
         if response.is_sequence and not any(cast(list[bytes], response.response)):
             response.headers.pop("Content-Type", None)  # of nothing
         return response

@@ -95,6 +95,8 @@ def _fences(text: str, own: str | None) -> dict[str, int]:
             raise errors.Invalid.field(
                 field, 'must name the lock: NUMBER; lock="NAME". This request has no lock of its own'
             )
+        if name.startswith("loom:"):  # a fence would keep the lock's row locked
+            raise errors.Invalid.field(field, f"must not name {name}, which is Loom's own")
         if found.setdefault(name, token) != token:
             raise errors.Invalid.field(field, f"has two tokens for {name}")
     return found

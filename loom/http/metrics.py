@@ -16,11 +16,13 @@ from prometheus_client.registry import Collector
 
 from loom.http.pollers import RECEIVED
 from loom.metrics import OTHER, REGISTRY
+from loom.traffic import Traffic
 
 STARTED = "loom.started"  # in the environ: time.monotonic() when the request arrived; it may be run more than once
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"  # the route of a request that no route serves
 ACQUIRE = "/api/v1/locks/{name}", "POST"
+EVENTS = "/api/v1/events"
 ACQUIRE_OUTCOMES = {201: "acquired", 200: "extended", 409: "refused"}
 BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0)  # seconds, of the buckets of all requests
 
@@ -85,6 +87,18 @@ class Requests(Collector):
         for route, (counts, seconds) in by_route.items():
             times.add_metric([route], list(zip(names, accumulate(counts), strict=True)), seconds)
         yield from (total, times)
+
+
+def traffic() -> dict[str, Traffic]:
+    """What this process has answered on /api/v1 since its start, by kind."""
+    found: dict[str, Traffic] = {}
+    for (route, method, status), tally in list(REQUESTS.tallies.items()):
+        if route.startswith("/api/v1/") and route != "/api/v1/health":
+            kind = "acquire" if (route, method) == ACQUIRE else "events" if route == EVENTS else "request"
+            counts = list(tally.counts)
+            more = Traffic(sum(counts), sum(counts) if status >= 500 else 0, tally.seconds, counts)
+            found[kind] = found[kind] + more if kind in found else more
+    return found
 
 
 REQUESTS = Requests()

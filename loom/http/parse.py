@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterator
+from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
@@ -241,6 +242,17 @@ def text(name: str, most: int = 255) -> str | None:
     """A text of the query, or None."""
     value = request.args.get(name)
     return None if value is None else plain(value, name, least=0, most=most)
+
+
+def moment(name: str) -> datetime | None:
+    """A time of the query, or None. Raises Invalid for one that is not RFC 3339."""
+    value = text(name)
+    if value is None:
+        return None
+    try:
+        return msgspec.convert(value, Annotated[datetime, Meta(tz=True)]).astimezone(timezone.utc)
+    except (msgspec.ValidationError, OverflowError):
+        raise errors.Invalid.field(name, "must be a time as in RFC 3339, such as 2026-11-30T22:00:00Z") from None
 
 
 def lock_name() -> str:

@@ -35,7 +35,15 @@ def answer(exc: errors.Error) -> Response:
     return response
 
 
+def unforeseen(exc: Exception) -> Response:
+    """An error in Loom itself: the caller learns only that there was one, the log has the details."""
+    log.error("request-failed", exc_info=exc, extra={"fields": {"method": request.method, "path": request.path}})
+    return answer(errors.Error())
+
+
 def register(app: Flask) -> None:
+    app.register_error_handler(Exception, unforeseen)
+
     @app.errorhandler(errors.Error)
     def ours(exc: errors.Error) -> Response:
         if exc.status == 500:
@@ -61,13 +69,3 @@ def register(app: Flask) -> None:
             if name.lower() in ("allow", "retry-after"):
                 response.headers[name] = value
         return response
-
-    @app.errorhandler(Exception)
-    def unforeseen(exc: Exception) -> Response:
-        """An error in Loom itself: the caller learns only that there was one, the log has the details."""
-        log.error(
-            "request-failed",
-            exc_info=exc,
-            extra={"fields": {"method": request.method, "path": request.path}},
-        )
-        return answer(errors.Error())

@@ -1,4 +1,4 @@
-"""The log line of each request, and the id that leads from an answer to its log lines and events."""
+"""The log line and the row of each request, and the id that leads from an answer to its log lines and events."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from loom.http import settings
 from loom.http.headers import REQUEST_ID
 from loom.http.idempotency import caller
 from loom.http.pollers import RECEIVED, client_gone
+from loom.state import request_rows
+from loom.state.request_rows import Row
 
 STATE = "loom.request"  # in the environ: the RequestLog, also while the request waits
 CLIENT_GONE = 499  # nginx's status for a request whose client has hung up
@@ -66,29 +68,43 @@ class RequestLog:
         self._database += db.seconds_spent()
 
     def write(self, status: int, database: float = 0.0) -> None:
-        """Writes the line, unless it is written. `database`: seconds that statements have taken in the last run."""
+        """Writes the line and the row, once. `database`: seconds that statements have taken in the last run."""
         if self._written:
             return
         self._written = True
         about = route(self._rule)
         config = settings.own()
-        if not logger.isEnabledFor(about.level) or not _wanted(config.logging.requests, status):
+        if not _wanted(config.logging.requests, status):
             return
-        fields = {
-            "request_id": self.request_id,
-            "instance_id": instances.own_id(),
-            "port": config.server.http_port,
-            "method": self._environ["REQUEST_METHOD"],
-            "route": about.template,
-            "path": self._environ["PATH_INFO"].encode("latin-1").decode(errors="replace")[:MOST_CHARACTERS],
-            "status": status,
-            "duration_ms": round((time.monotonic() - self._started) * 1000, 2),
-            "database_ms": round((self._database + database) * 1000, 2),
-            "caller": caller(),
-        }
-        if about.named is not None:
-            fields[about.named] = next(iter(self._args.values()))[:MOST_CHARACTERS]
-        log.write("request", about.level, fields)
+        rows = request_rows.current if about.level > logging.DEBUG else None
+        line = logger.isEnabledFor(about.level)
+        if rows is None and not line:
+            return
+        ended, instance_id, method = time.monotonic(), instances.own_id(), self._environ["REQUEST_METHOD"]
+        path = self._environ["PATH_INFO"].encode("latin-1").decode(errors="replace")[:MOST_CHARACTERS]
+        duration = round((ended - self._started) * 1000, 2)
+        spent = round((self._database + database) * 1000, 2)
+        who = caller()
+        name = next(iter(self._args.values()))[:MOST_CHARACTERS] if about.named is not None else None
+        if rows is not None:
+            about_row = (self.request_id, instance_id, who, method, about.template, path, status, duration, spent)
+            rows.put(Row(ended, *about_row, about.named, name))
+        if line:
+            fields = {
+                "request_id": self.request_id,
+                "instance_id": instance_id,
+                "port": config.server.http_port,
+                "method": method,
+                "route": about.template,
+                "path": path,
+                "status": status,
+                "duration_ms": duration,
+                "database_ms": spent,
+                "caller": who,
+            }
+            if about.named is not None:
+                fields[about.named] = name
+            log.write("request", about.level, fields)
 
 
 def begin(request: Request) -> RequestLog:

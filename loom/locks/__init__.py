@@ -11,6 +11,7 @@ from loom.locks.grants import (
     history,
     release,
     renew,
+    waiters,
     waiting,
 )
 from loom.locks.hold import Hold, hold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -147,6 +148,19 @@ def waiting(conn: Connection, name: str) -> int:
         conn,
         "SELECT count(*) FROM lock_waiters WHERE lock_name = %(name)s AND keeps_place(asked_at, clock_timestamp())",
         name=name,
+    )
+
+
+def waiters(conn: Connection, names: Sequence[str], most: int) -> list[db.Row]:
+    """Who waits for these locks, first come first: `lock_name`, `owner`, and when it last asked."""
+    return db.rows(
+        conn,
+        """
+        SELECT lock_name, owner, asked_at FROM lock_waiters
+         WHERE lock_name = ANY (%(names)s) AND keeps_place(asked_at, clock_timestamp()) ORDER BY place LIMIT %(most)s
+        """,
+        names=list(names),
+        most=most,
     )
 
 

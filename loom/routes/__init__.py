@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 
+from loom import page
 from loom.config import Config
 from loom.http import settings
 from loom.http.application import Application
@@ -19,6 +20,7 @@ from loom.routes import (
     health,
     instances,
     locks,
+    logs,
     metrics,
     openapi,
     projects,
@@ -34,9 +36,10 @@ def create_app(given: Config | None = None) -> Application:
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(config, events, metrics, openapi),
+        *(config, events, logs, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
+    page.register(app)
     prepare()
     for name in CODECS:  # so that no request has to import one
         codecs.lookup(name)

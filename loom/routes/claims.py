@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,6 @@ from loom import db
 from loom.http import answer, entities, headers, idempotency, parse
 from loom.http.parse import Key, Token
 from loom.state import claims
-from loom.state import entities as state
-from loom.state.beads import Bead
 from loom.state.writer import Writer
 
 bp = Blueprint("claims", __name__, url_prefix="/api/v1")
@@ -150,14 +148,8 @@ def _ended(key: str, token: int, how: claims.Ending, why: str | None, **more: An
 def redispatch(key: str) -> Response:
     """Opens the bead again; its holder loses it."""
     key, body = parse.key(key), parse.body(Redispatch)
-    asked = {
-        "redispatch_requested": "true",
-        "redispatch_requested_at": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "redispatch_reason": body.reason or "",
-    }
-    patch = {"status": "open", "assigned_to": None, "not_before": None, "context": asked}
-    writer = headers.writer(f"bead:{key}")
-    return idempotency.once(lambda conn: entities.versioned(state.change(conn, writer, Bead, key, "patch", patch)))
+    writer, reason = headers.writer(f"bead:{key}"), body.reason or ""
+    return idempotency.once(lambda conn: entities.versioned(claims.redispatch(conn, writer, key, reason)))
 
 
 @bp.post("/agents/<key>/heartbeat")

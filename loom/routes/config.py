@@ -126,9 +126,10 @@ def _share(conn: db.Connection, writer: Writer, sections: Mapping[str, Any], val
 
 
 def _shown(settings: configuration.Config) -> dict[str, Any]:
-    """The sections of a configuration, with passwords masked."""
+    """The sections of a configuration, with passwords masked; without `security`, which only the operator sees."""
     sections = asdict(settings)
-    del sections["sources"]
+    del sections["sources"], sections["security"]
+    sections["server"]["allowed_hosts"] = list(settings.server.allowed_hosts)  # compared with lists of JSON
     sections["database"]["dsn"] = mask(sections["database"]["dsn"])
     return sections
 

@@ -20,6 +20,7 @@ from loom.locks.queue import LockWaiter
 bp = Blueprint("locks", __name__, url_prefix="/api/v1/locks")
 
 RESERVED_OWNER = "instance:"  # the owner of locks that an instance holds for itself
+RESERVED_NAME = "loom:"  # of those locks
 
 Ttl = Annotated[int, Meta(ge=1, le=86400)]
 
@@ -45,7 +46,7 @@ def acquire(_: str) -> Response:
     A grant is never taken back, since another request of the same owner may have been answered with it. If the client
     has hung up, the grant expires, as if its holder had crashed.
     """
-    name, body = parse.lock_name(), parse.body(AcquireLock)
+    name, body = _name(), parse.body(AcquireLock)
     owner, ttl = _owner(body.owner), timedelta(seconds=body.ttl_seconds)
     if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > bounds.lock_metadata:
         raise errors.Invalid.field("metadata", f"must have at most {bounds.lock_metadata} bytes")
@@ -85,7 +86,7 @@ def acquire(_: str) -> Response:
 
 @bp.put("/<name:_>")
 def renew(_: str) -> Response:
-    name, body = parse.lock_name(), parse.body(RenewLock)
+    name, body = _name(), parse.body(RenewLock)
     with db.connection() as conn:
         return answer.json(locks.renew(conn, name, body.fencing_token, timedelta(seconds=body.ttl_seconds)))
 
@@ -93,7 +94,7 @@ def renew(_: str) -> Response:
 @bp.delete("/<name:_>")
 @parse.query("fencing_token", "force", "reason")
 def release(_: str) -> Response:
-    name, token, force = parse.lock_name(), parse.integer("fencing_token", most=parse.MAX_TOKEN), parse.flag("force")
+    name, token, force = _name(), parse.integer("fencing_token", most=parse.MAX_TOKEN), parse.flag("force")
     reason = parse.text("reason", 1000)
     with db.connection() as conn:
         if force:
@@ -123,6 +124,14 @@ def held() -> Response:
             lambda limit: locks.held(conn, prefix=prefix, owner=owner, after=after or "", limit=limit),
             lambda grant: grant.lock_name,
         )
+
+
+def _name() -> str:
+    """The name in the path. Raises Invalid for one of Loom's own locks, also to the holder of its token."""
+    name = parse.lock_name()
+    if name.startswith(RESERVED_NAME):
+        raise errors.Invalid.field("lock_name", f"must not begin with {RESERVED_NAME}, which is reserved for Loom")
+    return name
 
 
 def _owner(owner: str | None) -> str:

@@ -160,7 +160,7 @@ def _name_bodies(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
 
 def _simple(node: Any) -> Any:
     """Rewrites what some generators misunderstand, without a change of meaning."""
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):  # of a default
         return [_simple(each) for each in node]
     if not isinstance(node, dict):
         return node

@@ -49,7 +49,7 @@ def read_settings() -> MasterSettings:
     global _last
     try:
         config = load()
-        handlers = logs.setup(config.logging)
+        handlers = _open_log(config)
         database = config.database
         if not gunicorn.__version__.startswith(TRIED_GUNICORN):
             versions = {"version": gunicorn.__version__, "tried": TRIED_GUNICORN}
@@ -62,7 +62,7 @@ def read_settings() -> MasterSettings:
     except (ConfigError, embedded.ServerError) as exc:
         if _last is None:
             raise SystemExit(f"Error: {exc}") from None
-        logs.setup(_last.settings.logging)
+        _open_log(_last.settings)
         log.error("settings-kept", extra={"fields": {"reason": str(exc)}})
     else:
         _last = MasterSettings(config, handlers, dsn)
@@ -70,6 +70,12 @@ def read_settings() -> MasterSettings:
             siblings.open_folder()
         settings.inherit(config)
     return _last
+
+
+def _open_log(config: Config) -> dict[str, Any]:
+    """A format that somebody has chosen is the one on a terminal, too."""
+    chosen = config.sources["logging.format"] != "default"
+    return logs.setup(config.logging, None if chosen else config.server.http_port)
 
 
 # The master creates a worker's identity before the fork, so that it can always mark the worker dead. Both see it in
@@ -108,8 +114,11 @@ def after_fork(worker: Any, config: Config) -> instances.Instance:
 def after_load(worker: Any) -> None:
     """post_worker_init, in the worker."""
     from loom.http.application import Application  # here, since the master does not load the application
+    from loom.http.metrics import traffic
     from loom.routes.metrics import share_regularly
+    from loom.traffic import Recorder
 
+    Recorder(traffic).start()
     if siblings.shared() and isinstance(worker.wsgi, Application):
         share_regularly(worker.wsgi)
 

@@ -3,7 +3,7 @@
 -- Adds dependencies between existing beads in one transaction at a time: two could close a cycle together. Taken after
 -- names and before rows. Closing a bead does not take it: the locks of the two rows keep the counters right.
 CREATE OR REPLACE FUNCTION lock_bead_graph() RETURNS void LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(hashtextextended('loom:bead-graph', 0));
+    SELECT pg_advisory_xact_lock(own_locks(), 2);
 $$;
 
 -- The beads whose blocked_by or parent names this one.
@@ -335,7 +335,8 @@ BEGIN
     RETURN NEW;
 END $$;
 DROP TRIGGER IF EXISTS a_bead_inserted ON beads;
-CREATE TRIGGER a_bead_inserted BEFORE INSERT ON beads FOR EACH ROW EXECUTE FUNCTION on_bead_written();
+CREATE TRIGGER a_bead_inserted BEFORE INSERT ON beads FOR EACH ROW WHEN (NOT importing())
+    EXECUTE FUNCTION on_bead_written();
 DO $$
 BEGIN
     -- One trigger for the rules of beads and for the event: each condition of a trigger takes 1.5 % of a claim.
@@ -357,7 +358,7 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS bead_inserted_with_blockers ON beads;
 CREATE TRIGGER bead_inserted_with_blockers AFTER INSERT ON beads FOR EACH ROW
-    WHEN (NEW.blocked_by <> '{}') EXECUTE FUNCTION on_bead_blockers_changed();
+    WHEN (NEW.blocked_by <> '{}' AND NOT importing()) EXECUTE FUNCTION on_bead_blockers_changed();
 DROP TRIGGER IF EXISTS bead_blockers_changed ON beads;
 CREATE TRIGGER bead_blockers_changed AFTER UPDATE OF blocked_by ON beads FOR EACH ROW
     WHEN (NEW.blocked_by <> OLD.blocked_by) EXECUTE FUNCTION on_bead_blockers_changed();
@@ -410,7 +411,7 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS bead_inserted_with_parent ON beads;
 CREATE TRIGGER bead_inserted_with_parent AFTER INSERT ON beads FOR EACH ROW
-    WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION on_bead_closed_or_reopened();
+    WHEN (NEW.parent IS NOT NULL AND NOT importing()) EXECUTE FUNCTION on_bead_closed_or_reopened();
 DROP TRIGGER IF EXISTS bead_closed_or_reopened ON beads;
 CREATE TRIGGER bead_closed_or_reopened AFTER UPDATE ON beads FOR EACH ROW
     WHEN (OLD.fencing_token IS NOT NULL OR NEW.fencing_token IS NULL) -- not for a new claim

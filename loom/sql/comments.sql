@@ -19,7 +19,8 @@ BEGIN
     RETURN NEW;
 END $$;
 DROP TRIGGER IF EXISTS a_comment_inserted ON comments;
-CREATE TRIGGER a_comment_inserted BEFORE INSERT ON comments FOR EACH ROW EXECUTE FUNCTION on_comment_inserted();
+CREATE TRIGGER a_comment_inserted BEFORE INSERT ON comments FOR EACH ROW WHEN (NOT importing())
+    EXECUTE FUNCTION on_comment_inserted();
 
 CREATE OR REPLACE FUNCTION on_commented_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

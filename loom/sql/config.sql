@@ -14,12 +14,12 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS a_config_written ON config;
 CREATE TRIGGER a_config_written BEFORE INSERT OR UPDATE OF value ON config FOR EACH ROW
-    EXECUTE FUNCTION on_config_written();
+    WHEN (NOT importing()) EXECUTE FUNCTION on_config_written();
 
 CREATE OR REPLACE FUNCTION on_config_grown() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     -- One at a time, until each has committed: else two would count without each other.
-    PERFORM pg_advisory_xact_lock(hashtextextended('loom:config', 0));
+    PERFORM pg_advisory_xact_lock(own_locks(), 3);
     IF (SELECT count(*) > bound('shared_keys') OR sum(octet_length(value::text)) > bound('shared_values')
           FROM config) THEN
         RAISE EXCEPTION 'no room: all keys together are at most 1000, and their values 1 MiB'

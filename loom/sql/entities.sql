@@ -16,7 +16,8 @@ BEGIN
     RETURN NEW;
 END $$;
 DROP TRIGGER IF EXISTS a_provider_inserted ON providers;
-CREATE TRIGGER a_provider_inserted BEFORE INSERT ON providers FOR EACH ROW EXECUTE FUNCTION on_provider_inserted();
+CREATE TRIGGER a_provider_inserted BEFORE INSERT ON providers FOR EACH ROW WHEN (NOT importing())
+    EXECUTE FUNCTION on_provider_inserted();
 
 -- Emptied by hand, too, a table leaves nothing behind that depends on its rows.
 CREATE OR REPLACE FUNCTION on_entities_truncated() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -43,7 +44,7 @@ BEGIN
                    columns, tbl, on_update, kind, silent);
     EXECUTE format('DROP TRIGGER IF EXISTS entity_created_or_deleted ON %s', tbl);
     EXECUTE format('CREATE TRIGGER entity_created_or_deleted AFTER INSERT OR DELETE ON %s FOR EACH ROW'
-                   ' EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
+                   ' WHEN (NOT importing()) EXECUTE FUNCTION on_entity_changed(%L, %L)', tbl, kind, silent);
     EXECUTE format('DROP TRIGGER IF EXISTS entities_truncated ON %s', tbl);
     EXECUTE format('CREATE TRIGGER entities_truncated BEFORE TRUNCATE ON %s FOR EACH STATEMENT'
                    ' EXECUTE FUNCTION on_entities_truncated()', tbl);
@@ -144,7 +145,7 @@ BEGIN
     IF proxy_request IS NOT NULL THEN
         -- With the names locked, since the first time may still be under way. Before the grants that the request
         -- presents: one of them may have ended with what the first time did.
-        PERFORM pg_advisory_xact_lock(hashtextextended(n, 0))
+        PERFORM pg_advisory_xact_lock(name_key(n))
            FROM (SELECT DISTINCT u COLLATE "C" AS n FROM unnest(names) AS u WHERE u IS NOT NULL ORDER BY 1) AS sorted;
         IF (SELECT e.proxy_request_id = proxy_request AND (e.type = kind || '.deleted') = deletes FROM events e
              WHERE e.entity_type = kind AND e.entity_id = key ORDER BY e.place DESC LIMIT 1) THEN

@@ -14,7 +14,7 @@ DECLARE
 BEGIN
     -- Our xid must be greater than that of each transaction that has inserted into a gap; so it must be assigned now. A
     -- snapshot's xmax cannot be used, since a running transaction may have that xid.
-    IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(hashtextextended('loom:events', 0)) THEN
+    IF txid_current_if_assigned() IS NOT NULL OR NOT pg_try_advisory_xact_lock(own_locks(), 1) THEN
         RETURN 0;
     END IF;
     set_back := (SELECT fencing_identity FROM cluster) IS DISTINCT FROM fencing_identity_now();
@@ -90,6 +90,12 @@ BEGIN
             set_config('loom.proxy_request_id', COALESCE(proxy_request, ''), true),
             set_config('loom.settings', settings::text, true);
 END $$;
+
+-- Whether this transaction is an import (loom/transfer), which writes thousands of rows by a statement, with their
+-- events, and checks references before: the triggers on inserted rows leave them alone. Inlined by the planner.
+CREATE OR REPLACE FUNCTION importing() RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT COALESCE(current_setting('loom.importing', true) = 'on', false);
+$$;
 
 -- The type of an event; the types are those of the original.
 CREATE OR REPLACE FUNCTION event_type(kind text, op text, was jsonb, becomes jsonb)
@@ -187,7 +193,7 @@ LANGUAGE sql STABLE AS $$
            THEN COALESCE(jsonb_object_agg(c.field, e.actor ORDER BY e.place) FILTER (WHERE c.field IS NOT NULL), '{}')
            END
       FROM events e LEFT JOIN LATERAL
-           jsonb_object_keys(e.changes - '{claim_ended, reason}'::text[]) AS c (field) ON true
+           jsonb_object_keys(e.changes - '{claim_ended, reason, imported_from}'::text[]) AS c (field) ON true
      WHERE e.entity_type = kind AND e.entity_id = key AND e.version > since AND e.version <= until
        AND e.place > COALESCE( -- its creation: an earlier entity may have had the same id
            (SELECT max(f.place) FROM events f WHERE f.entity_type = kind AND f.entity_id = key AND f.version = 1), 0);

@@ -14,7 +14,7 @@ DECLARE
     agent text := about ->> 'agent_id';
     b beads;
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM pg_advisory_xact_lock(name_key(name));
     PERFORM raise_unknown('project_id', about ->> 'project_id')
       WHERE NOT EXISTS (SELECT 1 FROM projects WHERE id = about ->> 'project_id');
     PERFORM raise_unknown('agent_id', agent) WHERE NOT EXISTS (SELECT 1 FROM agents WHERE id = agent);
@@ -51,7 +51,7 @@ CREATE OR REPLACE FUNCTION release_file_lock(name text, agent text, fences jsonb
 DECLARE
     token bigint;
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM pg_advisory_xact_lock(name_key(name));
     IF EXISTS (SELECT 1 FROM grants WHERE lock_name = name AND owner = 'agent:' || agent AND ended_how = 'released'
                   AND proxy_request_id = NULLIF(current_setting('loom.proxy_request_id', true), '')) THEN
         RETURN true;

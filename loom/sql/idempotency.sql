@@ -7,12 +7,12 @@ CREATE OR REPLACE FUNCTION find_answer(wanted uuid, wait boolean)
 RETURNS TABLE (in_progress boolean, fingerprint bytea, status integer, headers jsonb, body bytea)
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(hashtextextended(wanted::text, 0)) THEN
+    IF NOT pg_try_advisory_xact_lock(own_locks() + 1, pg_catalog.hashtext(wanted::text)) THEN
         IF NOT wait THEN
             RETURN QUERY SELECT true, NULL::bytea, NULL::integer, NULL::jsonb, NULL::bytea;
             RETURN;
         END IF;
-        PERFORM pg_advisory_xact_lock(hashtextextended(wanted::text, 0));
+        PERFORM pg_advisory_xact_lock(own_locks() + 1, pg_catalog.hashtext(wanted::text));
     END IF;
     RETURN QUERY
         SELECT false, k.fingerprint, k.status, k.headers, k.body FROM idempotency_keys k WHERE k.scope = wanted;

@@ -13,13 +13,19 @@ BEGIN
     INSERT INTO instances (instance_id, hostname, metadata) VALUES (id, host, about);
 END $$;
 
--- False if the instance was removed or declared dead: the caller registers with a new identity; a dead row stays dead.
-CREATE OR REPLACE FUNCTION heartbeat_instance(id uuid, new_status text) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Null if the instance was removed or declared dead: the caller registers with a new identity; a dead row stays dead.
+-- Else the status that the row has now: 'draining' that an operator has written stays, and is an order that the caller
+-- obeys, until somebody writes 'active' again.
+DROP FUNCTION IF EXISTS heartbeat_instance(uuid, text);
+CREATE FUNCTION heartbeat_instance(id uuid, new_status text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    stays text;
 BEGIN
     PERFORM note_outage();
-    UPDATE instances SET last_heartbeat = clock_timestamp(), status = new_status
-     WHERE instance_id = id AND status <> 'dead';
-    RETURN FOUND;
+    UPDATE instances SET last_heartbeat = clock_timestamp(),
+                         status = CASE WHEN new_status = 'draining' THEN new_status ELSE status END
+     WHERE instance_id = id AND status <> 'dead' RETURNING status INTO stays;
+    RETURN stays;
 END $$;
 
 -- Whether a missed heartbeat counts: not in the first minute after the database came back.

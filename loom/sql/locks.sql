@@ -1,5 +1,17 @@
 -- Locks: acquire, wait, renew, release, fence; the automatic locks of changes.
 
+-- The key of a name's advisory lock. Before PostgreSQL 15, every role may create functions in the schema `public`, and
+-- one that fits the types better than the catalogue's would be called: so 0 is a bigint, as the catalogue has it.
+CREATE OR REPLACE FUNCTION name_key(name text) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+    SELECT pg_catalog.hashtextextended(name, 0::bigint);
+$$;
+
+-- The first number of Loom's own advisory locks, "Loom" in ASCII. Keys of two numbers are another space than those of
+-- one, so that no client can choose a name whose key is one of these. The second: 0, the schema (loom/db/schema.py);
+-- 1, the numbering of events; 2, the graph of beads; 3, the shared values. own_locks() + 1: of idempotency keys, each
+-- with the hash of its scope; two of one hash only wait for each other.
+CREATE OR REPLACE FUNCTION own_locks() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT 1282371437';
+
 -- Writes the end of a grant into the history. release_lock() and end_grants() tell how it ended by settings of their
 -- transaction. Without them, as after a deletion by hand, the end is 'expired' or, before expires_at, 'forced'.
 CREATE OR REPLACE FUNCTION end_grant(g distributed_locks) RETURNS void LANGUAGE plpgsql AS $$
@@ -70,7 +82,7 @@ DECLARE
     first text;
     t timestamptz;
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM pg_advisory_xact_lock(name_key(name));
     SELECT * INTO held FROM distributed_locks l WHERE l.lock_name = name;
     IF held.owner = new_owner THEN
         -- NO KEY UPDATE, as in a renewal: it does not wait for the transactions that this grant fences.
@@ -171,7 +183,7 @@ CREATE OR REPLACE FUNCTION renew_lock(name text, token bigint, ttl interval, ext
 RETURNS SETOF distributed_locks
 LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM pg_advisory_xact_lock(name_key(name));
     PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR NO KEY UPDATE;
     RETURN QUERY
         UPDATE distributed_locks
@@ -188,7 +200,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     done boolean;
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+    PERFORM pg_advisory_xact_lock(name_key(name));
     PERFORM 1 FROM distributed_locks WHERE lock_name = name FOR UPDATE SKIP LOCKED;
     IF NOT FOUND THEN
         -- Waits for another change of the row, but not for a transaction that the grant fences: others want the name.
@@ -260,7 +272,7 @@ BEGIN
         names := ARRAY(SELECT DISTINCT n COLLATE "C" FROM unnest(names) AS n WHERE n IS NOT NULL ORDER BY 1);
     END IF;
     FOREACH name IN ARRAY names LOOP
-        PERFORM pg_advisory_xact_lock(hashtextextended(name, 0));
+        PERFORM pg_advisory_xact_lock(name_key(name));
     END LOOP;
     IF fences IS NOT NULL THEN
         PERFORM loom_fence(f.key, f.value::bigint)
@@ -277,7 +289,7 @@ END $$;
 -- between.
 CREATE OR REPLACE FUNCTION try_name(name text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(hashtextextended(name, 0)) THEN
+    IF NOT pg_try_advisory_xact_lock(name_key(name)) THEN
         RETURN false;
     END IF;
     RETURN NOT EXISTS (SELECT 1 FROM distributed_locks l WHERE l.lock_name = name AND l.expires_at > clock_timestamp());

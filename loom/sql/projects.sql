@@ -14,7 +14,7 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS a_project_written ON projects;
 CREATE TRIGGER a_project_written BEFORE INSERT OR UPDATE OF status ON projects FOR EACH ROW
-    EXECUTE FUNCTION on_project_written();
+    WHEN (NOT importing()) EXECUTE FUNCTION on_project_written();
 
 -- How many beads of a project are not closed.
 CREATE OR REPLACE FUNCTION open_beads(project text) RETURNS bigint LANGUAGE sql STABLE AS $$

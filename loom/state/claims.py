@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any, Literal
 
 import msgspec
@@ -14,7 +14,7 @@ from loom import db, errors, metrics, refusals
 from loom.db import Time
 from loom.state.agents import Agent
 from loom.state.beads import Bead
-from loom.state.entities import not_found
+from loom.state.entities import UNCONDITIONAL, Conditions, change, not_found
 from loom.state.writer import Writer, call
 
 Ending = Literal["released", "completed", "failed"]
@@ -158,6 +158,19 @@ def end(
     if row["bead"] is None:
         raise not_found(Bead, bead)
     return msgspec.json.decode(row["bead"], type=Bead)
+
+
+def redispatch(
+    conn: db.Connection, writer: Writer, bead: str, reason: str, conditions: Conditions = UNCONDITIONAL
+) -> Bead:
+    """Opens the bead again, whatever its status; its holder loses it. Raises as `change`."""
+    asked = {
+        "redispatch_requested": "true",
+        "redispatch_requested_at": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "redispatch_reason": reason,
+    }
+    patch = {"status": "open", "assigned_to": None, "not_before": None, "context": asked}
+    return change(conn, writer, Bead, bead, "patch", patch, conditions=conditions)
 
 
 def heartbeat(

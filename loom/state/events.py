@@ -17,11 +17,12 @@ SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of th
 TIMES = {"created_at", "closed_at", "due_date", "not_before", "started_at", "last_heartbeat_at", "last_sync_at"}
 
 
-Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql makes, one line for each kind
-    Literal["project.created", "project.updated", "project.deleted"],
-    Literal["provider.registered", "provider.updated", "provider.deleted"],
-    Literal["agent.spawned", "agent.updated", "agent.status_change", "agent.deleted"],
+Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql and loom/transfer make
+    Literal["project.created", "project.updated", "project.deleted", "project.imported"],
+    Literal["provider.registered", "provider.updated", "provider.deleted", "provider.imported"],
+    Literal["agent.spawned", "agent.updated", "agent.status_change", "agent.deleted", "agent.imported"],
     Literal["bead.created", "bead.updated", "bead.assigned", "bead.status_change", "bead.completed", "bead.deleted"],
+    Literal["bead.imported", "config.imported", "comment.imported"],
     Literal["config.updated", "config.deleted"],
     Literal["comment.created", "comment.updated", "comment.deleted"],
 ]

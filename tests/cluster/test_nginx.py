@@ -175,7 +175,7 @@ def raw(port: int, text: bytes) -> bytes:
 
 
 def chunked(path: str, size: int) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     return head + b"10000\r\n%b\r\n" % (b"#" * 65536) * (size // 65536) + b"0\r\n\r\n"
 
 
@@ -184,12 +184,12 @@ def chunked(path: str, size: int) -> bytes:
     ("request_bytes", "status"),
     [
         (b"nonsense\r\n\r\n", 400),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", 400),
-        (b"GET /%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % (b"x" * 40_000), 414),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nX: %s\r\nConnection: close\r\n\r\n" % (b"x" * 40_000), 431),
-        (b"POST /api/v1/beads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: nonsense\r\n\r\n", 501),
-        (b"POST /api/v1/beads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (b"POST /api/v1/beads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{}}\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % (b"x" * 40_000), 414),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\nConnection: close\r\n\r\n" % (b"x" * 40_000), 431),
+        (b"POST /api/v1/beads HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: nonsense\r\n\r\n", 501),
+        (b"POST /api/v1/beads HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST /api/v1/beads HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{}}\r\n", 400),
         (chunked("/api/v1/config/import.yaml", 5 * MIB + 65536), 413),
         (chunked("/api/v1/config/import.yaml", 12 * MIB), 413),
         (chunked("/api/v1/beads", 2 * MIB), 413),

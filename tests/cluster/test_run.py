@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import re
 import signal
 import socket
@@ -97,6 +98,51 @@ def test_one_command_starts_everything_and_ctrl_c_stops_it(folder: Path, runs: l
     assert run.process.wait(30) == 0
     assert run.processes() == []
     assert run.listens() == []
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_on_a_terminal_lines_are_short_and_what_to_do_comes_last(folder: Path, no_color: str) -> None:
+    """With colours, which NO_COLOR switches off."""
+    ports = [free_port(2), free_port()]
+    command = [sys.executable, "-c", LOOM, "cluster", "--instances", "2", "--port", str(ports[0])]
+    environ = {n: v for n, v in os.environ.items() if not n.startswith("DATABASE_")}
+    here, there = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--nginx-port", str(ports[1])],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=there,
+        stderr=there,
+        env={**environ, "LOOM_CONFIG": "", "NO_COLOR": no_color, "TERM": "xterm"},
+    )
+    os.close(there)
+    os.set_blocking(here, False)
+    shown = ""
+
+    def said(text: str) -> bool:
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(here, 100_000).decode()
+        return text in shown
+
+    try:
+        wait_until(lambda: said("/health"), 60)
+        assert shown.count("instance-registered") == 2
+        last = shown.splitlines()[-2]
+        with contextlib.closing(Client(ports[0], 10)) as client:
+            client.get("/api/v1/locks/%1b%5b31m")
+        wait_until(lambda: said(" ms"))
+    finally:
+        process.terminate()
+        process.wait(40)
+        os.close(here)
+    assert ("\x1b" in shown) == (not no_color)
+    assert re.sub(r"\x1b\[\d+m", "", last).startswith("Try: curl http://127.0.0.1:")
+    lines = re.sub(r"\x1b\[\d+m", "", shown).splitlines()
+    assert any(re.fullmatch(rf"{ports[0]} \d\d:\d\d:\d\d GET \S*\\u001b\S* 400 [\d.]+ ms", line) for line in lines), (
+        lines
+    )
+    assert not any('"event"' in line for line in lines)
 
 
 def test_a_killed_loom_cluster_leaves_no_process_behind(folder: Path, runs: list[Run]) -> None:

@@ -50,10 +50,10 @@ def numbering(postgres: Postgres, name: str) -> Iterator[int]:
         contextlib.closing(psycopg2.connect(postgres.dsn(name))) as conn,
     ):
         with conn.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_lock(hashtextextended('loom:events', 0))")
+            cursor.execute("SELECT pg_advisory_lock(own_locks(), 1)")
             wait_until(lambda: postgres.query(UNNUMBERED, database=name)[0][0] > 9)
             cursor.execute("INSERT INTO event_numbers SELECT max(id) + 5, -1 FROM event_numbers")
-            cursor.execute("SELECT pg_advisory_unlock(hashtextextended('loom:events', 0))")
+            cursor.execute("SELECT pg_advisory_unlock(own_locks(), 1)")
         yield wait_until(lambda: postgres.query(NUMBERING, database=name), 10, 0.01)[0][0]
 
 

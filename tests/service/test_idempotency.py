@@ -321,6 +321,7 @@ EVERY_POST = {
     "/api/v1/beads/<key>/complete": ("beads/b3/complete", {"fencing_token": "b3"}),
     "/api/v1/beads/<key>/fail": ("beads/b4/fail", {"fencing_token": "b4"}),
     "/api/v1/beads/<key>/redispatch": ("beads/b1/redispatch", {}),
+    "/api/v1/logs": ("logs", {"provider_id": "gpt"}),
     "/api/v1/beads/<key>/comments": ("beads/b1/comments", {"content": "c"}),
     "/api/v1/agents/<key>/heartbeat": ("agents/a/heartbeat", {}),
     "/api/v1/projects/<key>/agents": ("projects/p/agents", {"agent_id": "a"}),
@@ -353,8 +354,8 @@ def test_every_post_takes_a_key_and_bad_headers_are_refused_before_a_replay(app:
         assert (again.status, again.headers.get("Idempotency-Replayed")) == (first.status, "true"), (rule, again)
         for name, value in (("Loom-Lock-Token", "none"), ("Loom-Lock-Token", "0"), ("Loom-Actor", "\x7f")):
             refused = client.post(f"/api/v1/{path}", body, headers={"Idempotency-Key": rule, name: value})
-            if rule == "/api/v1/locks/<name:_>":
-                assert refused.status == 201, "an acquire reads neither header"
+            if rule in ("/api/v1/locks/<name:_>", "/api/v1/logs"):
+                assert refused.status == 201, "they read neither header"
             else:
                 assert assert_problem(refused, 400, "invalid")["errors"][0]["field"] == name, rule
         if rule in ("/api/v1/beads/bulk", "/api/v1/config/import.yaml"):

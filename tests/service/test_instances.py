@@ -128,7 +128,7 @@ def test_no_heartbeat_revives_an_instance_that_was_declared_dead(sql: Sql, insta
     former = instance.instance_id
     sql("UPDATE instances SET status = 'dead'")
     for status in ("active", "draining"):
-        assert sql("SELECT heartbeat_instance(%s, %s)", former, status) == [(False,)]
+        assert sql("SELECT heartbeat_instance(%s, %s)", former, status) == [(None,)]
     instance.beat()
     assert instance.instance_id != former
     assert (row(sql, former) or "")[0] == "dead"
@@ -179,6 +179,35 @@ def test_many_requests_after_a_pause_register_the_instance_once(
 
 
 # Draining and leaving
+
+
+def test_an_operator_orders_an_instance_to_drain_and_to_be_active_again_in_psql(
+    client: AppClient, sql: Sql, instance: Instance
+) -> None:
+    sql("UPDATE instances SET status = 'draining'")
+    instance.beat()
+    assert (row(sql, instance.instance_id) or "")[0] == "draining", "a heartbeat does not undo the order"
+    assert (client.get("/health/ready").status, client.get("/health").json["active_instances"]) == (503, 0)
+    assert acquire(client)["instance_id"] == instance.instance_id, "it serves what still arrives"
+    sql("UPDATE instances SET status = 'active'")
+    instance.beat()
+    assert (client.get("/health/ready").status, client.get("/health").json["active_instances"]) == (200, 1)
+
+
+def test_an_instance_with_a_new_id_has_no_order_to_drain(client: AppClient, sql: Sql, instance: Instance) -> None:
+    sql("UPDATE instances SET status = 'draining'")
+    instance.beat()
+    sql("DELETE FROM instances")
+    instance.beat()
+    assert client.get("/health/ready").status == 200
+
+
+def test_an_instance_that_leaves_drains_whatever_an_operator_writes(sql: Sql, instance: Instance) -> None:
+    instance.status = "draining"
+    sql("UPDATE instances SET status = 'active'")
+    instance.beat()
+    assert (row(sql, instance.instance_id) or "")[0] == "draining"
+    assert instance.draining
 
 
 def test_a_draining_instance_is_listed_as_draining_and_not_counted(

@@ -16,11 +16,12 @@ from harness.postgres import SUPERUSER, binaries, query
 from loom import db, errors, locks
 from loom.config import resource
 from loom.db import schema
+from loom.state import logs
 
 OBJECTS = """
     SELECT 'table', c.oid::regclass::text, a.attname, format_type(a.atttypid, a.atttypmod)
       FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
-     WHERE c.relnamespace = 'public'::regnamespace
+     WHERE c.relnamespace = 'public'::regnamespace AND NOT c.relispartition
     UNION ALL SELECT 'function', oid::regprocedure::text, '', ''
       FROM pg_proc WHERE pronamespace = 'public'::regnamespace
     UNION ALL SELECT 'trigger', tgname, tgrelid::regclass::text, '' FROM pg_trigger WHERE NOT tgisinternal
@@ -37,7 +38,7 @@ def empty(postgres: Postgres) -> Iterator[str]:
 
 
 def use(dsn: str) -> None:
-    """Acquire, renew, check and release a lock as the role in the DSN."""
+    """Acquire, renew, check and release a lock, and make partitions, as the role in the DSN."""
     database = db.Database(dsn)
     database.open()
     try:
@@ -48,6 +49,7 @@ def use(dsn: str) -> None:
             locks.renew(conn, "build", held.fencing_token, timedelta(minutes=2))
             locks.check(conn, "build", held.fencing_token)
             locks.release(conn, "build", held.fencing_token)
+            logs.open_days(conn)
             assert locks.acquire(conn, "build", "b", timedelta(minutes=1)).granted
             assert [grant.ended_how for grant in locks.history(conn, limit=9)] == [None, "released"]
     finally:

@@ -158,10 +158,17 @@ def test_every_key_of_the_file_has_a_variable_of_its_own():
         keys += [".".join(path)] if value else []
     assert "logging.syslog.address" in keys
     assert len(keys) > 20
+    special = {
+        "database.dsn": DSN,
+        "server.allowed_hosts": "a.example, b.example",
+        "security.allowed_origins": "https://a.example",
+    }
     for key in keys:
-        value = DSN if key == "database.dsn" else str(attrgetter(key)(Config())).lower()
+        value = special.get(key) or str(attrgetter(key)(Config())).lower()
         variable = f"LOOM_{key.upper().replace('.', '__')}"
         assert load(environ={variable: value}).sources[key] == f"environment {variable}"
+    hosts = load(environ={"LOOM_SERVER__ALLOWED_HOSTS": special["server.allowed_hosts"]}).server.allowed_hosts
+    assert hosts == ("a.example", "b.example")
 
 
 def test_variables_override_the_file_and_the_short_names_override_the_long():
