@@ -131,7 +131,7 @@ def test_the_configuration_that_the_documents_show_serves_loom(
     rules.write_text(f"host all loom_user all scram-sha-256\n{rules.read_text()}")
     own_postgres.query("SELECT pg_reload_conf()")
     found = documents.blocks((ROOT / "docs/deployment.md").read_text())
-    (config,) = [block.text for block in found if block.language == "ini"]
+    config = (ROOT / "deploy/pgbouncer/pgbouncer.ini").read_text()
     (users,) = [block.text for block in found if block.text.startswith('"loom_user"')]
     (own_postgres.folder / "userlist.txt").write_text(users)
     (own_postgres.folder / "userlist.txt").chmod(0o644)
@@ -144,6 +144,12 @@ def test_the_configuration_that_the_documents_show_serves_loom(
         assert not [line for line in bouncer.process.last_lines().splitlines() if "WARNING" in line or "ERROR" in line]
     finally:
         bouncer.close()
+
+
+def test_a_comment_behind_a_value_is_refused(own_postgres: Postgres) -> None:
+    config = (ROOT / "deploy/pgbouncer/pgbouncer.ini").read_text()
+    with pytest.raises(AssertionError, match="pool_mode"):
+        PgBouncer(own_postgres, text=config.replace("= transaction", "= transaction ; for Loom"))
 
 
 def test_a_percent_encoded_name_reaches_its_lock(cluster: Cluster) -> None:
