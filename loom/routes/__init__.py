@@ -10,6 +10,7 @@ from loom.http.application import Application
 from loom.http.parse import prepare
 from loom.routes import (
     agents,
+    analytics,
     beads,
     claims,
     config,
@@ -35,7 +36,7 @@ def create_app(given: Config | None = None) -> Application:
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(config, events, logs, metrics, openapi),
+        *(config, events, logs, analytics, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
     prepare()
