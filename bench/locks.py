@@ -5,8 +5,9 @@
 (a) Loom: one instance with its gunicorn.conf.py;
 (b) pgbench with the same two statements: the database's limit;
 (c) bench/bare.py with the same gunicorn settings: the framework's limit.
-(d) Loom with a log line for each request, which (a) has not.
-(a), (c) and (d) run in turns on one PostgreSQL, `--rounds` times; the medians are compared.
+(d) Loom with a JSON line and a row in request_logs for each request, which (a) has not;
+(e) Loom without these, and without metrics.
+(a), (c), (d) and (e) run in turns on one PostgreSQL, `--rounds` times; the medians are compared.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from pathlib import Path
 from bench.programs import gunicorn, pgbench
 from loom import config, db, embedded
 
-LOOM, LOGGED, BARE = "loom", "logged", "bare"
+LOOM, LOGGED, SILENT, BARE = "loom", "logged", "silent", "bare"
 RELEASE = {LOOM: "/api/v1/locks/{name}?fencing_token={token}", BARE: "/api/v1/locks/{name}/{token}"}
-RELEASE[LOGGED] = RELEASE[LOOM]
+RELEASE[LOGGED] = RELEASE[SILENT] = RELEASE[LOOM]
 TOKEN = re.compile(rb'"fencing_token": ?([0-9]+)')
 PGBENCH = """
 \\set name random(1, 1000000000)
@@ -129,14 +130,15 @@ def main() -> None:
         row("(b) pgbench, 8 connections", [rate], [])
         for threads in map(int, given.threads.split(",")):
             print(f"{given.connections} connections, {threads} threads, {given.worker or 'our worker'}")
-            rates: dict[str, list[float]] = {LOOM: [], LOGGED: [], BARE: []}
-            latencies: dict[str, list[float]] = {LOOM: [], LOGGED: [], BARE: []}
+            rates: dict[str, list[float]] = {LOOM: [], LOGGED: [], SILENT: [], BARE: []}
+            latencies: dict[str, list[float]] = {kind: [] for kind in rates}
             with (
                 gunicorn("app:app", dsn, threads, given.worker, folder) as loom,
                 gunicorn("app:app", dsn, threads, given.worker, folder, "all") as logged,
+                gunicorn("bench.silent:app", dsn, threads, given.worker, folder) as silent,
                 gunicorn("bench.bare:app", dsn, threads, given.worker, folder) as bare,
             ):
-                ports = {LOOM: loom, LOGGED: logged, BARE: bare}
+                ports = {LOOM: loom, LOGGED: logged, SILENT: silent, BARE: bare}
                 for kind, port in ports.items():
                     load(kind, port, given.connections, 1)
                 for _ in range(given.rounds):
@@ -145,12 +147,13 @@ def main() -> None:
                         rates[kind].append(len(taken) / given.seconds)
                         latencies[kind] += taken
             row("  (a) Loom, acquire + release", rates[LOOM], latencies[LOOM])
-            row("  (d) Loom, a log line for each", rates[LOGGED], latencies[LOGGED])
+            row("  (d) Loom, a line and a row for each", rates[LOGGED], latencies[LOGGED])
+            row("  (e) Loom, without metrics", rates[SILENT], latencies[SILENT])
             row("  (c) bare Flask, same statements", rates[BARE], latencies[BARE])
             ratios = [a / c for a, c in zip(rates[LOOM], rates[BARE], strict=True)]
-            logged_ratios = [d / a for d, a in zip(rates[LOGGED], rates[LOOM], strict=True)]
+            logged_ratios = [d / e for d, e in zip(rates[LOGGED], rates[SILENT], strict=True)]
             print(
-                f"  d/a {statistics.median(logged_ratios):.2f} ({min(logged_ratios):.2f} to {max(logged_ratios):.2f})"
+                f"  d/e {statistics.median(logged_ratios):.2f} ({min(logged_ratios):.2f} to {max(logged_ratios):.2f})"
                 f"   a/c {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 f"   a/b {statistics.median(rates[LOOM]) / rate:.2f}"
             )

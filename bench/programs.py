@@ -22,7 +22,7 @@ def gunicorn(
 ) -> Iterator[int]:
     """Runs one gunicorn with the settings of gunicorn.conf.py, for the bare application without our hooks.
 
-    `requests`: of which of them a line is logged, to a file.
+    `requests`: of which of them a line is logged, to a file, and a row written to the database.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -30,7 +30,7 @@ def gunicorn(
     logging = f"output: {folder}/{port}.log\n  requests: {requests}"
     settings.write_text(f"server:\n  threads: {threads}\nlogging:\n  {logging}\n")
     arguments = [sys.executable, "-m", "gunicorn", "-c", str(config.resource("gunicorn.conf.py")), application]
-    if application != "app:app":
+    if application == "bench.bare:app":
         plain = folder / "bare.conf.py"
         plain.write_text(
             f"bind = '127.0.0.1:{port}'\nthreads = {threads}\nkeepalive = 75\ncontrol_socket_disable = True\n"

@@ -238,6 +238,14 @@ def flag(name: str) -> bool:
     return text == "true"
 
 
+def choice(name: str, allowed: Collection[str]) -> str | None:
+    """One of a few values of the query, or None."""
+    value = request.args.get(name)
+    if value not in (None, *allowed):
+        raise errors.Invalid.field(name, f"must be among {', '.join(allowed)}", allowed=list(allowed))
+    return value
+
+
 def text(name: str, most: int = 255) -> str | None:
     """A text of the query, or None."""
     value = request.args.get(name)

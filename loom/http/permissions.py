@@ -59,6 +59,10 @@ TABLE = {
     "/api/v1/events": "GET reader",
     "/api/v1/logs": "GET reader, POST agent",
     "/api/v1/logs/recent": "GET reader",
+    "/api/v1/analytics/logs": "GET reader",
+    "/api/v1/analytics/stats": "GET reader",
+    "/api/v1/analytics/costs": "GET reader",
+    "/api/v1/analytics/export": "GET reader",
     # Readers do not see hosts and paths of the settings; to change a setting needs admin.
     "/api/v1/config": "GET reader, PUT admin",
     "/api/v1/config/<key>": "GET reader, PUT agent, DELETE admin",

@@ -11,6 +11,7 @@ from loom.http.application import Application
 from loom.http.parse import prepare
 from loom.routes import (
     agents,
+    analytics,
     beads,
     claims,
     config,
@@ -37,7 +38,7 @@ def create_app(given: Config | None = None) -> Application:
     app = Application(given or settings.initial())
     for routes in (
         *(health, instances, locks, grants, providers, projects, agents, beads, claims, file_locks, work_graph),
-        *(config, events, keys, logs, metrics, openapi),
+        *(config, events, keys, logs, analytics, metrics, openapi),
     ):
         app.register_blueprint(routes.bp)
     page.register(app)

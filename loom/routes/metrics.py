@@ -11,13 +11,14 @@ from itertools import chain
 
 from flask import Blueprint, Response
 from prometheus_client import Metric, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
-from loom import __version__, db, errors, instances, metrics
+from loom import __version__, db, errors, instances, log, metrics
 from loom.http import siblings
 from loom.http.application import Application
 from loom.http.pollers import Pollers, pollers
+from loom.state import request_rows
 from loom.totals import totals
 
 bp = Blueprint("metrics", __name__)
@@ -140,6 +141,14 @@ def _of_instance(waiting: Pollers) -> Iterator[Metric]:
         yield _gauge("loom_draining", "1 while this instance is about to leave.", me.draining)
     number = {"locks": float(waiting.locks.waiting), "events": float(waiting.events.waiting)}
     yield _gauge("loom_waiting_requests", "Requests that wait for a lock, or for events.", number, "for")
+    rows = request_rows.current
+    logs = {**log.usage(), **({} if rows is None else {"request_logs": rows.usage()})}
+    queued = {target: float(each["queued"]) for target, each in logs.items()}
+    yield _gauge("loom_log_queued", "Log lines, and rows of requests, that wait to be written.", queued, "target")
+    lost = CounterMetricFamily("loom_log_dropped", "Log lines, and rows of requests, that are lost.", labels=["target"])
+    for target, each in logs.items():
+        lost.add_metric([target], each["dropped"])
+    yield lost
     with contextlib.suppress(errors.Unavailable):
         database = db.default()
         usage = database.usage()

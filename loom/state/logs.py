@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,8 @@ from loom.db import Time
 from loom.state.request_rows import GB
 
 SCAN = 100_000  # rows that a read with filters looks at; 0.1 s when none of them matches
+
+PART = 1000  # rows of `every` that one statement reads
 
 Source = Literal["request", "usage"]
 Level = Literal["info", "warn", "error"]
@@ -117,6 +119,31 @@ def some(
          WHERE {where} LIMIT %(most_rows)s + 1"""
     page = db.Page(conn, RequestLog, sql, limit, **bounds, **wanted)
     return Found(page, (last["timestamp"].isoformat(), last["id"]) if last else None)
+
+
+def every(
+    since: datetime | None, until: datetime | None, filters: Mapping[str, str | None]
+) -> Iterator[list[RequestLog]]:
+    """All rows from `since` to before `until`, or before now, oldest first; each part by a statement of its own.
+
+    So no transaction is open while a slow client reads, and the removal of old days waits for none.
+    """
+    after = None
+    while True:
+        db.default().start_request()
+        try:
+            with db.connection() as conn:
+                until = until or db.value(conn, "SELECT clock_timestamp()")
+                found = some(
+                    conn, since=since, until=until, after=after, limit=PART, oldest_first=True, filters=filters
+                )
+                rows = list(found.page)
+        finally:
+            db.end_of_answer()
+        yield rows
+        if not found.page.more and found.seen is None:
+            return
+        after = key_of(rows[-1]) if found.page.more else found.seen
 
 
 def report_usage(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +23,11 @@ from loom import __version__, db, instances
 from loom.config import Config, resource
 from loom.http.metrics import METHODS, UNMATCHED
 from loom.instances import Instance
+from loom.log_writer import OutputHandler
 from loom.metrics import CLAIM_OUTCOMES, EVENTS, OTHER
 from loom.routes import metrics as routes
+from loom.state import request_rows
+from loom.state.request_rows import RequestRows
 from loom.upkeep import Upkeep
 
 Value = Callable[..., float | None]
@@ -227,6 +232,19 @@ def test_requests_are_counted_by_route_method_and_status_never_by_what_clients_s
     after = count(template, "GET", 404), count(UNMATCHED, "GET", 404), count(UNMATCHED, OTHER, 405)
     assert [now - then for now, then in zip(after, before, strict=True)] == [20, 20, 20]
     assert (read("loom_http_request_seconds_count", route=template) or 0) >= 20
+
+
+def test_lines_and_rows_that_wait_or_are_lost_are_counted_by_target(
+    client: AppClient, read: Value, database: db.Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [OutputHandler(str(tmp_path / "log"))])
+    logging.getLogger().handlers[0].name = "output"
+    monkeypatch.setattr(request_rows, "current", RequestRows(database, Config))
+    monkeypatch.setattr(request_rows, "MOST_ROWS", 2)
+    for _ in range(5):
+        client.get("/api/v1/locks")
+    assert (read("loom_log_queued", target="request_logs"), read("loom_log_queued", target="output")) == (2, 0)
+    assert read("loom_log_dropped_total", target="request_logs") == 3
 
 
 def test_labels_have_few_values_whatever_clients_send(client: AppClient, app: Flask) -> None:
