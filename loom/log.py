@@ -223,4 +223,4 @@ class ShortFormatter(Formatter):
     def _of_request(self, fields: dict[str, Any]) -> list[str]:
         status = self._paint(str(fields["status"]), self.STATUSES.get(fields["status"] // 100, ""))
         words = [_word(fields["method"] or "-"), _word(fields["path"]), status, f"{fields['duration_ms']} ms"]
-        return [*words, _word(fields["caller"])] if fields["caller"] else words
+        return words if fields["caller"] in ("", "local") else [*words, _word(fields["caller"])]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from loom.client import errors
+from loom.client.administration import Administration
 from loom.client.base import ANY
 from loom.client.coordination import Coordination
 from loom.client.errors import ClaimLost, Error, LockHeld, LockLost, Problem, Unreachable
@@ -17,7 +18,7 @@ from loom.client.values import Claim, Event, FileLock, Grant, Json
 from loom.client.work import Handler, Worker
 
 
-class Client(Coordination, State):
+class Client(Coordination, State, Administration):
     """Loom, as a program sees it. Threads may share it."""
 
     def lock(self, name: str, ttl: int = 30, **options: Any) -> Lock:

@@ -62,7 +62,7 @@ class Invalid(Problem):
     """The request is wrong; `errors` names the fields."""
 
 
-class Unauthorized(Problem):
+class Unauthenticated(Problem):
     """The API key is missing or wrong."""
 
 
@@ -72,6 +72,10 @@ class Forbidden(Problem):
 
 class Misdirected(Problem):
     """This server does not answer for that host name."""
+
+
+class LastAdminKey(Problem):
+    """No key of an administrator would be left."""
 
 
 class NotFound(Problem):

@@ -88,18 +88,6 @@ class State(Base):
     def get_config_value_history(self, key: str) -> Iterator[Event]:
         return (of_json(Event, row) for row in self.rows(path_of("config", key, "history")))
 
-    def list_logs(self, **filters: Any) -> Iterator[Json]:
-        """Requests of all instances and uses of models, newest first. Filters as in the contract, such as `since`."""
-        return self.rows(f"{V1}/logs", **filters)
-
-    def list_recent_logs(self, **filters: Any) -> list[Json]:
-        """The latest as lines of a log: `limit`, `since`, `until`, `source`, `level` ..."""
-        return self.send("GET", f"{V1}/logs/recent", query=filters).json["logs"]
-
-    def report_usage(self, provider_id: str, **usage: Any) -> Json:
-        """The use of a model: `model_name`, `user_id`, `prompt_tokens`, `completion_tokens`, `cost_usd` ..."""
-        return self.send("POST", f"{V1}/logs", body={"provider_id": provider_id, **usage}, once=True).json
-
     def list_instances(self) -> Iterator[Json]:
         return self.rows(f"{V1}/instances")
 

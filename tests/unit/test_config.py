@@ -162,6 +162,7 @@ def test_every_key_of_the_file_has_a_variable_of_its_own():
         "database.dsn": DSN,
         "server.allowed_hosts": "a.example, b.example",
         "security.allowed_origins": "https://a.example",
+        "security.metrics_addresses": "10.0.0.0/8",
     }
     for key in keys:
         value = special.get(key) or str(attrgetter(key)(Config())).lower()
@@ -180,6 +181,7 @@ def test_variables_override_the_file_and_the_short_names_override_the_long():
         PORT="9001",
         LOOM_DATABASE__DSN=DSN,
         LOOM_SERVER__HOST="",
+        LOOM_SECURITY__AUTH="on",
     )
     assert (config.server.threads, config.server.host, config.server.http_port) == (16, "10.0.0.1", 9001)
     assert (config.logging.syslog.enabled, config.database.dsn, config.database.type) == (True, DSN, "postgres")
