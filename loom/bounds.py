@@ -34,6 +34,7 @@ class Bounds:
     shared_values: int = MIB  # together
     shared_keys: int = 1000
     waiting: int = 2500  # requests of an instance that wait for locks, and as many for events
+    waiting_of_key: int = 500  # of these, with keys of one principal
     connections: int = 6000  # of clients to an instance
     buffered: int = 64 * MIB  # of all incomplete requests and unread responses of an instance
 

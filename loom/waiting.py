@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,7 @@ class Waiter:
         `client_gone` tells whether the client of the request has hung up.
         """
         self.ends, self.client_gone = ends, client_gone
+        self.principal = ""  # whose key it is, if there is a bound for it
         self.result: Any = None
         self.error: errors.Error | None = None
         self.on_finish: Callable[[], object] = lambda: None
@@ -46,6 +48,7 @@ class Poller(Generic[W]):
         """`most`: requests that may wait at the same time."""
         self.most, self._draining = most, draining
         self._waiters: set[W] = set()
+        self._of_principal: Counter[str] = Counter()
         self._change = threading.Condition()
         self._poll_now = threading.Event()
         self._started = False
@@ -70,6 +73,7 @@ class Poller(Generic[W]):
             if self.full:
                 return False
             self._waiters.add(waiter)
+            self._of_principal[waiter.principal] += 1
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._poll_for_all, name=self.name, daemon=True).start()
@@ -79,13 +83,25 @@ class Poller(Generic[W]):
     def remove(self, waiter: W) -> None:
         """Ends the wait without a result; does nothing if it is over."""
         with self._change:
-            self._waiters.discard(waiter)
+            if waiter in self._waiters:
+                self._forget(waiter)
+
+    def waiting_of(self, principal: str) -> int:
+        """The number of requests of a principal that wait."""
+        return self._of_principal[principal]
+
+    def _forget(self, waiter: W) -> None:
+        self._waiters.remove(waiter)
+        self._of_principal[waiter.principal] -= 1
+        if not self._of_principal[waiter.principal]:
+            del self._of_principal[waiter.principal]
 
     def wake(self, which: Callable[[W], bool], result: Any = None, error: errors.Error | None = None) -> None:
         """Ends the waits of those for which `which` is true, with this result or error."""
         with self._change:
             finished = [waiter for waiter in self._waiters if which(waiter)]
-            self._waiters.difference_update(finished)
+            for waiter in finished:
+                self._forget(waiter)
         for waiter in finished:
             waiter.result, waiter.error = result, error
             waiter.on_finish()

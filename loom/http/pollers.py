@@ -17,6 +17,7 @@ from flask import current_app, request
 
 from loom import instances
 from loom.bounds import bounds
+from loom.http import auth
 from loom.locks.queue import LockPoller
 from loom.state.events import EventPoller
 from loom.waiting import Poller, Waiter
@@ -90,8 +91,13 @@ def wait(poller: Poller, make_waiter: Callable[[float, Callable[[], bool]], Wait
     if before is not None and before.result is None:  # time is over, the client has hung up, or the worker drains
         return
     ends = time.monotonic() + seconds if before is None else before.ends
+    caller = auth.caller()
+    if caller.has_key and poller.waiting_of(caller.principal) >= bounds.waiting_of_key:
+        return
     if time.monotonic() < ends and not pollers().full(poller):
-        raise Wait(poller, make_waiter(ends, _never if request.environ.get(CAN_PARK) else _client_gone_check()))
+        waiter = make_waiter(ends, _never if request.environ.get(CAN_PARK) else _client_gone_check())
+        waiter.principal = caller.principal if caller.has_key else ""
+        raise Wait(poller, waiter)
 
 
 def before_view() -> None:

@@ -61,3 +61,17 @@ def test_by_default_nginx_tells_who_is_on_this_host(start_cluster: Callable[...,
     client = start_cluster(1, nginx=True).nginx_client()
     assert client.get(LOCKS).status == 200
     assert client.get(LOCKS, headers={"X-Real-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.7"}).status == 200
+
+
+def test_nginx_limits_each_key_and_not_this_host(dsn: str, start_cluster: Callable[..., Cluster]) -> None:
+    """With a hundredth of the rate, so that one client reaches it."""
+    cluster = start_cluster(1, nginx=True, nginx_changes={"rate=500r/s": "rate=5r/s", "burst=1000": "burst=20"})
+    client = cluster.nginx_client()
+    one, other = (loom(dsn, "keys", "create", name, "--role", "reader") for name in ("one", "other"))
+    answers = [client.get(LOCKS, headers={"X-API-Key": one}) for _ in range(60)]
+    refused = [answer for answer in answers if answer.status == 429]
+    assert refused
+    assert (refused[0].headers["Retry-After"], refused[0].json["type"]) == ("1", "/problems/too-many-requests")
+    assert client.get(LOCKS, headers={"Authorization": f"Bearer {other}"}).status == 200
+    assert {client.get(LOCKS).status for _ in range(60)} == {200}, "this host, without a key"
+    assert "nginx/" not in client.get("/health").headers.get("Server", "")

@@ -30,12 +30,14 @@ class Cluster:
         count: int = 3,
         *,
         nginx: bool = False,
+        nginx_changes: dict[str, str] | None = None,
         config: str = "",
         env: dict[str, str] | None = None,
         app: str = "app:app",
     ) -> None:
         """Start and wait until they serve.
 
+        `nginx_changes`: texts of nginx's configuration, and what they become.
         `config`: the text of config.yaml; `env`: added to the environment; `app`: what gunicorn loads.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="loom-test-cluster-"))
@@ -52,7 +54,7 @@ class Cluster:
             for i in range(count):
                 self.wait_serving(i)
             if nginx:
-                self._nginx = Nginx(self.folder, self.ports)
+                self._nginx = Nginx(self.folder, self.ports, nginx_changes or {})
         except BaseException:
             self.close()
             raise
@@ -159,7 +161,7 @@ class Cluster:
 class Nginx:
     """nginx with the project's own configuration, its ports replaced."""
 
-    def __init__(self, folder: Path, ports: list[int]) -> None:
+    def __init__(self, folder: Path, ports: list[int], changes: dict[str, str]) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         text = resource("nginx/loom.conf").read_text()
@@ -170,6 +172,9 @@ class Nginx:
             text,
             flags=re.MULTILINE,
         )
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
         text, count = re.subn(r"listen [^;]*;", f"listen 127.0.0.1:{self.port};", text)
         assert count >= 1
         assert all(f"server 127.0.0.1:{port} " in text for port in ports)

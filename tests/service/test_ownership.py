@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ from harness.cluster import ROOT
 from harness.locks import Sql, assert_problem
 
 from loom import db
+from loom.bounds import bounds
 from loom.config import SecurityConfig
-from loom.http import permissions
+from loom.http import permissions, pollers
 from loom.state import keys
 
 API = "/api/v1"
@@ -191,6 +193,16 @@ def test_settings_and_what_they_tell_of_hosts_are_the_administrators(callers: Ca
         sections = client.get("config").json
         assert (sections["server"]["host"] != "***") == shown
         assert (sections["database"]["dsn"] != "***") == shown
+
+
+def test_one_principal_cannot_take_all_places_of_those_that_wait(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callers("admin").post("locks/build", {"owner": "me", "ttl_seconds": 60})
+    monkeypatch.setattr(pollers, "bounds", replace(bounds, waiting_of_key=0))
+    started = time.monotonic()
+    assert_problem(callers("a").post("locks/build", {"owner": "x", "wait_seconds": 20}), 409, "lock-held")
+    assert time.monotonic() - started < 10
 
 
 def test_an_idempotency_key_of_another_finds_nothing(callers: Callers) -> None:
