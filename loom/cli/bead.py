@@ -171,7 +171,9 @@ def tree(asked: Remote, bead: str) -> None:
 
     def branch(id: str, kind: str, path: tuple[str, ...]) -> Json:
         one = get(id)
-        below = [(child, "child") for child in one.get("children", [])] + [(other, "blocker") for other in one.get("blocked_by", [])]
+        below = [(child, "child") for child in one.get("children", [])] + [
+            (other, "blocker") for other in one.get("blocked_by", [])
+        ]
         return {
             **{name: one[name] for name in ("id", "title", "status")},
             "kind": kind,
