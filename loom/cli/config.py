@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,8 +10,6 @@ from typing import Any
 
 import click
 
-from loom.cli import _remote
-from loom.cli._remote import Remote
 from loom.config import load, mask
 
 
@@ -41,40 +40,8 @@ def _lines(values: Mapping[str, Any], sources: Mapping[str, str], section: str =
     return lines
 
 
-@config.command()
-@_remote.remote
-def ls(asked: Remote) -> None:
-    """Print the settings in force, and all shared values."""
-    asked.print(asked.client.get_config())
+with contextlib.suppress(ModuleNotFoundError):  # without the extra `client`
+    from loom.cli._shared_values import COMMANDS
 
-
-@config.command("get")
-@click.argument("key")
-@_remote.remote
-def get_value(asked: Remote, key: str) -> None:
-    """Print a shared value. Exit status 3 if there is none."""
-    asked.print(asked.client.get_config_value(key))
-
-
-@config.command("set")
-@click.argument("key")
-@click.argument("value")
-@_remote.remote
-def set_value(asked: Remote, key: str, value: str) -> None:
-    """Share a value with all instances: JSON, or else text."""
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    asked.print(asked.client.put_config_value(key, parsed), f"{key} is set")
-
-
-@config.command()
-@click.argument("key")
-@_remote.yes_option
-@_remote.remote
-def unset(asked: Remote, key: str, yes: bool) -> None:
-    """Delete a shared value."""
-    _remote.confirm(f"Delete the shared value {key}?", yes)
-    asked.client.delete_config_value(key)
-    asked.print({"deleted": key}, f"{key} is deleted")
+    for command in COMMANDS:
+        config.add_command(command)

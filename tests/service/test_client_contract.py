@@ -34,3 +34,14 @@ def test_a_program_that_uses_the_client_loads_neither_flask_nor_the_database_dri
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_without_the_extra_the_other_commands_work_and_these_say_what_to_install() -> None:
+    code = "import sys; sys.modules['urllib3'] = None; from loom.cli import main; main(prog_name='loom')"
+
+    def loom(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+    assert loom("--help").returncode == loom("config", "check").returncode == 0
+    refused = loom("lock", "run", "x", "--", "true")
+    assert (refused.returncode, "loom[client]" in refused.stderr) == (1, True)
