@@ -153,7 +153,7 @@ def _stop(members: list[Member]) -> None:
 
 
 def _healthy(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(_reachable(host), port, timeout=5)
+    connection = http.client.HTTPConnection(reachable(host), port, timeout=5)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -163,7 +163,7 @@ def _healthy(host: str, port: int) -> bool:
         connection.close()
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
@@ -178,7 +178,7 @@ def _nginx_arguments(nginx: str, host: str, ports: Iterable[int], port: int) -> 
     ours = resource("nginx/loom.conf").read_text()
     ours = re.sub(r"^ *server 127\.0\.0\.1:808[12] .*\n", "", ours, flags=re.MULTILINE)
     for line in re.findall(r"^ *server 127\.0\.0\.1:8080 .*\n", ours, re.MULTILINE):
-        own = "".join(line.replace("127.0.0.1:8080", _netloc(_reachable(host), p)) for p in ports)
+        own = "".join(line.replace("127.0.0.1:8080", _netloc(reachable(host), p)) for p in ports)
         ours = ours.replace(line, own)
     ours = re.sub(r"\blisten [^;]*;", f"listen {_netloc(host, port)};", ours)
     (folder / "loom.conf").write_text(ours)
@@ -200,7 +200,7 @@ def _welcome(config: Config, members: list[Member]) -> str:
     if not config.database.dsn:
         folder = Path(config.database.folder)
         where = f"PostgreSQL in {folder}, the programs in {embedded.binaries(folder / 'data')}"
-    urls = [f"http://{_netloc(_reachable(config.server.host), member.port)}" for member in members]
+    urls = [f"http://{_netloc(reachable(config.server.host), member.port)}" for member in members]
     front = members[-1].kind == "nginx"
     lines = [
         "",
