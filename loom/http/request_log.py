@@ -24,7 +24,8 @@ from loom.state.request_rows import Row
 STATE = "loom.request"  # in the environ: the RequestLog, also while the request waits
 CLIENT_GONE = 499  # nginx's status for a request whose client has hung up
 MOST_CHARACTERS = 500  # of a path that are logged
-QUIET = ("/health", "/metrics", "/api/v1/health", "/api/openapi.yaml")  # logged at debug
+LOGGED = ("/api/v1/", "/actions/")  # at info; the operator's page, which refreshes itself, at debug
+QUIET = ("/api/v1/health",)  # at debug, too
 NAMED = {"locks": "lock", "beads": "bead", "agents": "agent", "providers": "provider", "projects": "project"}
 PARAMETERS = {"locks": "{name}", "file-locks": "{project_id}/{path}", "config": "{key}"}  # in the contract; else {id}
 
@@ -46,7 +47,7 @@ def route(rule: str | None) -> Route:
         return Route(None, None, logging.INFO)
     word = rule.removeprefix("/api/v1/").partition("/")[0]
     template = re.sub("<[^>]*>", PARAMETERS.get(word, "{id}"), rule)
-    level = logging.DEBUG if rule.startswith(QUIET) else logging.INFO
+    level = logging.INFO if rule.startswith(LOGGED) and not rule.startswith(QUIET) else logging.DEBUG
     return Route(template, NAMED.get(word) if "<" in rule else None, level)
 
 

@@ -106,14 +106,14 @@ def test_an_event_and_each_line_carry_the_id_of_the_request_that_caused_them(
 ) -> None:
     app = create_app(config)
 
-    @app.get("/broken")
+    @app.get("/api/v1/broken")
     def broken() -> None:
         raise RuntimeError("broken")
 
     client = AppClient(app)
     made = client.put("/api/v1/config/k", {"value": 1}).headers["X-Request-ID"]
     assert client.get("/api/v1/events").json["events"][-1]["request_id"] == made
-    failed = client.get("/broken")
+    failed = client.get("/api/v1/broken")
     assert (failed.status, failed.headers["X-Request-ID"]) == (500, lines()[-1]["request_id"])
     caused = [line["event"] for line in lines() if line["request_id"] == failed.headers["X-Request-ID"]]
     assert caused == ["request-failed", "request"]
