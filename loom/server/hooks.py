@@ -11,16 +11,18 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gunicorn
 import psycopg2
 
-from loom import db, embedded, errors, instances, metrics
+from loom import credentials, db, embedded, errors, instances, metrics
 from loom import log as logs
 from loom.bounds import MIB
-from loom.config import Config, ConfigError, load
+from loom.config import Config, ConfigError, DatabaseConfig, load
 from loom.http import settings, siblings
 
 log = logging.getLogger("loom.server")
@@ -142,15 +144,16 @@ def child_died(worker: Any) -> None:
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(60)
             os.closerange(3, 4096)
-            _mark_dead(worker.dsn, str(uuid.UUID(bytes=identity)), master)
+            database = _last.settings.database if _last is not None else DatabaseConfig()
+            _mark_dead(partial(credentials.dsn_of, database, worker.dsn), str(uuid.UUID(bytes=identity)), master)
         finally:
             os._exit(0)
 
 
-def _mark_dead(dsn: str, identity: str, master: int) -> None:
+def _mark_dead(dsn: Callable[[], str], identity: str, master: int) -> None:
     while True:
         try:
-            with contextlib.closing(db.Connection(dsn, "loom master", 5)) as conn:
+            with contextlib.closing(db.Connection(dsn(), "loom master", 5)) as conn:
                 instances.mark_dead(conn, identity)
             return
         except psycopg2.Error:
