@@ -47,3 +47,16 @@ def test_a_rotated_password_needs_no_restart(
     assert f"database.{way}" in text
     for password in ("first-pa55", "second-pa55"):
         assert password not in text
+
+
+def test_a_password_in_a_file_that_all_can_read_is_a_warning(
+    own_postgres: Postgres, start_cluster: Callable[..., Cluster]
+) -> None:
+    dsn = own_postgres.dsn(own_postgres.database(), password="s3cret")
+    config = f"database: {{dsn: '{dsn}'}}"
+    readable = start_cluster(1, dsn="", config=config)
+    variable = start_cluster(1, dsn="", config="database: {dsn: '${THEIRS}'}", env={"THEIRS": dsn})
+    for cluster, told in ((readable, True), (variable, False)):
+        text = cluster.masters[0].log.read_text()
+        assert ("settings-are-readable" in text) == told
+        assert "s3cret" not in text
