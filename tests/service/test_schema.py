@@ -144,6 +144,7 @@ def test_a_role_without_create_rights_starts_on_an_existing_schema(postgres: Pos
     for statement in (
         f"GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA public TO {user}",
         f"GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA public TO {user}",
+        f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO {user}",
     ):
         query(dsn, statement)
     try:
