@@ -29,12 +29,17 @@ Origin = Annotated[str, Meta(pattern=r"^https?://[a-z0-9._-]{1,253}(:[0-9]{1,5})
 
 @dataclass(frozen=True)
 class DatabaseConfig:
-    """`dsn` is a DSN for libpq, without `pool_*`, or "" if the database is embedded; `timeout` is in seconds."""
+    """`dsn` is a DSN for libpq, without `pool_*`, or "" if the database is embedded; `timeout` is in seconds.
+
+    `dsn_file` and `password_command`: where credentials.py finds what may change while Loom runs.
+    """
 
     type: Annotated[Literal["postgres", "embedded"], Meta(description="postgres or embedded")] = "embedded"
     dsn: Annotated[str, Meta(min_length=1, description="a libpq connection string or URI")] = field(
         default="", repr=False
     )
+    dsn_file: Annotated[str, Meta(description="the path of a file")] = ""
+    password_command: Annotated[str, Meta(description="a command")] = field(default="", repr=False)
     pool_min: Annotated[int, Meta(ge=0, le=1000, description="a whole number from 0 to 1000")] = 2
     pool_max: Count = 10
     timeout: Annotated[float, Meta(ge=1, le=60, description="seconds from 1 to 60")] = 5.0
@@ -173,7 +178,9 @@ SHAREABLE = frozenset(
 )
 # For every key of the file: LOOM_LOGGING__SYSLOG__ENABLED. The short names are those that platforms and people expect.
 _LONG = {f"LOOM_{key.upper().replace('.', '__')}": key for key in _IN_FILE if key not in SECTIONS}
-_SHORT = {"PORT": "server.http_port", "DATABASE_TYPE": "database.type", "DATABASE_DSN": "database.dsn"}
+_SHORT = {"PORT": "server.http_port"} | {
+    f"DATABASE_{name.upper()}": f"database.{name}" for name in ("type", "dsn", "dsn_file")
+}
 _VARIABLES = {**_LONG, **_SHORT}  # in this order: the last one that is set counts
 
 
@@ -339,6 +346,14 @@ def _shown(text: str) -> str:
 def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
     """Settle type, DSN and pool: a DSN without a type means postgres; the environment overrides the file for both."""
     kind, type_source = values.get("database.type"), sources.get("database.type", "")
+    if values.get("database.dsn_file"):
+        source = sources["database.dsn"] = sources["database.dsn_file"]
+        if "database.dsn" in values:
+            raise ConfigError(f"{source}: database.dsn_file: database.dsn is given too")
+        try:
+            values["database.dsn"] = Path(values["database.dsn_file"]).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"{source}: database.dsn_file: cannot be read: {type(exc).__name__}") from None
     if "database.dsn" in values and kind == "embedded":
         if type_source.startswith("environment") == sources["database.dsn"].startswith("environment"):
             raise ConfigError(f"{type_source}: database.type: embedded, but database.dsn is given too")

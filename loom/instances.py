@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from loom import __version__, db, embedded, errors, metrics
+from loom import __version__, credentials, db, embedded, errors, metrics
 from loom.config import Config
 from loom.db import Time
 from loom.db.connection import SLACK
@@ -122,7 +122,9 @@ class Instance:
 
         sent = time.clock_gettime(_CLOCK)
         if not self._registered:
-            db.migrate(self.database.dsn, timeout=left(2 * schema_timeout) / 2)  # to connect, and again for the rest
+            db.migrate(
+                lambda: self.database.dsn, timeout=left(2 * schema_timeout) / 2
+            )  # to connect, and again for the rest
         with self._connection.use(left(self.database.timeout - SLACK)) as conn:
             if self._registered and not self._obey(
                 self._call(conn, "heartbeat_instance(%(id)s, %(status)s)", status=self.status)
@@ -297,7 +299,7 @@ def start(config: Config, dsn: str, instance_id: str, report_identity: Callable[
     global current
     settings = config.database
     database = db.Database(
-        dsn,
+        partial(credentials.dsn_of, settings, dsn),
         pool_min=min(settings.pool_min, config.server.threads),
         pool_max=min(settings.pool_max, config.server.threads),  # a thread uses one
         timeout=settings.timeout,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loom import embedded
+from loom import credentials, embedded
 from loom.config import DatabaseConfig
 
 
 def dsn_of(database: DatabaseConfig) -> str:
     """Its DSN; of the embedded one, which runs from now on while this process lives. Raises ServerError."""
-    return database.dsn or embedded.use(Path(database.folder))
+    return credentials.dsn_of(database, database.dsn) if database.dsn else embedded.use(Path(database.folder))

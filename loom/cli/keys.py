@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import get_args
 
 import click
 import msgspec
 
-from loom import config, db, embedded, errors
+from loom import config, db, errors
+from loom.cli._database import dsn_of
 from loom.state import keys as state
 
 SECONDS = 10.0  # for each statement
@@ -72,8 +72,7 @@ def revoke(key_id: str) -> None:
 @contextlib.contextmanager
 def _database() -> Iterator[db.Connection]:
     """A connection in one transaction, to the configured database with this Loom's schema."""
-    database = config.load().database
-    dsn = database.dsn or embedded.use(Path(database.folder))
+    dsn = dsn_of(config.load().database)
     db.migrate(dsn)
     pool = db.Database(dsn, pool_min=1, pool_max=1, timeout=SECONDS, application_name="loom keys")
     pool.open()

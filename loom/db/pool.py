@@ -34,7 +34,7 @@ class Database:
 
     def __init__(
         self,
-        dsn: str,
+        dsn: str | Callable[[], str],
         *,
         pool_min: int = 2,
         pool_max: int = 10,
@@ -43,12 +43,12 @@ class Database:
         application_name: str = "loom",
         before_connect: Callable[[], object] | None = None,
     ) -> None:
-        """`before_connect` may start the embedded server.
+        """`dsn`: or what returns it, for passwords that change. `before_connect` may start the embedded server.
 
         `timeout`: seconds that a request may take. `lock_seconds`: for which it may wait for a lock while at most half
         of the connections are in use; see LockWaits.
         """
-        self.dsn, self.timeout, self.application_name = dsn, timeout, application_name
+        self._dsn, self.timeout, self.application_name = dsn, timeout, application_name
         self.lock_waits = LockWaits(pool_max, lock_seconds)
         self._min, self._max, self._before_connect = pool_min, pool_max, before_connect
         self._idle: list[Connection] = []
@@ -62,6 +62,11 @@ class Database:
         self._connection_needed = threading.Condition(self._lock)  # wakes the connecting thread
         self._waiters: deque[ConnectionWaiter] = deque()
         self._thread_state = ThreadState()
+
+    @property
+    def dsn(self) -> str:
+        """That of a connection which is made now. Raises psycopg2.OperationalError."""
+        return self._dsn() if callable(self._dsn) else self._dsn
 
     def open(self) -> None:
         threading.Thread(target=self._run_connector, name="db-connector", daemon=True).start()

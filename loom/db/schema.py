@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg2
@@ -26,7 +27,7 @@ CHECKSUM = hashlib.sha256(TEXT.encode()).hexdigest()
 KEY = "1282371437, 0"  # of the advisory lock that is held while the schema changes; see own_locks()
 
 
-def migrate(dsn: str, timeout: float = 60.0) -> int:
+def migrate(dsn: str | Callable[[], str], timeout: float = 60.0) -> int:
     """Brings the database to this Loom's schema if it is older, and returns the schema's version.
 
     `timeout`: seconds to connect, and again for the rest. Raises SchemaError when the database is newer than this Loom
@@ -34,7 +35,7 @@ def migrate(dsn: str, timeout: float = 60.0) -> int:
     cannot be reached.
     """
     try:
-        conn = Connection(dsn, "loom migrate", timeout)
+        conn = Connection(dsn() if callable(dsn) else dsn, "loom migrate", timeout)
     except psycopg2.Error as exc:
         raise errors.Unavailable(connect_problem(str(exc))) from exc
     conn.deadline = time.monotonic() + timeout

@@ -7,20 +7,25 @@ import ctypes
 import logging
 import mmap
 import os
+import re
 import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import gunicorn
 import psycopg2
+from psycopg2.extensions import parse_dsn
 
-from loom import db, embedded, errors, instances, metrics
+from loom import credentials, db, embedded, errors, instances, metrics
 from loom import log as logs
 from loom.bounds import MIB
-from loom.config import Config, ConfigError, load
+from loom.config import Config, ConfigError, DatabaseConfig, load
 from loom.http import settings, siblings
 
 log = logging.getLogger("loom.server")
@@ -57,6 +62,8 @@ def read_settings() -> MasterSettings:
         if database.pool_max > config.server.threads and config.sources["database.pool_max"] != "default":
             more = {"pool_max_conns": database.pool_max, "threads": config.server.threads}
             log.warning("pool-exceeds-threads", extra={"fields": more})
+        if _shows_password(config):
+            log.warning("settings-are-readable", extra={"fields": {"source": config.sources["database.dsn"]}})
         # The workers inherit the master's shared lock on the folder.
         dsn = embedded.use(Path(database.folder)) if database.type == "embedded" else database.dsn
     except (ConfigError, embedded.ServerError) as exc:
@@ -76,6 +83,16 @@ def _open_log(config: Config) -> dict[str, Any]:
     """A format that somebody has chosen is the one on a terminal, too."""
     chosen = config.sources["logging.format"] != "default"
     return logs.setup(config.logging, None if chosen else config.server.http_port)
+
+
+def _shows_password(config: Config) -> bool:
+    """Whether the password of the DSN stands in a file that every user of this host can read."""
+    password = parse_dsn(config.database.dsn).get("password")
+    file = Path(config.database.dsn_file or config.sources["database.dsn"].rpartition(":")[0])
+    with contextlib.suppress(OSError):
+        if password and file.stat().st_mode & 0o004:
+            return not {password, quote(password, safe="")}.isdisjoint(re.split(r"[\s:@'\"=]", file.read_text()))
+    return False
 
 
 # The master creates a worker's identity before the fork, so that it can always mark the worker dead. Both see it in
@@ -142,15 +159,16 @@ def child_died(worker: Any) -> None:
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(60)
             os.closerange(3, 4096)
-            _mark_dead(worker.dsn, str(uuid.UUID(bytes=identity)), master)
+            database = _last.settings.database if _last is not None else DatabaseConfig()
+            _mark_dead(partial(credentials.dsn_of, database, worker.dsn), str(uuid.UUID(bytes=identity)), master)
         finally:
             os._exit(0)
 
 
-def _mark_dead(dsn: str, identity: str, master: int) -> None:
+def _mark_dead(dsn: Callable[[], str], identity: str, master: int) -> None:
     while True:
         try:
-            with contextlib.closing(db.Connection(dsn, "loom master", 5)) as conn:
+            with contextlib.closing(db.Connection(dsn(), "loom master", 5)) as conn:
                 instances.mark_dead(conn, identity)
             return
         except psycopg2.Error:

@@ -197,7 +197,7 @@ def test_a_client_that_leaves_its_connection_open_blocks_no_other_request(
 
 def test_a_client_that_stalls_within_its_request_occupies_no_thread(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster(1, config="server: {threads: 2}")
-    half_a_body = b"POST /api/v1/locks/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
+    half_a_body = b"POST /api/v1/locks/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{"
     with connections(cluster.ports[0], HALF_A_REQUEST, half_a_body) as (headers, body):
         time.sleep(0.3)
         assert cluster.client(0, timeout=1).get("/health").status == 200

@@ -59,7 +59,7 @@ def test_a_waiter_that_hangs_up_is_logged_once_as_499(cluster: Cluster) -> None:
     cluster.client(0).post(f"{LOCKS}x", {"owner": "first"})
     body = b'{"owner": "second", "wait_seconds": 30}'
     with socket.create_connection(("127.0.0.1", cluster.ports[0])) as sock:
-        head = f"POST {LOCKS}x HTTP/1.1\r\nHost: x\r\nX-Request-ID: gone\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {LOCKS}x HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: gone\r\nContent-Length: {len(body)}\r\n\r\n"
         sock.sendall(head.encode() + body)
         waiting = cluster.client(1)
         wait_until(lambda: waiting.get(f"{LOCKS}x").json["waiting"] == 1)

@@ -37,7 +37,7 @@ class Waiters:
     def send(self, method: str, path: str, body: object = None, padding: int = 0) -> int:
         """Send a request, with so many spaces behind its body, and return its number, from 0."""
         content = b"" if body is None else json.dumps(body).encode() + b" " * padding
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
         sock = socket.create_connection(self._address)
         sock.sendall(head.encode() + content)
         self._waiting[sock.fileno()] = (sock, self._sent)
@@ -228,10 +228,11 @@ def test_requests_that_wait_are_answered_when_the_instance_stops(
 def test_a_response_that_was_waited_for_keeps_its_connection(start_cluster: Callable[..., Cluster]) -> None:
     """Also for a request that the client has sent ahead."""
     cluster = start_cluster(1)
-    ask = b'POST /api/v1/locks/build HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n{"owner":"me2", "wait_seconds":1}'
+    head = b"POST /api/v1/locks/build HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33\r\n\r\n"
+    ask = head + b'{"owner":"me2", "wait_seconds":1}'
     hold(cluster)
     with socket.create_connection(("127.0.0.1", cluster.ports[0]), timeout=10) as sock, sock.makefile("rb") as file:
-        sock.sendall(ask + b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        sock.sendall(ask + b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         received = file.read()
     assert received.startswith(b"HTTP/1.1 409")
     assert received.count(b"HTTP/1.1 200") == 1

@@ -158,11 +158,14 @@ def test_every_key_of_the_file_has_a_variable_of_its_own():
         keys += [".".join(path)] if value else []
     assert "logging.syslog.address" in keys
     assert len(keys) > 20
+    Path("dsn").write_text(f"{DSN}\n")
     special = {
         "database.dsn": DSN,
         "server.allowed_hosts": "a.example, b.example",
         "security.allowed_origins": "https://a.example",
-        "security.metrics_addresses": "10.0.0.0/8",
+        "security.metrics_addresses": "10.0.0.0/8, ::1",
+        "database.dsn_file": "dsn",
+        "database.password_command": "cat password",
     }
     for key in keys:
         value = special.get(key) or str(attrgetter(key)(Config())).lower()
@@ -172,18 +175,38 @@ def test_every_key_of_the_file_has_a_variable_of_its_own():
     assert hosts == ("a.example", "b.example")
 
 
+def test_an_address_that_others_reach_needs_keys_or_a_word_that_it_does_not():
+    for host in ("0.0.0.0", "::", "10.0.0.1", "loom.example.com", "127.0.0.1.nip.io"):
+        text = fault(f"server: {{host: '{host}'}}")
+        assert text.startswith(f"config.yaml:1: server.host: other hosts can reach {host}: set security.auth to on")
+        for auth in ("on", "off"):
+            assert read(f"server: {{host: '{host}'}}\nsecurity: {{auth: {auth}}}").security.auth == auth
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        assert read(f"server: {{host: '{host}'}}").security.auth == "local"
+
+
+def test_a_dsn_file_is_read_and_a_fault_in_it_shows_no_secret():
+    Path("dsn").write_text(f"{DSN}?pool_max_conns=7\n")
+    config = read("database: {dsn_file: dsn}")
+    assert (config.database.dsn, config.database.type, config.database.pool_max) == (DSN, "postgres", 7)
+    assert load(environ={"DATABASE_DSN_FILE": "dsn"}).database.dsn == DSN
+    assert "given too" in fault("database: {dsn_file: dsn}", DATABASE_DSN=DSN)
+    assert "FileNotFoundError" in fault("database: {dsn_file: none}")
+    Path("dsn").write_text("postgresql://u:hunter22@[::1/db")
+    assert "hunter22" not in fault("database: {dsn_file: dsn}")
+
+
 def test_variables_override_the_file_and_the_short_names_override_the_long():
     config = read(
-        "server: {threads: 4, host: 10.0.0.1}\nlogging: {syslog: {enabled: false}}",
+        "server: {threads: 4, host: 127.0.0.2}\nlogging: {syslog: {enabled: false}}",
         LOOM_SERVER__THREADS="16",
         LOOM_LOGGING__SYSLOG__ENABLED="true",
         LOOM_SERVER__HTTP_PORT="9000",
         PORT="9001",
         LOOM_DATABASE__DSN=DSN,
         LOOM_SERVER__HOST="",
-        LOOM_SECURITY__AUTH="on",
     )
-    assert (config.server.threads, config.server.host, config.server.http_port) == (16, "10.0.0.1", 9001)
+    assert (config.server.threads, config.server.host, config.server.http_port) == (16, "127.0.0.2", 9001)
     assert (config.logging.syslog.enabled, config.database.dsn, config.database.type) == (True, DSN, "postgres")
     assert config.sources["server.threads"] == "environment LOOM_SERVER__THREADS"
 

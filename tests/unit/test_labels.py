@@ -12,7 +12,7 @@ from loom.http.siblings import merged
 
 
 def test_requests_of_any_kind_are_counted_in_few_series(routes: Application) -> None:
-    client, counted = AppClient(routes), []
+    client, counted, before = AppClient(routes), [], len(REQUESTS.tallies)
     for block in range(3):
         for number in range(200):
             for method in ("GET", "DELETE", f"M{block}-{number}"):
@@ -23,7 +23,7 @@ def test_requests_of_any_kind_are_counted_in_few_series(routes: Application) -> 
                 ):
                     client.request(method, path)
         counted.append(len(REQUESTS.tallies))
-    assert counted[0] == counted[2] < 200
+    assert counted[0] == counted[2] < before + 200
 
 
 def test_an_unknown_outcome_of_a_claim_is_no_new_series() -> None:
