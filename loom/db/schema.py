@@ -54,6 +54,8 @@ def migrate(dsn: str | Callable[[], str], timeout: float = 60.0) -> int:
                 f"the database has schema version {found[0]}, this Loom knows {VERSION}: upgrade this Loom"
             )
         if found != (VERSION, CHECKSUM):
+            if found is not None:
+                conn.execute(LOCK_TABLES)
             conn.execute(TEXT)
             conn.execute("UPDATE schema_version SET checksum = %(checksum)s", {"checksum": CHECKSUM})
         conn.end("COMMIT")
@@ -64,6 +66,28 @@ def migrate(dsn: str | Callable[[], str], timeout: float = 60.0) -> int:
     finally:
         conn.close()
     return VERSION
+
+
+# Locks all tables, or none: with a schema that locks one after the other, the requests of running instances deadlock.
+# Each attempt keeps them waiting for 0.1 s at most, and the schema itself then for about as long.
+LOCK_TABLES = """
+    SET LOCAL lock_timeout = '100ms';
+    DO $$
+    DECLARE
+        tables text := (SELECT string_agg(format('%I.%I', schemaname, tablename), ', ') FROM pg_tables
+                         WHERE schemaname = current_schema() AND pg_has_role(tableowner, 'USAGE'));
+    BEGIN
+        LOOP
+            BEGIN
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', tables);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                PERFORM pg_sleep(0.1);
+            END;
+        END LOOP;
+    END $$;
+    SET LOCAL lock_timeout = 0
+"""
 
 
 def applied(conn: Connection) -> tuple[int, str | None] | None:
