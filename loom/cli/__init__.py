@@ -1,11 +1,13 @@
 """The `loom` command. Each module here is the command of the same name, imported only when it is called.
 
-A module whose name begins with _ is no command: the commands share it.
+A module whose name begins with _ is no command: the commands share it. `import-sqlite` is in import_sqlite.py, and
+`import`, a word of Python's own, in import_.py.
 """
 
 from __future__ import annotations
 
 import importlib
+import keyword
 import pkgutil
 from typing import Any
 
@@ -21,12 +23,13 @@ from loom.ports import PortError
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         names = (module.name for module in pkgutil.iter_modules(__path__))
-        return sorted(name for name in names if not name.startswith("_"))
+        return sorted(name.strip("_").replace("_", "-") for name in names if not name.startswith("_"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        return getattr(importlib.import_module(f"loom.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_") + ("_" if keyword.iskeyword(cmd_name) else "")
+        return getattr(importlib.import_module(f"loom.cli.{name}"), name)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error that a user can fix is one line, with exit status 1."""
