@@ -63,6 +63,16 @@ def run(
     return report
 
 
+def refuse_instances(cur: Cursor, instead: str) -> None:
+    cur.execute("SELECT count(*) FROM instances WHERE instance_status(status, last_heartbeat) <> 'dead'")
+    (active,) = cur.fetchone() or (0,)
+    if active:
+        raise errors.Conflict(
+            f"{active} instances are active, and one transaction for all rows would make their requests wait."
+            f" Stop them{instead}."
+        )
+
+
 class _Import:
     def __init__(self, cur: Cursor, report: Report, options: Options, progress: Progress) -> None:
         self._cur, self._report, self._options, self._progress = cur, report, options, progress
@@ -102,13 +112,8 @@ class _Import:
         self._cur.execute("SELECT pg_try_advisory_lock(%s)", (KEY,))
         if self._cur.fetchone() == (False,):
             raise errors.Conflict("Another import is running.")
-        self._cur.execute("SELECT count(*) FROM instances WHERE instance_status(status, last_heartbeat) <> 'dead'")
-        (active,) = self._cur.fetchone() or (0,)
-        if active and not self._options.resume:
-            raise errors.Conflict(
-                f"{active} instances are active, and one transaction for all rows would make their requests wait."
-                " Stop them, or use --resume, which writes in small batches."
-            )
+        if not self._options.resume:
+            refuse_instances(self._cur, ", or use --resume, which writes in small batches")
 
     def _write(self, stage: Stage) -> None:
         writer = Writer(self._cur, self._report, self._in_batches)
