@@ -458,7 +458,6 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
 
-<<<<<<< HEAD
 -- Request logs ----------------------------------------------------------------------------------------------------
 
 -- One row per HTTP request (written in batches by loom/state/request_rows.py) and per use of a model that an agent has
@@ -507,7 +506,8 @@ CREATE TABLE IF NOT EXISTS model_usage (
     latency_ms        float8      NOT NULL,
     PRIMARY KEY (hour, provider_id, model_name, user_id, project_id)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
-=======
+
+
 -- Imports ---------------------------------------------------------------------------------------------------------
 
 -- How far an import with --resume has come: up to which row of each kind, in the order of writing. Written by
@@ -519,7 +519,6 @@ CREATE TABLE IF NOT EXISTS imports (
     n      bigint  NOT NULL,
     PRIMARY KEY (source, kind)
 );
->>>>>>> 6fbb817 (loom import-sqlite, loom import-beads: a source's rows are staged, settled, written set by set and compared)
 
 
 -- What is decided in the database --------------------------------------------------------------------------------

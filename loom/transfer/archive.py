@@ -27,11 +27,12 @@ TABLES = {
     **{"providers": "id", "projects": "id", "agents": "id", "config": "key", "beads": "id"},
     **{"bead_blockers": "blocker_id, bead_id", "comments": "id", "claims": "fencing_token", "grants": "fencing_token"},
     **{"distributed_locks": "lock_name", "events": "place", "event_numbers": "id", "event_gaps": "first"},
+    **{"request_logs": "timestamp, id", "model_usage": "hour, provider_id, model_name, user_id, project_id"},
     **{"cluster": "only_row"},
 }
 SEQUENCES = ("fencing_tokens", "bead_numbers", "project_numbers", "events_place_seq")
-# Of the registry, of waiting and of retries, which end with the cluster; and how far an import has come.
-LEFT_OUT = ("instances", "lock_waiters", "idempotency_keys", "imports", "schema_version")
+# Of the registry, of waiting, of retries and of monitoring, which end with the cluster; and how far an import has come.
+LEFT_OUT = ("instances", "traffic", "lock_waiters", "idempotency_keys", "imports", "schema_version")
 # Keys of shared values that may hold a secret: neither they nor their history are written.
 SECRET = "(password|passwd|secret|token|credential|api_?key|private_?key)"
 

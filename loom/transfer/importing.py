@@ -109,9 +109,11 @@ class _Import:
         )
 
     def _alone(self) -> None:
-        self._cur.execute("SELECT pg_try_advisory_lock(%s)", (KEY,))
-        if self._cur.fetchone() == (False,):
-            raise errors.Conflict("Another import is running.")
+        try:  # the session of one that was killed may last a moment longer
+            self._cur.execute("SET LOCAL lock_timeout = '5s'; SELECT pg_advisory_lock(%s)", (KEY,))
+        except pg.LockNotAvailable:
+            raise errors.Conflict("Another import is running.") from None
+        self._cur.execute("SET LOCAL lock_timeout = 0")
         if not self._options.resume:
             refuse_instances(self._cur, ", or use --resume, which writes in small batches")
 

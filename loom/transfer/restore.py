@@ -53,6 +53,13 @@ def _restore(cur: Cursor, archive: Archive, progress: Callable[[int, int, str], 
     for table, lines in groupby(archive.lines(), key=lambda line: line.table):
         columns = ", ".join(f'"{column}"' for column in _known(cur, table, archive.header.columns[table]))
         cur.copy_expert("COPY archived FROM STDIN", _Rows(lines))
+        if table == "request_logs":
+            cur.execute(
+                """
+                SELECT open_request_logs(clock_timestamp() - oldest, 0) FROM (
+                    SELECT min((line ->> 'timestamp')::timestamptz) AS oldest FROM archived) AS a WHERE oldest IS NOT NULL
+                """
+            )
         # One statement for each table: a parent may come after its children.
         cur.execute(
             f"""
