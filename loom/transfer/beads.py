@@ -30,6 +30,12 @@ _METADATA = {"schemaversion": "schema_version", "migratedat": "migrated_at", "mi
 class _Strict(_Loader):
     """Reads dates and YAML 1.1's yes and no as text, as they were written by Go."""
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        return found
+
 
 _Strict.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN and first not in "yYnNoO"]

@@ -57,7 +57,8 @@ def _restore(cur: Cursor, archive: Archive, progress: Callable[[int, int, str], 
             cur.execute(
                 """
                 SELECT open_request_logs(clock_timestamp() - oldest, 0) FROM (
-                    SELECT min((line ->> 'timestamp')::timestamptz) AS oldest FROM archived) AS a WHERE oldest IS NOT NULL
+                    SELECT min((line ->> 'timestamp')::timestamptz) AS oldest FROM archived) AS a
+                 WHERE oldest IS NOT NULL
                 """
             )
         # One statement for each table: a parent may come after its children.

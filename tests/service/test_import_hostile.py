@@ -38,13 +38,14 @@ GO_TIMES = [
     "2026-01-20 24:00:00",
     "yesterday",
 ]
-WORDS = ["", "plain", "with space (Default)", "a/b", "é", "e\u0301", "😀", "\\N", "\\.", "x\n\\.\ny", "\r", "\r\n", "\n",
+WORDS = ["", "plain", "with space (Default)", "a/b", "é", "e\u0301", "😀", "\\N", "\\.", "x\n\\.\ny", "\r", "\r\n",
+         "\n",
          '"', "'", "''", "{a,b}", "NULL", "null", "a,b", "\t", "\x1b[31m", "\x01", "\x7f", "a\x00b", "\ufffd", "\ufeff",
          "%s", "%(source)s", "$1", "x" * 201, "x" * 5000, "..", "-1", "0", "1", "true", "FALSE", "1e999", "NaN",
          "9223372036854775807", "9223372036854775808", "1.0", " 42 ", "0x10", "١"]  # fmt: skip
 JSONS = ['{"a": 1}', '{"a": 1.10, "b": 1e400}', '{"a": "\\u0000"}', '{"a": "\\ud800"}', '{"a": 1, "a": 2}', "{", "[]",
-         '["a", "b"]', '["a", 1, true]', '["a", null]', '{"deep": ' + "[" * 120 + "]" * 120 + "}", '{"big": ' + "9" * 320
-         + "}", '{"exact": 0.1000000000000000055511151231257827}', "null", '{"loom_import": {"status": "x"}}', "5",
+         '["a", "b"]', '["a", 1, true]', '["a", null]', '{"deep": ' + "[" * 120 + "]" * 120 + "}",
+         '{"big": ' + "9" * 320 + "}", '{"exact": 0.1000000000000000055511151231257827}', "null", '{"loom_import": {"status": "x"}}', "5",
          '{"é": ["\\\\", "\\n"]}', '{"a": NaN}', '{"a": -0}', '{"tiny": 1e-320}', "[" * 5000]  # fmt: skip
 RAW = [b"\xff\xfe", b"ok", b"\xed\xa0\x80", b"a\x00b", b""]
 NUMBERS = [0, 1, 2, -1, 4, 5, 2**53, 2**63 - 1, -(2**63), 0.5, 1e300, math.inf, -0.0, 3.0]
@@ -64,9 +65,11 @@ TEXT, INTEGER, NUMBER, FLAG, TIME, OBJECT, LIST, WORD, LINK = (
 CHECKED: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "providers": ("providers", {
         **{name: (name, TEXT) for name in ("name", "endpoint", "model", "owner_id", "last_heartbeat_error")},
-        "status": ("status", WORD), "model_score": ("model_score", NUMBER), "context_window": ("context_window", INTEGER),
+        "status": ("status", WORD), "model_score": ("model_score", NUMBER),
+        "context_window": ("context_window", INTEGER),
         "requires_key": ("requires_key", FLAG), "supports_vision": ("supports_vision", FLAG),
-        "last_heartbeat_at": ("last_heartbeat_at", TIME), "metrics_json": ("metrics", OBJECT), "tags_json": ("tags", LIST)}),
+        "last_heartbeat_at": ("last_heartbeat_at", TIME), "metrics_json": ("metrics", OBJECT),
+        "tags_json": ("tags", LIST)}),
     "projects": ("projects", {
         **{name: (name, TEXT) for name in ("name", "git_repo", "branch")}, "parent_id": ("parent_id", LINK),
         "status": ("status", WORD), "git_strategy": ("git_strategy", WORD), "is_sticky": ("is_sticky", FLAG),
