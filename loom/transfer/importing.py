@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,9 +83,8 @@ class _Import:
         stage = Stage(self._cur, self._report, lambda rows, what: self._progress(rows, 0, what))
         stage.fill(read(self._report))
         self._progress(0, 0, "settling references")
-        now = time.strftime("%Y-%m-%d %H:%M:%S+00", time.gmtime())
         options = self._options
-        settle(stage, self._report, options.on_conflict, options.default_project, now, options.resume)
+        settle(stage, self._report, options.on_conflict, options.default_project, options.resume)
         if options.dry_run and options.resume:  # among instances that serve, nothing is written and undone again
             self._cur.connection.rollback()
             return

@@ -18,7 +18,7 @@ Conflict = Literal["fail", "skip", "replace"]
 SHOWN = 5  # conflicts that an error names
 
 
-def settle(stage: Stage, report: Report, on_conflict: Conflict, default_project: str, now: str, resume: bool) -> None:
+def settle(stage: Stage, report: Report, on_conflict: Conflict, default_project: str, resume: bool) -> None:
     """Prepares the stage for the writer. Raises Conflict for rows that are there already and differ.
 
     resume: whether rows may have been written by an earlier run of the same import.
@@ -28,7 +28,7 @@ def settle(stage: Stage, report: Report, on_conflict: Conflict, default_project:
         _without_duplicates(stage, kind)
         _without_large(stage, kind)
     _config(stage)
-    _projects_of_beads(stage, report, default_project, now)
+    _projects_of_beads(stage, report, default_project)
     _references(stage)
     _assignees(stage, report)
     links.settle(stage, report, with_existing=on_conflict == "replace")
@@ -88,18 +88,20 @@ def _config(stage: Stage) -> None:
     )
 
 
-def _projects_of_beads(stage: Stage, report: Report, default: str, now: str) -> None:
-    """Each bead needs a project: one that nobody describes is made, with its id as its name."""
+def _projects_of_beads(stage: Stage, report: Report, default: str) -> None:
+    """Each bead needs a project: one that nobody describes is made, named by its id, and as old as its oldest bead."""
     stage.cur.execute("UPDATE staged_beads SET project_id = %s WHERE project_id IS NULL", (default,))
     if stage.cur.rowcount:
         report.mapped["beads", "project_id", f"empty → {default}"] += stage.cur.rowcount
     stage.cur.execute(
         """
-        SELECT DISTINCT project_id FROM staged_beads s WHERE NOT EXISTS (SELECT 1 FROM projects WHERE id = s.project_id)
-           AND NOT EXISTS (SELECT 1 FROM staged_projects p WHERE p.id = s.project_id) ORDER BY 1
+        SELECT project_id, min(created_at)::text FROM staged_beads s
+         WHERE NOT EXISTS (SELECT 1 FROM projects WHERE id = s.project_id)
+           AND NOT EXISTS (SELECT 1 FROM staged_projects p WHERE p.id = s.project_id)
+         GROUP BY 1 ORDER BY 1
         """
     )
-    new = [project for (project,) in stage.cur.fetchall()]
+    new = stage.cur.fetchall()
     given: dict[str, str | None] = {
         "bead_prefix": "bd",
         "is_perpetual": "f",
@@ -109,10 +111,10 @@ def _projects_of_beads(stage: Stage, report: Report, default: str, now: str) -> 
     }
     given |= {"context": "{}", "attributes": "{}", "parent_id": None, "due_date": None, "closed_at": None}
     rows = []
-    for n, project in enumerate(new):
+    for n, (project, at) in enumerate(new):
         report.note("projects", project, "", "is made, since beads name it")
         report.of("projects").read += 1
-        values = {**given, "id": project, "name": project, "created_at": now, "updated_at": now}
+        values = {**given, "id": project, "name": project, "created_at": at, "updated_at": at}
         rows.append(Row(PROJECT, n - len(new), project, [values.get(column, "") for column in PROJECT.columns]))
     stage.fill(iter(rows))
 

@@ -36,7 +36,8 @@ def link(of: str, to: str, how: str = "blocks", **more: Any) -> dict[str, Any]:
 
 
 ISSUES = [
-    issue("bd-a1", description='Text\nwith "quotes" \\ and 😀', design="D" * 300_000, acceptance_criteria="A", notes="N",
+    issue("bd-a1", description='Text\nwith "quotes" \\ and 😀', design="D" * 300_000,
+          acceptance_criteria="A", notes="N",
           priority=0, issue_type="decision",
           owner="steve@example.com", created_by="steve", labels=["x", "y z"],
           estimated_minutes=90, external_ref="gh-9", metadata={"b": 1.50, "a": [None]}),
