@@ -10,7 +10,7 @@ from loom.transfer.build import Form
 from loom.transfer.kinds import BEAD
 from loom.transfer.report import Report
 from loom.transfer.stage import Link
-from loom.transfer.values import Bad, array, filled, integer, json_object, key, loads, moment, text
+from loom.transfer.values import Bad, array, integer, json_object, key, loads, moment, reference, text
 
 STATUSES = (
     ("open", "in_progress", "blocked", "deferred", "closed"),
@@ -41,13 +41,13 @@ FIELDS = {
     "description": ("description", text),
     "status": ("status", text),
     "priority": ("priority", priority),
-    "project_id": ("project_id", filled),
-    "assigned_to": ("assigned_to", filled),
+    "project_id": ("project_id", reference),
+    "assigned_to": ("assigned_to", reference),
     "related_to": ("related_to", array),
     "tags": ("tags", array),
     "context": ("context", json_object),
     "due_date": ("due_date", moment),
-    "milestone_id": ("milestone_id", filled),
+    "milestone_id": ("milestone_id", reference),
     "estimated_time": ("estimated_time", integer),
     "close_reason": ("close_reason", text),
     "closed_at": ("closed_at", moment),

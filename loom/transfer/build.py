@@ -13,6 +13,7 @@ from loom.transfer.stage import Row
 from loom.transfer.values import Bad, Converter, json_object, loads, moment, repaired, written
 
 _CUT = re.compile(r"\.\d{6}\d*[1-9]")  # digits that PostgreSQL does not keep
+CUT = 26  # characters of a time with microseconds
 # Of which each may stand for another one, the nearest first.
 TIMES = ("created_at", "started_at", "last_active", "updated_at")
 
@@ -50,7 +51,6 @@ class Builder:
                 self._known.append((place, self._columns.index(found[0]), found[1]))
             elif name.lower() not in form.ignored:
                 self._more.append((place, name))
-        self._moments = {at for _, at, convert in self._known if convert is moment}
         self._key = self._columns.index(form.kind.key)
         self._words = [(self._columns.index(column), *words) for column, words in form.words.items()]
         at = self._columns.index
@@ -81,7 +81,7 @@ class Builder:
                 self._keep(extra, self._names[place], value)
             if found is not None:
                 row[at] = found
-                if at in self._moments and isinstance(value, str) and _CUT.search(value):
+                if convert is moment and len(value) > CUT and _CUT.search(value):
                     self._report.map(self._table, self._columns[at], "nanoseconds → microseconds")
         if row[self._key] is None:
             self._report.leave_out(self._table, origin, "has no id")

@@ -53,6 +53,7 @@ def run(
     try:
         with conn.raw.cursor() as cur:
             cur.execute("SET datestyle = 'ISO'; SET client_min_messages = 'warning'; SET statement_timeout = 0")
+            cur.execute("SET jit = off; SET work_mem = '64MB'; SET maintenance_work_mem = '64MB'")
             conn.raw.autocommit = False
             _Import(cur, report, options, progress).run(read)
     except psycopg2.Error as exc:

@@ -16,7 +16,7 @@ from loom.transfer.errors import SourceError
 from loom.transfer.kinds import AGENT, COMMENT, CONFIG, PROJECT, PROVIDER
 from loom.transfer.report import Report
 from loom.transfer.stage import Row
-from loom.transfer.values import array, boolean, filled, integer, json_object, json_value, key, moment, number, text
+from loom.transfer.values import array, boolean, integer, json_object, json_value, key, moment, number, reference, text
 
 HEADER = b"SQLite format 3\x00"
 _TIMES = {"created_at": ("created_at", moment), "updated_at": ("updated_at", moment)}
@@ -62,7 +62,7 @@ FORMS = {
             "id": ("id", key),
             **{name: (name, text) for name in ("name", "description", "git_repo", "branch", "beads_path")},
             **{name: (name, text) for name in ("git_strategy", "status")},
-            "parent_id": ("parent_id", filled),
+            "parent_id": ("parent_id", reference),
             "is_perpetual": ("is_perpetual", boolean),
             "is_sticky": ("is_sticky", boolean),
             "context_json": ("context", json_object),
@@ -85,8 +85,9 @@ FORMS = {
         AGENT,
         {
             "id": ("id", key),
-            **{name: (name, text) for name in ("name", "role", "persona_name", "status")},
-            **{name: (name, filled) for name in ("provider_id", "position_id", "current_bead", "project_id")},
+            **{name: (name, text) for name in ("name", "persona_name", "status")},
+            "role": ("role", values.name),
+            **{name: (name, reference) for name in ("provider_id", "position_id", "current_bead", "project_id")},
             "attributes_json": ("attributes", json_object),
             "started_at": ("started_at", moment),
             "last_active": ("last_active", moment),
@@ -105,7 +106,7 @@ FORMS = {
         {
             "id": ("id", key),
             "bead_id": ("entity_id", key),
-            "parent_id": ("parent_id", filled),
+            "parent_id": ("parent_id", reference),
             **{name: (name, text) for name in ("author_id", "author_username", "content")},
             **_TIMES,
         },

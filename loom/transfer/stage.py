@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import secrets
@@ -21,7 +20,7 @@ from loom.transfer.values import written
 
 ROWS, CHARACTERS = 10_000, 4_000_000  # of one COPY
 LARGE = bounds.entity // 30  # characters of a row whose size as JSON is looked at: 1e300 has 301 digits there
-NULL = "\\N" + secrets.token_hex(16)  # no text is equal to it
+NULL = "null" + secrets.token_hex(16)  # no text is equal to it
 
 
 class Row(NamedTuple):
@@ -85,7 +84,7 @@ class Stage:
             if isinstance(item, Link):
                 links += 1
                 self._links.add(
-                    [str(links), item.bead, item.other, item.how, "t" if item.inverse else "f", item.origin]
+                    [str(links), item.bead, item.other, item.how, "t" if item.inverse else "f", item.origin], 100
                 )
                 if self._links.full:
                     self._flush(self._links)
@@ -94,7 +93,8 @@ class Stage:
             values = [NULL if value is None else value for value in given]
             digest = digest_of(self._compared[kind.name](given))
             copy = self._copies[kind.name]
-            copy.add([n, origin, sum(map(len, values)), digest, written(kept) if kept else NULL, *values])
+            size = sum(map(len, values))
+            copy.add([str(n), origin, str(size), digest, written(kept) if kept else NULL, *values], size)
             rows += 1
             if copy.full:
                 self._flush(copy)
@@ -109,7 +109,7 @@ class Stage:
         rows, copy.rows, copy.characters = copy.rows, [], 0
         self._copy(copy, rows)
 
-    def _copy(self, copy: _Copy, rows: Sequence[Sequence[Any]]) -> None:
+    def _copy(self, copy: _Copy, rows: Sequence[Sequence[str]]) -> None:
         """Copies rows; when PostgreSQL refuses them, half of them at a time until it is known which."""
         if not rows:
             return
@@ -123,7 +123,7 @@ class Stage:
         else:
             self.cur.execute("RELEASE SAVEPOINT rows")
 
-    def _refused(self, copy: _Copy, rows: Sequence[Sequence[Any]], exc: psycopg2.Error) -> None:
+    def _refused(self, copy: _Copy, rows: Sequence[Sequence[str]], exc: psycopg2.Error) -> None:
         self.cur.execute("ROLLBACK TO SAVEPOINT rows; RELEASE SAVEPOINT rows")
         if len(rows) == 1:
             table = copy.table.removeprefix("staged_")
@@ -176,24 +176,33 @@ def attributes(kind: Kind, alias: str = "s") -> str:
     )
 
 
+_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def _line(row: Sequence[str]) -> str:
+    """A row as COPY has it. Few values have something to escape."""
+    line = "\t".join(row)
+    if "\\" in line or "\n" in line or "\r" in line or line.count("\t") >= len(row):
+        line = "\t".join([value.translate(_ESCAPES) for value in row])
+    return line + "\n"
+
+
 class _Copy:
     """Rows that wait for the next COPY into a table."""
 
     def __init__(self, table: str, columns: Sequence[str]) -> None:
         self.table, self._columns = table, ", ".join(columns)
-        self.rows: list[Sequence[Any]] = []
+        self.rows: list[Sequence[str]] = []
         self.characters = 0
 
-    def add(self, row: Sequence[Any]) -> None:
+    def add(self, row: Sequence[str], characters: int) -> None:
         self.rows.append(row)
-        self.characters += row[2] if isinstance(row[2], int) else 100
+        self.characters += characters
 
     @property
     def full(self) -> bool:
         return len(self.rows) >= ROWS or self.characters >= CHARACTERS
 
-    def send(self, cur: Cursor, rows: Sequence[Sequence[Any]]) -> None:
-        buffer = io.StringIO(newline="")
-        csv.writer(buffer, lineterminator="\r\n").writerows(rows)
-        buffer.seek(0)
-        cur.copy_expert(f"COPY {self.table} ({self._columns}) FROM STDIN (FORMAT csv, NULL '{NULL}')", buffer)
+    def send(self, cur: Cursor, rows: Sequence[Sequence[str]]) -> None:
+        text = "".join(_line(row) for row in rows)
+        cur.copy_expert(f"COPY {self.table} ({self._columns}) FROM STDIN (NULL '{NULL}')", io.StringIO(text))

@@ -23,6 +23,8 @@ from loom.bounds import bounds
 Converter = Callable[[Any], "str | None"]
 
 MAX_ID = 200  # characters
+MAX_NAME = 1000
+MAX_ITEM = 255  # characters of one tag
 MAX_INTEGER = 2**63 - 1
 MAX_NUMBER = Decimal("1.7976931348623158e308")  # as answerable() in schema.sql
 _EXACT = Context(prec=20_000)
@@ -81,9 +83,12 @@ def repaired(value: str) -> str:
     return re.sub("[\ud800-\udfff\x00]", "\ufffd", value)
 
 
-def filled(value: Any) -> str | None:
-    """A text that is null when it is empty, as the original has it for references."""
-    return text(value) or None
+def name(value: Any) -> str | None:
+    """A text that is in an index."""
+    found = text(value)
+    if found and len(found) > MAX_NAME:
+        raise Bad(f"has more than {MAX_NAME} characters")
+    return found
 
 
 def key(value: Any) -> str:
@@ -99,6 +104,11 @@ def key(value: Any) -> str:
     if not unicodedata.is_normalized("NFC", found):
         raise Bad("the id is not in Unicode's form NFC")
     return found
+
+
+def reference(value: Any) -> str | None:
+    """The id of another row; null when it is empty."""
+    return None if value is None or value in ("", b"") else key(value)
 
 
 def integer(value: Any) -> str | None:
@@ -142,25 +152,28 @@ def moment(value: Any) -> str | None:
     """A time in UTC, as PostgreSQL prints it; None for Go's zero time. Without a zone it is UTC."""
     if value is None or value == "":
         return None
-    if isinstance(value, datetime):
-        found, digits = value, f"{value.microsecond:06}"
-    else:
-        match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
-        if match is None:
-            raise Bad("is not a time")
-        year, month, day, hour, minute, second, digits, zone = match.groups()
+    try:
         try:
-            found = datetime(int(year), int(month), int(day), int(hour or 0), int(minute or 0), int(second or 0))
-            if zone and zone[0] in "+-":
-                found -= _offset(zone)
-        except (ValueError, OverflowError):
-            raise Bad("is not a time within the years 1 to 9999") from None
-    if found.tzinfo is not None:
-        found = found.astimezone(timezone.utc)
+            found = value if isinstance(value, datetime) else datetime.fromisoformat(value)  # most are ISO 8601
+        except (TypeError, ValueError):
+            found = _go_time(value)
+        if found.tzinfo is not None:
+            found = found.astimezone(timezone.utc)
+    except (ValueError, OverflowError):
+        raise Bad("is not a time within the years 1 to 9999") from None
     if found.year <= ZERO_YEAR:
         return None
-    fraction = (digits or "")[:6].rstrip("0")
-    return f"{found.year:04}-{found:%m-%d %H:%M:%S}{'.' + fraction if fraction else ''}+00"
+    printed = found.isoformat(" ")
+    return (printed[:26].rstrip("0") if found.microsecond else printed[:19]) + "+00"
+
+
+def _go_time(value: Any) -> datetime:
+    match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise Bad("is not a time")
+    *numbers, digits, zone = match.groups()
+    found = datetime(*(int(number or 0) for number in numbers), int((digits or "")[:6].ljust(6, "0")))  # type: ignore
+    return found - _offset(zone) if zone and zone[0] in "+-" else found
 
 
 def _offset(zone: str) -> timedelta:
@@ -183,7 +196,10 @@ def array(value: Any) -> str | None:
         raise Bad("is not a list of texts")
     if len(value) > bounds.references:
         raise Bad(f"has more than {bounds.references} items")
-    return array_of([text(item) or "" for item in value])
+    items = [text(item) or "" for item in value]
+    if any(len(item) > MAX_ITEM for item in items):
+        raise Bad(f"has an item of more than {MAX_ITEM} characters")
+    return array_of(items)
 
 
 def array_of(items: list[str]) -> str:
@@ -254,7 +270,8 @@ def _no_constant(name: str) -> Any:
 def written(value: Any, levels: int = bounds.depth) -> str:
     """JSON in one form, so that equal values are equal texts; numbers keep all their digits."""
     if value.__class__ is str:
-        _whole(value)
+        if "\x00" in value or repaired(value) != value:
+            raise Bad("holds a NUL character, or what is not UTF-8")
         return encode_basestring(value)
     if value is None or value is True or value is False:
         return "null" if value is None else str(value).lower()

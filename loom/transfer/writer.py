@@ -50,6 +50,7 @@ class Writer:
     def __init__(self, cur: Cursor, report: Report, among_others: bool) -> None:
         self._cur, self._report, self._among_others = cur, report, among_others
         self._source = report.source
+        self._replacing: dict[str, bool] = {}
         self._columns: dict[str, list[tuple[str, bool]]] = {}
 
     def write(self, batch: Batch) -> None:
@@ -59,7 +60,7 @@ class Writer:
         if self._among_others:
             self._enter(kind, where)
         counts = self._report.of(kind.table)
-        replaced = self._replace(kind, where)
+        replaced = self._replace(kind, where) if self._replaces(kind) else 0
         written = self._insert(kind, where)
         self._cur.execute(f"SELECT fate, count(*) FROM {kind.staged} s WHERE {where} GROUP BY 1")
         fates = dict(self._cur.fetchall())
@@ -127,6 +128,12 @@ class Writer:
         ]
         absent = "".join(f", '{column}'" for column, _ in self._columns[kind.table] if column in IN_NO_EVENT)
         return f"to_jsonb(written) - array_remove(ARRAY[{', '.join(nullable) or 'NULL'}{absent}], NULL)"
+
+    def _replaces(self, kind: Kind) -> bool:
+        if kind.table not in self._replacing:
+            self._cur.execute(f"SELECT EXISTS (SELECT 1 FROM {kind.staged} WHERE fate = 'replace')")
+            self._replacing[kind.table] = self._cur.fetchone() == (True,)
+        return self._replacing[kind.table]
 
     def _replace(self, kind: Kind, where: str) -> int:
         """Each gets a new version, and an event of what is different."""

@@ -208,6 +208,29 @@ def long_settings(long: bool, examples: int) -> Any:
     )
 
 
+def test_each_hostile_value_in_each_column_arrives_or_is_in_the_report(dsn: str, tmp_path: Path) -> None:
+    values = [*GO_TIMES, *WORDS, *JSONS, *RAW, *NUMBERS, *BROKEN]
+    large = ("name", "role", "tags_json", "context_json", "content", "value", "project_id")
+    tables = {}
+    for table, columns in legacy.TABLES.items():
+        if table in CHECKED:
+            key = KEYS.get(table, "id")
+            names = [column.split()[0] for column in re.split(r",\s*", columns)] + ["later_column"]
+            names.sort(key=lambda name, key=key: name != key)
+            empty = {"bead_id": "bead"} if table == "bead_comments" else {}
+            places = [(name, value) for name in names for value in values]
+            places += [(name, "x" * 1_100_000) for name in names if name in large]
+            if table == "config_kv":  # which has room for 1,000 keys
+                places = [(name, value) for name, value in places if name in ("key", "value")]
+            rows = [{**empty, key: f"row {n}", name: value} for n, (name, value) in enumerate(places)]
+            tables[table] = (names, [[row.get(name) for name in names] for row in rows])
+    legacy.folder(tmp_path / ".beads", [{"id": "bead", "title": "t", "created_at": "2026-01-20T08:00:00Z"}])
+    make(tmp_path / "old.db", tables)
+    report = imports.run(dsn, tmp_path / "old.db", tmp_path / ".beads")
+    assert report.equal, list(report.lines())
+    check(tables, report, dsn)
+
+
 def test_every_value_of_a_database_arrives_or_is_in_the_report(
     dsn: str, clean: Callable[[], None], tmp_path: Path, seed: int, long: bool
 ) -> None:
