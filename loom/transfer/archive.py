@@ -22,7 +22,7 @@ FORMAT = "loom export"
 VERSION = 1
 MAX_LINE = 64 * 2**20  # a row of an event may have a few MiB; more is no row of ours
 
-# Table -> the order of its rows; in the order in which they are restored.
+# Table -> its key; in the order in which they are restored.
 TABLES = {
     **{"providers": "id", "projects": "id", "agents": "id", "config": "key", "beads": "id"},
     **{"bead_blockers": "blocker_id, bead_id", "comments": "id", "claims": "fencing_token", "grants": "fencing_token"},

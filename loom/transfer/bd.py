@@ -107,5 +107,5 @@ _COMMENTS = Form(
         "created_at": ("created_at", moment),
         "updated_at": ("updated_at", moment),
     },
-    {"entity_type": "bead", "project_id": "", "author_id": "", "author_username": "", "content": ""},
+    {"entity_type": "bead", "author_id": "", "author_username": "", "content": ""},
 )

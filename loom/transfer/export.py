@@ -54,19 +54,17 @@ def export(dsn: str, file: Path, progress: Callable[[int, int, str], None] = lam
 
 
 def _export(cur: Cursor, out: BinaryIO, progress: Callable[[int, int, str], None]) -> dict[str, int]:
-    cur.execute("SET statement_timeout = 0; SET extra_float_digits = 1")
+    cur.execute("SET statement_timeout = 0; SET extra_float_digits = 1; SET jit = off")
     cur.connection.autocommit = False
     cur.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
     stream = _Stream(out)
     try:
         stream.line(msgspec.json.encode(_header(cur)))
         counts = {}
-        for table, order in TABLES.items():
+        for table in TABLES:
             stream.line(msgspec.json.encode(["table", table]))
             stream.rows = 0
-            cur.copy_expert(
-                f"COPY (SELECT row_to_json(t) FROM ({_rows(table)}) AS t ORDER BY {order}) TO STDOUT", stream
-            )
+            cur.copy_expert(f"COPY (SELECT row_to_json(t) FROM ({_rows(table)}) AS t) TO STDOUT", stream)
             counts[table] = stream.rows
             progress(sum(counts.values()), 0, f"writing {table}")
         stream.end(counts)
@@ -127,22 +125,22 @@ class _Stream:
         self._parts.append(row)
         self._size += len(row)
         if self._size >= CHUNK:
-            self._flush(self._joined())
+            self._flush()
         return len(row)
 
     def line(self, text: bytes) -> None:
         """A line between the rows."""
-        self._flush(self._joined() + text + b"\n")
+        self._parts.append(text.replace(b"\\", b"\\\\") + b"\n")
+        self._flush()
 
     def end(self, counts: dict[str, int]) -> None:
-        self._flush(self._joined())
+        self._flush()
         self._chunks.put(None)
         self._thread.join()
-        if self._failed is None:
-            last = msgspec.json.encode(["end", {"rows": counts, "sha256": self._digest.hexdigest()}])
-            self._out.write(self._compressor.compress(last + b"\n") + self._compressor.flush())
-        else:
+        if self._failed is not None:
             raise self._failed
+        last = msgspec.json.encode(["end", {"rows": counts, "sha256": self._digest.hexdigest()}])
+        self._out.write(self._compressor.compress(last + b"\n") + self._compressor.flush())
 
     def close(self) -> None:
         """Ends the thread, if the export has failed."""
@@ -153,11 +151,8 @@ class _Stream:
                 self._chunks.get()
             self._thread.join(0.1)
 
-    def _joined(self) -> bytes:
-        return b"".join(self._parts).replace(b"\\\\", b"\\")
-
-    def _flush(self, chunk: bytes) -> None:
-        self._parts, self._size = [], 0
+    def _flush(self) -> None:
+        chunk, self._parts, self._size = b"".join(self._parts), [], 0
         if self._failed is not None:
             raise self._failed
         self._chunks.put(chunk)
@@ -166,6 +161,7 @@ class _Stream:
         while (chunk := self._chunks.get()) is not None:
             if self._failed is None:
                 try:
+                    chunk = chunk.replace(b"\\\\", b"\\")
                     self._digest.update(chunk)
                     self._out.write(self._compressor.compress(chunk))
                 except OSError as exc:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 # The key in `attributes` of what a source says and Loom cannot hold in its place, such as an assignee that is gone.
 KEPT = "loom_import"
@@ -20,6 +21,7 @@ class Kind:
     key: str = "id"
     objects: tuple[str, ...] = ()  # columns of JSON
     numbers: tuple[str, ...] = ()  # columns of double precision
+    derived: Mapping[str, str] = field(default_factory=dict)  # columns that no source has, in SQL
 
     @property
     def staged(self) -> str:
@@ -93,11 +95,17 @@ COMMENT = Kind(
     "comment",
     "comments",
     (
-        *("id", "entity_type", "entity_id", "parent_id", "project_id", "author_id", "author_username", "content"),
+        *("id", "entity_type", "entity_id", "parent_id", "author_id", "author_username", "content"),
         *("created_at", "updated_at"),
     ),
-    references=("parent_id", "project_id"),
+    references=("parent_id",),
     parent="parent_id",
+    derived={
+        "project_id": """
+            COALESCE((SELECT project_id FROM staged_beads WHERE id = s.entity_id),
+                     (SELECT project_id FROM beads WHERE id = s.entity_id))
+            """
+    },
 )
 # In the order in which they are written: each refers to those before it.
 KINDS = (PROVIDER, PROJECT, AGENT, CONFIG, BEAD, COMMENT)

@@ -24,7 +24,7 @@ def restore(dsn: str, archive: Archive, progress: Callable[[int, int, str], None
         raise translate(exc) from exc
     try:
         with conn.raw.cursor() as cur:
-            cur.execute("SET statement_timeout = 0; SET client_min_messages = 'warning'")
+            cur.execute("SET statement_timeout = 0; SET jit = off; SET client_min_messages = 'warning'")
             conn.raw.autocommit = False
             cur.execute("SELECT set_config('loom.importing', 'on', true)")
             _refuse_if_used(cur)

@@ -165,13 +165,6 @@ def _assignees(stage: Stage, report: Report) -> None:
 
 def _comments(stage: Stage) -> None:
     stage.leave_out(COMMENT, f"NOT {_there('beads', 'entity_id')}", "'there is no bead ' || s.entity_id")
-    stage.cur.execute(
-        """
-        UPDATE staged_comments s SET project_id = COALESCE(
-            (SELECT project_id FROM staged_beads WHERE id = s.entity_id),
-            (SELECT project_id FROM beads WHERE id = s.entity_id))
-        """
-    )
     same = "x.id = s.parent_id AND x.entity_id = s.entity_id AND x.entity_type = 'bead'"
     stage.unset(
         COMMENT,

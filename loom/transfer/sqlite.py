@@ -110,7 +110,7 @@ FORMS = {
             **{name: (name, text) for name in ("author_id", "author_username", "content")},
             **_TIMES,
         },
-        {"entity_type": "bead", "project_id": "", "author_id": "", "author_username": "", "content": ""},
+        {"entity_type": "bead", "author_id": "", "author_username": "", "content": ""},
         ignored=frozenset({"edited", "deleted"}),
     ),
 }

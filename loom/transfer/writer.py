@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from psycopg2 import errors as pg
 from psycopg2.extensions import cursor as Cursor
 
 from loom import errors
@@ -12,6 +13,7 @@ from loom.transfer.kinds import BEAD, PROJECT, Kind
 from loom.transfer.report import Report
 from loom.transfer.stage import Stage, attributes
 
+_NOBODY = "instance_id, request_id, proxy_request_id"  # given, since to work out their defaults takes time
 IN_NO_EVENT = ("version", "open_claims", "open_blockers", "open_children")
 
 
@@ -61,11 +63,12 @@ class Writer:
             self._enter(kind, where)
         counts = self._report.of(kind.table)
         replaced = self._replace(kind, where) if self._replaces(kind) else 0
-        written = self._insert(kind, where)
+        try:
+            written = self._insert(kind, where)
+        except pg.UniqueViolation as exc:
+            raise errors.Conflict(f"Others have made one of the same {kind.table} meanwhile. Run it again.") from exc
         self._cur.execute(f"SELECT fate, count(*) FROM {kind.staged} s WHERE {where} GROUP BY 1")
         fates = dict(self._cur.fetchall())
-        if written < fates.get("new", 0):
-            raise errors.Conflict(f"Others have made some of the same {kind.table} meanwhile. Run the import again.")
         counts.written += written
         counts.replaced += replaced
         counts.same += fates.get("same", 0)
@@ -93,6 +96,8 @@ class Writer:
     def _insert(self, kind: Kind, where: str) -> int:
         columns = list(kind.columns)
         values = [attributes(kind) if column == "attributes" else f"s.{column}" for column in columns]
+        columns += kind.derived.keys()
+        values += kind.derived.values()
         more = ""
         if kind is BEAD:
             columns += ["open_blockers", "open_children"]
@@ -103,10 +108,11 @@ class Writer:
             WITH written AS (
                 INSERT INTO {kind.table} AS t ({", ".join(columns)})
                 SELECT {", ".join(values)} FROM {kind.staged} s WHERE {where} AND s.fate = 'new'
-                 ORDER BY s.level, s.n ON CONFLICT DO NOTHING RETURNING t.*){more}
-            INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes)
+                 ORDER BY s.level, s.n RETURNING t.*){more}
+            INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes, actor, {_NOBODY})
             SELECT '{kind.name}.imported', '{kind.name}', {kind.key}, version, {_project(kind)}, clock_timestamp(),
-                   {self._all_of(kind)} || jsonb_build_object('imported_from', %(source)s) FROM written
+                   {self._all_of(kind)} || jsonb_build_object('imported_from', %(source)s),
+                   'loom import', NULL, NULL, NULL FROM written
             """,
             {"source": self._source},
         )
