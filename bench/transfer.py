@@ -117,7 +117,7 @@ def measure(dsn: str, folder: Path, rows: int) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{rows:,} rows in the source, {events:,} events")
     print(f"import {writing:.1f} s ({rows / writing:,.0f} rows/s), with the comparison {took:.1f} s, {memory} MiB")
-    print(f"COPY FROM {into:.1f} s: the import is at {into / writing:.2f} of it, with the comparison {into / took:.2f}")
+    print(f"COPY FROM {into:.1f} s: the rate is {into / writing:.2f} of it, and {into / took:.2f} with the comparison")
     print(f"export {exporting:.1f} s, COPY TO {out:.1f} s: {out / exporting:.2f}")
     print(f"import of the export {restoring:.1f} s; at most {peak} MiB")
     print("parts: " + ", ".join(f"{what} from {at:.1f} s" for what, at in parts.items()), file=sys.stderr)

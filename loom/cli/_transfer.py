@@ -52,7 +52,8 @@ def database() -> str:
 
 def run(source: str, read: Callable[[Report], Source], report: str | None, **given: Any) -> None:
     """Imports, prints the report, and ends with 1 if both sides differ."""
-    chosen = Options(given["on_conflict"], given["dry_run"], given["resume"], given["project"])
+    log_days = config.load().logging.retention_days
+    chosen = Options(given["on_conflict"], given["dry_run"], given["resume"], given["project"], log_days)
     with Progress() as progress:
         try:
             done = importing.run(database(), source, read, chosen, progress.show)

@@ -14,7 +14,17 @@ from loom.waiting import Poller, Waiter
 SCAN = 10_000  # events that a read with a filter looks at; 8 ms when none of them matches
 
 # The times that a version has.
-TIMES = {"created_at", "closed_at", "due_date", "not_before", "started_at", "last_heartbeat_at", "last_sync_at"}
+TIMES = {
+    "created_at",
+    "closed_at",
+    "due_date",
+    "not_before",
+    "started_at",
+    "last_heartbeat_at",
+    "last_sync_at",
+    "updated_at",
+    "last_active",
+}
 
 
 Type = Literal[  # noqa: RUF041 - what event_type() in loom/sql/events.sql and loom/transfer make

@@ -34,6 +34,7 @@ class Options:
     dry_run: bool = False
     resume: bool = False
     default_project: str = "imported"
+    log_days: int = 30  # how long request logs are kept
 
 
 def run(
@@ -85,7 +86,7 @@ class _Import:
         stage.fill(read(self._report))
         self._progress(0, 0, "settling references")
         options = self._options
-        settle(stage, self._report, options.on_conflict, options.default_project, options.resume)
+        settle(stage, self._report, options.on_conflict, options.default_project, options.log_days, options.resume)
         if options.dry_run and options.resume:  # among instances that serve, nothing is written and undone again
             self._cur.connection.rollback()
             return
@@ -122,6 +123,7 @@ class _Import:
         for kind in KINDS:
             self._cur.execute(f"SELECT count(*) FROM {kind.staged}")
             total += (self._cur.fetchone() or (0,))[0]
+        writer.prepare()
         for kind in KINDS:
             for batch in batches(stage, kind, BATCH_AMONG_OTHERS if self._in_batches else BATCH):
                 if self._in_batches:

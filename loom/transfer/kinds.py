@@ -21,6 +21,7 @@ class Kind:
     key: str = "id"
     objects: tuple[str, ...] = ()  # columns of JSON
     numbers: tuple[str, ...] = ()  # columns of double precision
+    versioned: bool = True  # shared state, with versions and events
     derived: Mapping[str, str] = field(default_factory=dict)  # columns that no source has, in SQL
 
     @property
@@ -107,5 +108,16 @@ COMMENT = Kind(
             """
     },
 )
+REQUEST_LOG = Kind(
+    "request_log",
+    "request_logs",
+    (
+        *("id", "timestamp", "user_id", "method", "path", "provider_id", "model_name", "prompt_tokens"),
+        *("completion_tokens", "latency_ms", "status_code", "cost_usd", "error_message", "metadata"),
+    ),
+    objects=("metadata",),
+    numbers=("latency_ms",),
+    versioned=False,
+)
 # In the order in which they are written: each refers to those before it.
-KINDS = (PROVIDER, PROJECT, AGENT, CONFIG, BEAD, COMMENT)
+KINDS = (PROVIDER, PROJECT, AGENT, CONFIG, BEAD, COMMENT, REQUEST_LOG)

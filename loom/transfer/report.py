@@ -131,6 +131,8 @@ class Report:
                 yield plain(f"  {where}: {note['reason']}{': ' + note['value'] if 'value' in note else ''}")
         yield from (f"  {table}: {n - SHOWN:,} more (--report FILE has all)" for table, n in shown.items() if n > SHOWN)
         for table, side in self.verified.items():
+            if not (side.source_rows or side.loom_rows or side.changed_since or side.differences):
+                continue
             word = "equal" if side.equal else "DIFFERENT"
             since = f", {side.changed_since:,} changed since" if side.changed_since else ""
             yield f"{table}: {side.source_rows:,} rows in the source, {side.loom_rows:,} in Loom{since}: {word}"

@@ -10,7 +10,7 @@ from loom import errors
 from loom.bounds import bounds
 from loom.config import SETTINGS, SHAREABLE
 from loom.transfer import links
-from loom.transfer.kinds import AGENT, BEAD, COMMENT, CONFIG, KINDS, PROJECT, Kind
+from loom.transfer.kinds import AGENT, BEAD, COMMENT, CONFIG, KINDS, PROJECT, REQUEST_LOG, Kind
 from loom.transfer.report import Report
 from loom.transfer.stage import LARGE, Row, Stage, attributes
 
@@ -18,7 +18,9 @@ Conflict = Literal["fail", "skip", "replace"]
 SHOWN = 5  # conflicts that an error names
 
 
-def settle(stage: Stage, report: Report, on_conflict: Conflict, default_project: str, resume: bool) -> None:
+def settle(
+    stage: Stage, report: Report, on_conflict: Conflict, default_project: str, log_days: int, resume: bool
+) -> None:
     """Prepares the stage for the writer. Raises Conflict for rows that are there already and differ.
 
     resume: whether rows may have been written by an earlier run of the same import.
@@ -28,6 +30,7 @@ def settle(stage: Stage, report: Report, on_conflict: Conflict, default_project:
         _without_duplicates(stage, kind)
         _without_large(stage, kind)
     _config(stage)
+    _request_logs(stage, log_days)
     _projects_of_beads(stage, report, default_project)
     _references(stage)
     _assignees(stage, report)
@@ -86,6 +89,15 @@ def _config(stage: Stage) -> None:
             WHERE new.keys + there.keys > {bounds.shared_keys} OR new.bytes + there.bytes > {bounds.shared_values})""",
         f"'no room: all keys together are at most {bounds.shared_keys}, their values {bounds.shared_values} bytes'",
     )
+
+
+def _request_logs(stage: Stage, days: int) -> None:
+    """Only those that upkeep would not remove at once."""
+    stage.leave_out(REQUEST_LOG, "s.timestamp IS NULL", "'has no time'")
+    # A day less: the oldest partition may be removed while the import runs.
+    old = f"s.timestamp < clock_timestamp() - INTERVAL '{days - 1} days'"
+    stage.leave_out(REQUEST_LOG, old, f"'is older than logging.retention_days ({days}) allows'")
+    stage.leave_out(REQUEST_LOG, "s.timestamp > clock_timestamp() + INTERVAL '1 day'", "'is of a time to come'")
 
 
 def _projects_of_beads(stage: Stage, report: Report, default: str) -> None:
@@ -195,6 +207,8 @@ def _levels(stage: Stage, kind: Kind) -> None:
 def _fates(stage: Stage, kind: Kind, on_conflict: Conflict) -> None:
     """What becomes of each row: 'new', 'same', or, if a different row is there: 'conflict', 'skip' or 'replace'."""
     different = {"fail": "'conflict'", "skip": "'skip'", "replace": "'replace'"}[on_conflict]
+    if on_conflict == "replace" and not kind.versioned:
+        different = "'skip'"
     if kind is BEAD and on_conflict == "replace":
         different = "CASE WHEN t.fencing_token IS NULL THEN 'replace' ELSE 'claimed' END"
     ours = ", ".join(attributes(kind) if c == "attributes" else f"s.{c}" for c in kind.columns)
@@ -212,7 +226,8 @@ def _written_before(stage: Stage, kind: Kind, source: str) -> None:
         UPDATE {kind.staged} s SET fate = 'before' FROM imports i
          WHERE (i.source, i.kind) = (%s, '{kind.name}') AND (s.level, s.n) <= (i.level, i.n)
            AND (EXISTS (SELECT 1 FROM {kind.table} t WHERE t.{kind.key} = s.{kind.key})
-                OR EXISTS (SELECT 1 FROM events e WHERE e.entity_type = '{kind.name}' AND e.entity_id = s.{kind.key}))
+                OR EXISTS (SELECT 1 FROM events e
+                            WHERE e.entity_type = '{kind.name}' AND e.entity_id = s.{kind.key}::text))
         """,
         (source,),
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from loom.transfer import values
 from loom.transfer.build import Builder, Form
 from loom.transfer.errors import SourceError
-from loom.transfer.kinds import AGENT, COMMENT, CONFIG, PROJECT, PROVIDER
+from loom.transfer.kinds import AGENT, COMMENT, CONFIG, PROJECT, PROVIDER, REQUEST_LOG
 from loom.transfer.report import Report
 from loom.transfer.stage import Row
 from loom.transfer.values import array, boolean, integer, json_object, json_value, key, moment, number, reference, text
@@ -112,6 +112,22 @@ FORMS = {
         },
         {"entity_type": "bead", "author_id": "", "author_username": "", "content": ""},
         ignored=frozenset({"edited", "deleted"}),
+    ),
+    "request_logs": Form(
+        REQUEST_LOG,
+        {
+            "id": ("id", values.row_number),
+            "timestamp": ("timestamp", moment),
+            **{name: (name, values.name) for name in ("user_id", "method", "path", "model_name")},
+            "provider_id": ("provider_id", values.provider),
+            **{name: (name, integer) for name in ("prompt_tokens", "completion_tokens")},
+            "latency_ms": ("latency_ms", number),
+            "status_code": ("status_code", values.small_integer),
+            "cost_usd": ("cost_usd", values.cost),
+            "error_message": ("error_message", text),
+            "metadata_json": ("metadata", json_object),
+        },
+        ignored=frozenset({"total_tokens", "created_at"}),
     ),
 }
 

@@ -6,6 +6,7 @@ would print, so that what is read back can be compared byte by byte.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -91,6 +92,11 @@ def name(value: Any) -> str | None:
     return found
 
 
+def provider(value: Any) -> str | None:
+    """Of a request log: null when it used none."""
+    return name(value) or None
+
+
 def key(value: Any) -> str:
     """An id that a path of the HTTP interface can hold."""
     try:
@@ -135,6 +141,31 @@ def number(value: Any) -> str | None:
     if not math.isfinite(found):
         raise Bad("is not a finite number")
     return repr(found + 0.0)  # as an integer has it, too
+
+
+def row_number(value: Any) -> str:
+    """A number for the id of a row that is known by no one else: itself, or one made of it."""
+    found = text(value)
+    if not found:
+        raise Bad("has no id")
+    whole = _INTEGER.fullmatch(found) and 0 <= int(found) < 2**53
+    return str(int(found) if whole else int(hashlib.md5(found.encode(), usedforsecurity=False).hexdigest()[:13], 16))
+
+
+def cost(value: Any) -> str | None:
+    """An amount with ten decimals."""
+    found = number(value)
+    if found is not None and abs(float(found)) >= 1e9:
+        raise Bad("is not below a billion")
+    return found and f"{Decimal(found):.10f}"
+
+
+def small_integer(value: Any) -> str | None:
+    """Of 32 bits."""
+    found = integer(value)
+    if found and abs(int(found)) >= 2**31:
+        raise Bad("is not an integer of 32 bits")
+    return found
 
 
 def boolean(value: Any) -> str | None:

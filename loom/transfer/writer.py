@@ -9,7 +9,7 @@ from psycopg2 import errors as pg
 from psycopg2.extensions import cursor as Cursor
 
 from loom import errors
-from loom.transfer.kinds import BEAD, PROJECT, Kind
+from loom.transfer.kinds import BEAD, PROJECT, REQUEST_LOG, Kind
 from loom.transfer.report import Report
 from loom.transfer.stage import Stage, attributes
 
@@ -59,7 +59,7 @@ class Writer:
         """Raises Conflict when a row has appeared since the stage was settled, LockHeld for a name that is held."""
         kind = batch.kind
         where = f"(s.level, s.n) > ({batch.after[0]}, {batch.after[1]}) AND (s.level, s.n) <= {batch.last}"
-        if self._among_others:
+        if self._among_others and kind.versioned:
             self._enter(kind, where)
         counts = self._report.of(kind.table)
         replaced = self._replace(kind, where) if self._replaces(kind) else 0
@@ -99,6 +99,8 @@ class Writer:
         columns += kind.derived.keys()
         values += kind.derived.values()
         more = ""
+        if kind is REQUEST_LOG:
+            more = _USAGE
         if kind is BEAD:
             columns += ["open_blockers", "open_children"]
             values += [_OPEN_BLOCKERS, _OPEN_CHILDREN]
@@ -109,14 +111,19 @@ class Writer:
                 INSERT INTO {kind.table} AS t ({", ".join(columns)})
                 SELECT {", ".join(values)} FROM {kind.staged} s WHERE {where} AND s.fate = 'new'
                  ORDER BY s.level, s.n RETURNING t.*){more}
-            INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes, actor, {_NOBODY})
-            SELECT '{kind.name}.imported', '{kind.name}', {kind.key}, version, {_project(kind)}, clock_timestamp(),
-                   {self._all_of(kind)} || jsonb_build_object('imported_from', %(source)s),
-                   'loom import', NULL, NULL, NULL FROM written
+            {self._events(kind) if kind.versioned else "SELECT FROM written"}
             """,
             {"source": self._source},
         )
         return self._cur.rowcount
+
+    def _events(self, kind: Kind) -> str:
+        return f"""
+            INSERT INTO events (type, entity_type, entity_id, version, project_id, timestamp, changes, actor, {_NOBODY})
+            SELECT '{kind.name}.imported', '{kind.name}', {kind.key}, version, {_project(kind)}, clock_timestamp(),
+                   {self._all_of(kind)} || jsonb_build_object('imported_from', %(source)s),
+                   'loom import', NULL, NULL, NULL FROM written
+            """
 
     def _all_of(self, kind: Kind) -> str:
         """The row as an event has it: without what is null, at the top level only."""
@@ -177,6 +184,15 @@ class Writer:
             )
         return replaced
 
+    def prepare(self) -> None:
+        """Makes the partitions of the request logs."""
+        self._cur.execute(
+            """
+            SELECT open_request_logs(clock_timestamp() - oldest, 0)
+              FROM (SELECT min(timestamp) AS oldest FROM staged_request_logs) AS s WHERE oldest IS NOT NULL
+            """
+        )
+
     def finish(self) -> None:
         """The numbers of new ids go on behind those that were imported."""
         for kind, sequence in ((BEAD, "bead_numbers"), (PROJECT, "project_numbers")):
@@ -202,6 +218,21 @@ _OPEN_BLOCKERS = """
 # Children come after their parent, which counts them before: it must not be ready in between.
 _OPEN_CHILDREN = """
     (SELECT count(*) FROM staged_beads c WHERE c.parent = s.id AND c.fate = 'new' AND c.status <> 'closed')
+"""
+# The sums of each hour, as report_usage() in loom/state/logs.py adds to them.
+_USAGE = """,
+    sums AS (
+        INSERT INTO model_usage AS u
+        SELECT date_trunc('hour', timestamp, 'UTC'), provider_id, COALESCE(model_name, ''), COALESCE(user_id, ''), '',
+               count(*), count(*) FILTER (WHERE status_code >= 400 OR error_message IS NOT NULL),
+               COALESCE(sum(prompt_tokens), 0), COALESCE(sum(completion_tokens), 0), COALESCE(sum(cost_usd), 0),
+               COALESCE(sum(latency_ms), 0)
+          FROM written WHERE provider_id IS NOT NULL GROUP BY 1, 2, 3, 4
+        ON CONFLICT (hour, provider_id, model_name, user_id, project_id) DO UPDATE
+           SET (requests, errors, prompt_tokens, completion_tokens, cost_usd, latency_ms)
+               = (u.requests + excluded.requests, u.errors + excluded.errors,
+                  u.prompt_tokens + excluded.prompt_tokens, u.completion_tokens + excluded.completion_tokens,
+                  u.cost_usd + excluded.cost_usd, u.latency_ms + excluded.latency_ms))
 """
 _AFTER_BEADS = """,
     linked AS (

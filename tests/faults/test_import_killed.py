@@ -71,10 +71,10 @@ def test_an_import_that_is_killed_and_run_again_equals_an_undisturbed_one(
     dsn: str, other: str, tmp_path: Path, seed: int, long: bool
 ) -> None:
     chance = random.Random(seed)
-    database, beads = large(tmp_path, 4000 if long else 1500)
+    database, beads = large(tmp_path, 4000 if long else 800)
     assert start(other, database, beads).wait() == 0
     everything = written(other)
-    kills = 50 if long else 5
+    kills = 50 if long else 4
     points = sorted(chance.sample(range(1, everything), kills - 2))
     for point in [0, 0, *points]:  # twice before anything is written, at any time
         with start(dsn, database, beads) as running:
@@ -96,7 +96,7 @@ def test_an_import_beside_instances_stalls_no_request(dsn: str, cluster: Cluster
     client = cluster.client()
     client.post("/api/v1/projects", {"id": "live", "name": "Live", "git_repo": "r", "branch": "b"})
     client.post("/api/v1/agents", {"id": "worker", "persona_name": "x", "project_id": "live"})
-    database, beads = large(tmp_path, 3000)
+    database, beads = large(tmp_path, 1500)
     slowest, ended = [0.0], threading.Event()
 
     def work() -> None:
@@ -123,5 +123,5 @@ def test_an_import_beside_instances_stalls_no_request(dsn: str, cluster: Cluster
         thread.join()
     assert running.returncode == 0, output
     assert slowest[0] < 0.1 + MARGIN
-    assert sql("SELECT count(*) FROM beads WHERE id LIKE 'b-%'") == [(3000,)]
-    assert sql("SELECT count(*) FROM events WHERE type = 'bead.imported'") == [(3000,)]
+    assert sql("SELECT count(*) FROM beads WHERE id LIKE 'b-%'") == [(1500,)]
+    assert sql("SELECT count(*) FROM events WHERE type = 'bead.imported'") == [(1500,)]

@@ -28,6 +28,10 @@ TABLES = {
         started_at DATETIME, last_active DATETIME""",
     "bead_comments": """id TEXT PRIMARY KEY, bead_id TEXT, parent_id TEXT, author_id TEXT, author_username TEXT,
         content TEXT, created_at DATETIME, updated_at DATETIME, edited BOOLEAN, deleted BOOLEAN""",
+    "request_logs": """id TEXT PRIMARY KEY, timestamp DATETIME, user_id TEXT, method TEXT, path TEXT, provider_id TEXT,
+        model_name TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER,
+        status_code INTEGER, cost_usd REAL, error_message TEXT, request_body TEXT, response_body TEXT,
+        metadata_json TEXT, created_at DATETIME""",
     "users": "id TEXT PRIMARY KEY, username TEXT, password_hash TEXT",
 }
 OLDEST = {  # before the columns that later versions added

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,39 @@ def test_what_loom_does_not_have_is_mapped_and_counted(old: Path, dsn: str) -> N
     assert found["beads.status: in_progress, by an agent that is not there → open"] == 1
     assert found["beads.project_id: empty → imported"] == 1
     assert found["providers.status: healthy → active"] == 1
+
+
+def test_request_logs_that_are_young_enough_arrive_with_their_totals(tmp_path: Path, dsn: str, sql: Sql) -> None:
+    now = datetime.now(timezone.utc).replace(minute=30)
+    use = {"provider_id": "v", "model_name": "m", "prompt_tokens": 2, "completion_tokens": 3, "cost_usd": 0.1}
+    rows = [
+        {"id": "log-1", "timestamp": str(now - timedelta(days=3)), "status_code": 200, "latency_ms": 7, **use},
+        {"id": "log-2", "timestamp": str(now - timedelta(days=3)), "status_code": 500, "latency_ms": 8, **use},
+        {
+            "id": "17",
+            "timestamp": str(now),
+            "method": "GET",
+            "path": "/x",
+            "provider_id": "",
+            "metadata_json": '{"k": "v"}',
+        },
+        {"id": "old", "timestamp": legacy.NOW},
+        {"id": "later", "timestamp": "2999-01-01 00:00:00"},
+        {"id": "never", "timestamp": "0001-01-01 00:00:00+00:00"},
+    ]
+    legacy.database(tmp_path / "old.db", {"request_logs": rows}).close()
+    for resume in (False, True):
+        report = imports.run(dsn, tmp_path / "old.db", resume=resume)
+        assert report.equal
+        assert [note[3] for note in notes(report)] == [
+            "has no time",
+            "is older than logging.retention_days (30) allows",
+            "is of a time to come",
+        ]
+        assert sql("SELECT count(*), max(metadata->>'k'), bool_or(id = 17) FROM request_logs") == [(3, "v", True)]
+        assert sql("SELECT requests, errors, prompt_tokens, cost_usd::float, latency_ms FROM model_usage") == [
+            (2, 1, 4, 0.2, 15.0)
+        ]
 
 
 def test_a_database_from_before_the_later_columns_arrives(tmp_path: Path, dsn: str, sql: Sql) -> None:
