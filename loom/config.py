@@ -346,10 +346,14 @@ def _shown(text: str) -> str:
 def _choose_database(values: dict[str, Any], sources: dict[str, str]) -> None:
     """Settle type, DSN and pool: a DSN without a type means postgres; the environment overrides the file for both."""
     kind, type_source = values.get("database.type"), sources.get("database.type", "")
+    if values.get("database.dsn_file") and "database.dsn" in values:
+        given = {key: sources[key].startswith("environment") for key in ("database.dsn", "database.dsn_file")}
+        if len(set(given.values())) == 1:
+            raise ConfigError(f"{sources['database.dsn_file']}: database.dsn_file: database.dsn is given too")
+        (overridden,) = (key for key, is_environment in given.items() if not is_environment)
+        del values[overridden], sources[overridden]
     if values.get("database.dsn_file"):
         source = sources["database.dsn"] = sources["database.dsn_file"]
-        if "database.dsn" in values:
-            raise ConfigError(f"{source}: database.dsn_file: database.dsn is given too")
         try:
             values["database.dsn"] = Path(values["database.dsn_file"]).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as exc:

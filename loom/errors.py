@@ -44,7 +44,7 @@ class Invalid(Error):
         return cls(f"{field}: {problem}", errors=[{"field": field, "problem": problem, **named, **more}])
 
 
-class Unauthenticated(Error):
+class Unauthorized(Error):
     """A valid API key is needed."""
 
     status = 401

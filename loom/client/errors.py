@@ -106,6 +106,10 @@ class Taken(Conflict):
     """The id is already in use."""
 
 
+class LastAdminKey(Conflict):
+    """No key of an administrator would be left."""
+
+
 class InUse(Conflict):
     """The entity is still in use."""
 

@@ -32,7 +32,7 @@ ANYBODY = Caller("anonymous", ADMIN)  # with auth: off
 
 
 def admit(request: Request, config: Config) -> None:
-    """Notes who makes the request. Raises Unauthenticated, Forbidden, Misdirected, and Unavailable.
+    """Notes who makes the request. Raises Unauthorized, Forbidden, Misdirected, and Unavailable.
 
     What is open to all is answered also without a database, so it asks for no key that this process does not know.
     """
@@ -43,7 +43,7 @@ def admit(request: Request, config: Config) -> None:
     if caller.rank < needed and not (needed == READER and _may_scrape(environ, config)):
         if caller.has_key:
             raise errors.Forbidden(f"This needs a key with the role {RANKS[needed]}.")
-        raise errors.Unauthenticated("Send it as X-API-Key, or as Authorization: Bearer.")
+        raise errors.Unauthorized("Send it as X-API-Key, or as Authorization: Bearer.")
     if not caller.has_key:
         origins.check_host(environ, config)
     origins.check(environ, config)

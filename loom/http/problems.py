@@ -30,7 +30,7 @@ def answer(exc: errors.Error) -> Response:
         del body["holder"]["fencing_token"]
     body.setdefault("error", exc.detail or exc.title)
     response = json(body, exc.status, kind=KIND)
-    if exc.status == errors.Unauthenticated.status:
+    if exc.status == errors.Unauthorized.status:
         response.headers["WWW-Authenticate"] = 'Bearer realm="Loom"'
     if exc.retry_after is not None:
         response.headers["Retry-After"] = str(exc.retry_after)

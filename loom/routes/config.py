@@ -27,7 +27,8 @@ from loom.state.writer import Writer
 
 bp = Blueprint("config", __name__, url_prefix="/api/v1/config")
 
-HIDDEN = (("database", "dsn"), ("database", "folder"), ("server", "host"), ("logging", "output"))  # hosts and paths
+HIDDEN = [("database", name) for name in ("dsn", "dsn_file", "password_command", "folder")]  # hosts and paths
+HIDDEN += [("server", "host"), ("logging", "output")]
 PER_INSTANCE = "server.http_port"  # differs between instances, so a snapshot's value is never meant to be shared
 # Keys of a snapshot, from Loom or from the original, that are not settings of Loom.
 IGNORED = frozenset(

@@ -48,7 +48,7 @@ def bearer(key: str) -> dict[str, str]:
 
 def assert_refused(answer: Answer) -> None:
     """The same 401 for every reason."""
-    assert_problem(answer, 401, "unauthenticated")
+    assert_problem(answer, 401, "unauthorized")
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
     assert answer.json["detail"] == "Send it as X-API-Key, or as Authorization: Bearer."
 

@@ -190,7 +190,9 @@ def test_a_dsn_file_is_read_and_a_fault_in_it_shows_no_secret():
     config = read("database: {dsn_file: dsn}")
     assert (config.database.dsn, config.database.type, config.database.pool_max) == (DSN, "postgres", 7)
     assert load(environ={"DATABASE_DSN_FILE": "dsn"}).database.dsn == DSN
-    assert "given too" in fault("database: {dsn_file: dsn}", DATABASE_DSN=DSN)
+    assert "given too" in fault(f"database: {{dsn_file: dsn, dsn: '{DSN}'}}")
+    assert read("database: {dsn_file: none}", DATABASE_DSN=DSN).database.dsn_file == "", "the environment wins"
+    assert read("database: {dsn: 'host=x'}", DATABASE_DSN_FILE="dsn").database.dsn == DSN
     assert "FileNotFoundError" in fault("database: {dsn_file: none}")
     Path("dsn").write_text("postgresql://u:hunter22@[::1/db")
     assert "hunter22" not in fault("database: {dsn_file: dsn}")
