@@ -1,7 +1,7 @@
 """A tooz driver: tooz.coordination.get_coordinator("loom://localhost:8080", b"member").
 
 Locks, members of groups and leaders are locks of Loom, which are renewed while the process lives; a group exists as a
-Locks, members of groups and leaders are locks of Loom, renewed while the process lives; a group exists as a
+shared setting, `tooz:` and its id. Several instances: `loom://host:8080,other:8080`. Options: `timeout` (TTL, 30 s),
 `tls=1`; `api_key`.
 """
 
