@@ -66,7 +66,7 @@ class Builder:
         """None if the row cannot be carried; then the report says why. more: further attributes."""
         self._counts.read += 1
         row = self._template[:]
-        extra: dict[str, Any] = dict(more) if more else {}
+        extra: dict[str, Any] = {}
         kept: dict[str, Any] = {}
         for place, at, convert in self._known:
             value = record[place]
@@ -78,7 +78,7 @@ class Builder:
                     return None
                 self._report.note(self._table, origin, self._names[place], bad.reason, value)
                 found = bad.instead
-                self._keep(extra, self._names[place], value)
+                self._keep(extra, self._names[place], value, origin)
             if found is not None:
                 row[at] = found
                 if convert is moment and len(value) > CUT and _CUT.search(value):
@@ -91,9 +91,11 @@ class Builder:
             if word not in own:
                 row[at] = self._mapped(at, word, others, unknown, origin, kept)
         self._fill_times(row, kept)
+        for name, value in (more or {}).items():
+            self._keep(extra, name, value, origin)
         for place, name in self._more:
             if record[place] not in (None, ""):
-                self._keep(extra, name, record[place])
+                self._keep(extra, name, record[place], origin)
         if self._attributes is not None and (extra or KEPT in (row[self._attributes] or "")):
             self._merge(row, extra, kept, origin)
         elif extra:
@@ -101,13 +103,17 @@ class Builder:
                 self._report.map(self._table, name, "not carried: Loom has no column for it")
         return Row(self._form.kind, n, origin, row, kept)
 
-    def _keep(self, extra: dict[str, Any], name: str, value: Any) -> None:
+    def _keep(self, extra: dict[str, Any], name: str, value: Any, origin: str) -> None:
         """In the attributes, as JSON can have it."""
+        kept = repaired(name)
         try:
             written(value)
-            extra[name] = value
-        except Bad:
-            extra[name] = repaired(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))
+        except Bad as bad:
+            self._report.note(self._table, origin, kept, bad.reason, value)
+            value = repaired(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))
+        if kept != name:
+            self._report.note(self._table, origin, kept, "the name holds a NUL character, or is not UTF-8")
+        extra[kept] = value
 
     def _mapped(
         self, at: int, word: str | None, others: Mapping[str, str], unknown: str, origin: str, kept: dict[str, Any]
