@@ -74,10 +74,6 @@ class Misdirected(Problem):
     """This server does not answer for that host name."""
 
 
-class LastAdminKey(Problem):
-    """No key of an administrator would be left."""
-
-
 class NotFound(Problem):
     """There is no such thing."""
 
