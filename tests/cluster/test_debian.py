@@ -92,15 +92,22 @@ def run(script: str, folder: Path, **values: object) -> str:
     (folder / "copies").mkdir()
     text = (COPIES + script).format(folder=folder / "copies", **values)
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", text],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+
+    def in_namespace(commands: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["unshare", "--mount", "bash", "-c", commands],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    allowed = in_namespace(COPIES.format(folder=folder / "copies"))
+    if allowed.returncode != 0:
+        pytest.skip(f"this machine allows no mounts: {allowed.stdout.strip()[-200:]}")
+    done = in_namespace(text)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
