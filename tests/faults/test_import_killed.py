@@ -71,11 +71,12 @@ def test_an_import_that_is_killed_and_run_again_equals_an_undisturbed_one(
     dsn: str, other: str, tmp_path: Path, seed: int, long: bool
 ) -> None:
     chance = random.Random(seed)
-    database, beads = large(tmp_path, 4000 if long else 800)
+    database, beads = large(tmp_path, 4000 if long else 1500)
     assert start(other, database, beads).wait() == 0
     everything = written(other)
     kills = 50 if long else 4
-    points = sorted(chance.sample(range(1, everything), kills - 2))
+    points = sorted(chance.sample(range(1, everything * 2 // 3), kills - 2))
+    partly = 0
     for point in [0, 0, *points]:  # twice before anything is written, at any time
         with start(dsn, database, beads) as running:
             if point:
@@ -83,7 +84,8 @@ def test_an_import_that_is_killed_and_run_again_equals_an_undisturbed_one(
             else:
                 time.sleep(chance.uniform(0.1, 1.0))
             running.kill()
-    assert 0 < written(dsn) < everything, "no kill came while rows were written"
+        partly += 0 < written(dsn) < everything
+    assert partly > 0, "no kill came while rows were written"
     last = start(dsn, database, beads)
     output = last.communicate()[0].decode()
     assert last.returncode == 0, output
