@@ -211,7 +211,7 @@ def routes() -> Application:
 def app(routes: Application, config: Config, instance: instances.Instance) -> Flask:
     """The application, served by this process as an instance."""
     app = Application(config)
-    for name in ("url_map", "view_functions", "blueprints"):
+    for name in ("url_map", "view_functions", "blueprints", "error_handler_spec"):
         setattr(app, name, getattr(routes, name))
     app.add_url_rule = None  # type: ignore[method-assign,assignment]  # a test that adds routes calls create_app
     return app

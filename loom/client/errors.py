@@ -62,7 +62,7 @@ class Invalid(Problem):
     """The request is wrong; `errors` names the fields."""
 
 
-class Unauthenticated(Problem):
+class Unauthorized(Problem):
     """The API key is missing or wrong."""
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger("loom.client")
 Handler = Callable[[Task], Json | None]
 LONGEST_BEAT = 30.0  # seconds between two heartbeats: an agent is dead after 120 s without one
 IDLE_SECONDS = 5  # how long news is awaited, until it asks again: the end of a delay makes no event
-WRONG = (errors.Invalid, errors.NotFound, errors.Unauthenticated, errors.Forbidden)
+WRONG = (errors.Invalid, errors.NotFound, errors.Unauthorized, errors.Forbidden)
 NEWS = {"bead.created", "bead.updated", "bead.status_change", "bead.completed", "bead.deleted"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENDINGS = {"completed", "failed", "released"}
@@ -75,7 +75,7 @@ class Worker:
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Work until `stop`, SIGTERM or SIGINT, or until nothing is ready and `until` is true.
 
-        Raises Invalid, NotFound, Unauthenticated or Forbidden if Loom refuses to give it work.
+        Raises Invalid, NotFound, Unauthorized or Forbidden if Loom refuses to give it work.
         """
         main = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS} if main else {}

@@ -53,7 +53,7 @@ def migrate(dsn: str | Callable[[], str], timeout: float = 60.0) -> int:
             raise errors.SchemaError(
                 f"the database has schema version {found[0]}, this Loom knows {VERSION}: upgrade this Loom"
             )
-        if found != (VERSION, CHECKSUM):
+        if found != (VERSION, CHECKSUM) and (found != (VERSION, None) or _owned(conn)):
             if found is not None:
                 conn.execute(LOCK_TABLES)
             conn.execute(TEXT)
@@ -77,7 +77,7 @@ LOCK_TABLES = """
         tables text := (SELECT string_agg(format('%I.%I', schemaname, tablename), ', ') FROM pg_tables
                          WHERE schemaname = current_schema() AND pg_has_role(tableowner, 'USAGE'));
     BEGIN
-        LOOP
+        WHILE tables IS NOT NULL LOOP
             BEGIN
                 EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', tables);
                 EXIT;
@@ -96,6 +96,15 @@ def applied(conn: Connection) -> tuple[int, str | None] | None:
         return None
     rows = conn.execute("SELECT version, checksum FROM schema_version")
     return (rows[0]["version"], rows[0]["checksum"]) if rows else None
+
+
+def _owned(conn: Connection) -> bool:
+    """Whether this role may apply the schema. Another one relies on what the owner has applied by hand."""
+    sql = """
+        SELECT pg_has_role(tableowner, 'USAGE') AS it FROM pg_tables
+         WHERE schemaname = current_schema() AND tablename = 'schema_version'
+        """
+    return any(row["it"] for row in conn.execute(sql))
 
 
 def _remedy(conn: Connection, exc: psycopg2.Error) -> str:

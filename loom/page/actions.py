@@ -150,7 +150,10 @@ def _action(name: str) -> Action:
 
 def _form() -> Form:
     """The fields of a form. Raises Invalid."""
-    pairs = parse_qsl(parse.raw().decode(errors="replace"), keep_blank_values=True, max_num_fields=10)
+    try:
+        pairs = parse_qsl(parse.raw().decode(errors="replace"), keep_blank_values=True, max_num_fields=10)
+    except ValueError:
+        raise errors.Invalid("The body is not one of this page's forms.") from None
     return {name: value.replace("\0", "\ufffd") for name, value in pairs}
 
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 from flask import Blueprint, Response
 
-from loom import db, locks
+from loom import db, errors, locks
 from loom.http import parse
 from loom.page.render import ROWS, parameter, show
 from loom.state import backlog, config, entities, events
@@ -83,8 +83,13 @@ def feed() -> Response:
     types = sorted(t for one in get_args(events.Type) for t in (get_args(one) or (one,)))
     with db.connection() as conn:
         after = None if until is None else max(0, until - ROWS)
-        found = events.read(conn, after, ROWS, type=kind if kind in types else None).events[::-1]
-        older = None if kind or not found or (found[-1].id or 0) <= 1 else (found[-1].id or 0) - 1
+        wanted = kind if kind in types else None
+        try:
+            read = events.read(conn, after, ROWS, type=wanted)
+        except errors.CursorExpired:
+            read = events.read(conn, 0, ROWS, type=wanted)  # the oldest that are kept
+        found = [event for event in reversed(read.events) if until is None or (event.id or 0) <= until]
+        older = None if kind or len(found) < ROWS else (found[-1].id or 0) - 1
         return show(
             conn,
             "events.html",

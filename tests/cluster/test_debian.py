@@ -33,6 +33,7 @@ state | cmp - {folder}/before && echo "the second run changed nothing"
 stat -c '%a %n' /etc/loom/*
 ls /etc/systemd/system/loom.target.wants
 echo "DATABASE_DSN={dsn}" > /etc/loom/loom.env
+echo "LOOM_SERVER__ALLOWED_HOSTS=loom.example.com" >> /etc/loom/loom.env
 """
 # What systemd does with the unit, as a user that exists only for this; on its own loopback, since the ports are fixed.
 SERVE = """

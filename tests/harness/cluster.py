@@ -54,7 +54,7 @@ class Cluster:
             for i in range(count):
                 self.wait_serving(i)
             if nginx:
-                self._nginx = Nginx(self.folder, self.ports, nginx_changes or {})
+                self._nginx = Nginx(self.folder, self.ports, nginx_changes)
         except BaseException:
             self.close()
             raise
@@ -161,7 +161,7 @@ class Cluster:
 class Nginx:
     """nginx with the project's own configuration, its ports replaced."""
 
-    def __init__(self, folder: Path, ports: list[int], changes: dict[str, str]) -> None:
+    def __init__(self, folder: Path, ports: list[int], changes: dict[str, str] | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         text = resource("nginx/loom.conf").read_text()
@@ -172,7 +172,7 @@ class Nginx:
             text,
             flags=re.MULTILINE,
         )
-        for old, new in changes.items():
+        for old, new in (changes or {}).items():
             assert old in text
             text = text.replace(old, new)
         text, count = re.subn(r"listen [^;]*;", f"listen 127.0.0.1:{self.port};", text)

@@ -14,7 +14,6 @@ from loom.client import Client, errors
 KINDS = "(Project|Provider|Agent|Bead)"
 OF_KINDS = f"list{KINDS}s|create{KINDS}|get{KINDS}|put{KINDS}|patch{KINDS}|delete{KINDS}|get{KINDS}History"
 NOT_NEEDED = {"getLiveness", "getReadiness", "getOk"}  # for what starts instances, and the original's clients
-NOT_NEEDED |= {"listKeys", "createKey", "getKey", "revokeKey", "rotateKey"}  # for administrators
 
 
 def test_every_operation_of_the_contract_is_a_method() -> None:
