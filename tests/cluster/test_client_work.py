@@ -113,7 +113,8 @@ def _assert_cancelled_in_time(lines: list[dict[str, Any]]) -> None:
             lost = running.pop(key, None)
             assert lost is None or line["at"] - lost < 2, line
     assert told, "no claim was lost while its handler ran: the test proves nothing"
-    assert all(lost is None for lost in running.values()), running
+    last = max(line["at"] for line in lines)  # the workers are ended then, whatever they do
+    assert all(lost is None or last - lost < 2 for lost in running.values()), running
 
 
 def test_a_handler_that_loses_its_claim_ends_within_two_seconds_and_completes_nothing(cluster: Cluster) -> None:

@@ -61,7 +61,9 @@ for i in 1 2 3 4 5 6 7 8 9 10; do
     curl -s localhost:8080/health | grep '"active_instances": *3' && break
     sleep 0.5
 done
-kill $(jobs -p)
+for process in /proc/[0-9]*; do  # jobs are shells, whose end would leave the instances
+    [ "$(stat -c %u $process 2>/dev/null)" != 61234 ] || kill ${{process#/proc/}}
+done
 nginx -s quit
 wait
 SERVE
